@@ -1,0 +1,1 @@
+//! Netlink messages of nf_tables.
