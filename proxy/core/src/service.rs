@@ -1,0 +1,65 @@
+//! Services as the compiler needs them: what the API says, stripped and typed.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::id::{NamespacedName, Protocol};
+
+/// Label that hands a Service to another service proxy; such a Service is not ours.
+pub const LABEL_SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+/// Label that marks headless Services and their `EndpointSlice`s.
+pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
+
+/// Where traffic of a Service may go: to any endpoint or to those of this node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum TrafficPolicy {
+    /// Every endpoint of the cluster.
+    #[default]
+    Cluster,
+    /// Endpoints of this node only.
+    Local,
+}
+
+/// One port of a Service.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ServicePort {
+    /// Name; empty when the Service has a single, unnamed port.
+    pub name: Arc<str>,
+    /// Protocol; TCP where the API leaves it out.
+    pub protocol: Protocol,
+    /// Port on cluster, external and load-balancer addresses.
+    pub port: u16,
+    /// Port on the node's addresses; `None` when there is none.
+    pub node_port: Option<u16>,
+}
+
+/// A Service that has cluster IPs (headless and `ExternalName` Services never get this far).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    /// Name.
+    pub name: NamespacedName,
+    /// `metadata.creationTimestamp`, seconds since the epoch; 0 when unknown.
+    /// The oldest Service wins where two claim the same address and port.
+    pub created: i64,
+    /// `spec.clusterIPs`, at most one of each family.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// Addresses of `status.loadBalancer.ingress` whose `ipMode` is `VIP` or unset.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`; they guard `load_balancer_ips` only.
+    pub source_ranges: Vec<IpNet>,
+    /// Ports.
+    pub ports: Vec<ServicePort>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// Timeout of `sessionAffinity: ClientIP`; `None` for no affinity.
+    pub affinity: Option<Duration>,
+    /// `spec.healthCheckNodePort`, for `externalTrafficPolicy: Local` load balancers.
+    pub health_check_node_port: Option<u16>,
+}
