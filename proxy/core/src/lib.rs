@@ -1,8 +1,22 @@
 //! The heart of Shunt: what Services mean on this node, decided once, as pure functions over
 //! plain data.
+//!
+//! ```text
+//!   Event ──> Store ──> Dirty ──> Compiler ──> ForwardingTable + Change ──> (a mode)
+//!                                                   │
+//!                                                   └──> walk(packet): the reference answer
+//! ```
+//!
+//! Nothing in here reads a clock, a file, the network, the environment or the kernel, and nothing
+//! knows which mode programs the table. Start reading at [`table`], then [`compile`].
 
+#![forbid(unsafe_code)]
+
+pub mod compile;
 pub mod endpoint;
 pub mod id;
 pub mod node;
 pub mod service;
 pub mod store;
+pub mod table;
+pub mod walk;

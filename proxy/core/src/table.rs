@@ -1,0 +1,725 @@
+//! The forwarding table: the compiler's only output and the modes' only input.
+//!
+//! ```text
+//!   Frontend ──claims──> FrontendEntry ──verdict per class of source──> EndpointGroup
+//!   (ip:port/proto)      (of one Service port)    (Cluster or Local)    (ip:port, ip:port, ...)
+//! ```
+//!
+//! One table per IP family. It is made of one [`ServiceEntry`] per Service, shared with the
+//! generation before, so that a change of one Service costs what that Service costs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::id::{IpFamily, NamespacedName, Protocol, ServicePortName};
+use crate::node::LocalDetector;
+use crate::service::TrafficPolicy;
+
+/// What a packet must match: destination address (or any address on which the node serves
+/// `NodePort`s), protocol and port.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Frontend {
+    /// Destination address; `None` means every address of [`NodePortMatch`].
+    pub address: Option<IpAddr>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Destination port.
+    pub port: u16,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(IpAddr::V6(a)) => write!(f, "[{a}]")?,
+            Some(IpAddr::V4(a)) => write!(f, "{a}")?,
+            None => f.write_str("node")?,
+        }
+        write!(f, ":{}/{}", self.port, self.protocol)
+    }
+}
+
+/// Why a frontend exists.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum FrontendKind {
+    /// A cluster IP: the internal traffic policy applies.
+    ClusterIp,
+    /// An external IP: the external traffic policy applies.
+    ExternalIp,
+    /// A load-balancer VIP: the external traffic policy and source ranges apply.
+    LoadBalancer,
+    /// A node port: the external traffic policy applies.
+    NodePort,
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::ExternalIp => "externalIP",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::NodePort => "NodePort",
+        })
+    }
+}
+
+/// Classes of source that a verdict may differ for. A packet is of the first class that fits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum SourceClass {
+    /// A local pod, as the [`LocalDetector`] sees it.
+    Pod,
+    /// An address of this node.
+    Node,
+    /// Everything else.
+    Other,
+}
+
+impl SourceClass {
+    /// All classes in the order in which they are tried.
+    pub const ALL: [Self; 3] = [Self::Pod, Self::Node, Self::Other];
+}
+
+impl fmt::Display for SourceClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pod => "pod",
+            Self::Node => "node",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// What happens to the first packet of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Verdict {
+    /// Translated to an endpoint of the group of this policy.
+    Forward {
+        /// Which of the Service port's groups.
+        policy: TrafficPolicy,
+        /// Whether the source is rewritten to a node address.
+        masquerade: bool,
+    },
+    /// Refused with an error to the client.
+    Reject,
+    /// Silently discarded.
+    Drop,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Forward { policy, masquerade } => {
+                write!(f, "forward {}", policy_name(*policy))?;
+                if *masquerade { f.write_str(" masquerade") } else { Ok(()) }
+            }
+            Self::Reject => f.write_str("reject"),
+            Self::Drop => f.write_str("drop"),
+        }
+    }
+}
+
+const fn policy_name(policy: TrafficPolicy) -> &'static str {
+    match policy {
+        TrafficPolicy::Cluster => "cluster",
+        TrafficPolicy::Local => "local",
+    }
+}
+
+/// `loadBalancerSourceRanges` of one family. Sources outside are dropped before anything else.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct SourceRanges {
+    /// Allowed ranges; never empty, never of length 0.
+    pub ranges: BTreeSet<IpNet>,
+    /// Whether the VIP itself is allowed as a source: a process of this node whose packet got the
+    /// VIP as its source, when the node is in the ranges (kube-proxy's `allowFromNode`).
+    pub allow_vip_source: bool,
+}
+
+impl SourceRanges {
+    /// Whether a packet from `source` to `vip` may pass.
+    pub fn allow(&self, source: IpAddr, vip: IpAddr) -> bool {
+        (self.allow_vip_source && source == vip) || self.ranges.iter().any(|r| r.contains(&source))
+    }
+}
+
+/// One endpoint that traffic may be sent to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Target {
+    /// Address of the endpoint.
+    pub address: IpAddr,
+    /// Port on the endpoint.
+    pub port: u16,
+    /// Whether it runs on this node.
+    pub local: bool,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        std::net::SocketAddr::new(self.address, self.port).fmt(f)
+    }
+}
+
+/// Endpoints among which traffic is spread evenly: sorted, each address and port once.
+pub type EndpointGroup = Arc<[Target]>;
+
+/// One frontend of a Service port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FrontendEntry {
+    /// What it matches.
+    pub frontend: Frontend,
+    /// Why it exists.
+    pub kind: FrontendKind,
+    /// Verdicts for [`SourceClass::ALL`], in that order.
+    pub verdicts: [Verdict; 3],
+    /// Sources allowed at all; `None` for every source.
+    pub source_ranges: Option<Arc<SourceRanges>>,
+}
+
+impl FrontendEntry {
+    /// The verdict for a class of source.
+    pub const fn verdict(&self, class: SourceClass) -> Verdict {
+        self.verdicts[class as usize]
+    }
+}
+
+/// One port of a Service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PortEntry {
+    /// Its identity.
+    pub name: ServicePortName,
+    /// Endpoints for the Cluster policy; `None` when the port never uses that policy.
+    pub cluster: Option<EndpointGroup>,
+    /// Endpoints for the Local policy; `None` when the port never uses that policy.
+    pub local: Option<EndpointGroup>,
+    /// Whether any usable endpoint exists anywhere in the cluster.
+    pub has_any_endpoints: bool,
+    /// Timeout of the session affinity by client address.
+    pub affinity: Option<Duration>,
+    /// Frontends in order of kind.
+    pub frontends: Vec<FrontendEntry>,
+}
+
+impl PortEntry {
+    /// The endpoints of a policy; empty when the port never uses that policy.
+    pub fn group(&self, policy: TrafficPolicy) -> &[Target] {
+        match policy {
+            TrafficPolicy::Cluster => self.cluster.as_deref(),
+            TrafficPolicy::Local => self.local.as_deref(),
+        }
+        .unwrap_or_default()
+    }
+}
+
+/// Everything that one Service puts into one family's table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServiceEntry {
+    /// The Service.
+    pub name: NamespacedName,
+    /// `metadata.creationTimestamp` in seconds: the older Service wins a disputed frontend.
+    pub created: i64,
+    /// Cluster IP of the table's family.
+    pub cluster_ip: IpAddr,
+    /// Ports in the order of the Service.
+    pub ports: Vec<PortEntry>,
+}
+
+impl ServiceEntry {
+    fn local_targets(&self) -> impl Iterator<Item = LocalEndpoint> {
+        self.ports.iter().flat_map(|port| {
+            let groups = [&port.cluster, &port.local].into_iter().flatten();
+            let locals: BTreeSet<LocalEndpoint> = groups
+                .flat_map(|g| g.iter())
+                .filter(|t| t.local)
+                .map(|t| LocalEndpoint { address: t.address, protocol: port.name.protocol, port: t.port })
+                .collect();
+            locals
+        })
+    }
+}
+
+/// An endpoint of this node that some Service may choose: it may meet its own traffic (hairpin).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct LocalEndpoint {
+    /// Address of the endpoint.
+    pub address: IpAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port on the endpoint.
+    pub port: u16,
+}
+
+/// On which destination addresses `NodePort`s of one family answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NodePortMatch {
+    /// Every local address, loopback excepted.
+    AllLocal,
+    /// These addresses.
+    Addresses(BTreeSet<IpAddr>),
+}
+
+/// What the table needs to know of the node, for one family.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeFacts {
+    /// How local pods are recognised.
+    pub local_detector: LocalDetector,
+    /// Whether every packet to a cluster IP is masqueraded.
+    pub masquerade_all: bool,
+    /// Bit of the packet mark that asks for masquerade.
+    pub masquerade_bit: u8,
+    /// Where `NodePort`s answer.
+    pub node_ports: NodePortMatch,
+    /// Addresses of the node, as far as known. Modes ask the kernel instead where they can; the
+    /// reference walker uses these.
+    pub local_addresses: BTreeSet<IpAddr>,
+}
+
+impl NodeFacts {
+    /// Facts of a node about which nothing is known.
+    pub fn unknown() -> Self {
+        Self {
+            local_detector: LocalDetector::None,
+            masquerade_all: false,
+            masquerade_bit: 14,
+            node_ports: NodePortMatch::Addresses(BTreeSet::new()),
+            local_addresses: BTreeSet::new(),
+        }
+    }
+
+    /// Whether `address` belongs to this node: loopback or one of its own.
+    pub fn is_local(&self, address: IpAddr) -> bool {
+        address.is_loopback() || self.local_addresses.contains(&address)
+    }
+
+    /// Whether `NodePort`s answer on `address`.
+    pub fn serves_node_ports(&self, address: IpAddr) -> bool {
+        match &self.node_ports {
+            NodePortMatch::AllLocal => !address.is_loopback() && self.is_local(address),
+            NodePortMatch::Addresses(addresses) => addresses.contains(&address),
+        }
+    }
+}
+
+/// Who wants a frontend. Ordered: the oldest Service first, then by name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Claim {
+    created: i64,
+    service: NamespacedName,
+    port: usize,
+    entry: usize,
+}
+
+/// The claims to one frontend: the best one holds it. Nearly always there is only one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Claims {
+    holder: Claim,
+    waiting: Vec<Claim>,
+}
+
+/// Two Services claim the same frontend.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Conflict {
+    /// What they both claim.
+    pub frontend: Frontend,
+    /// Who holds it.
+    pub holder: NamespacedName,
+    /// Who does not get it.
+    pub loser: NamespacedName,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Service {}: {} is already served by the older Service {}; ignored here",
+            self.loser, self.frontend, self.holder
+        )
+    }
+}
+
+/// What a change of the table touches. Modes look at nothing else.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Change {
+    /// Look at everything: at start, after an error, or because facts of the node changed.
+    pub everything: bool,
+    /// Frontends that may have changed.
+    pub frontends: BTreeSet<Frontend>,
+    /// Cluster IPs that may have come or gone.
+    pub cluster_ips: BTreeSet<IpAddr>,
+    /// Local endpoints that may have come or gone.
+    pub local_endpoints: BTreeSet<LocalEndpoint>,
+}
+
+impl Change {
+    /// The change that touches everything.
+    pub fn everything() -> Self {
+        Self { everything: true, ..Self::default() }
+    }
+
+    /// True when nothing is touched.
+    pub fn is_empty(&self) -> bool {
+        !self.everything
+            && self.frontends.is_empty()
+            && self.cluster_ips.is_empty()
+            && self.local_endpoints.is_empty()
+    }
+
+    /// Adds what another change touches.
+    pub fn merge(&mut self, other: Self) {
+        self.everything |= other.everything;
+        self.frontends.extend(other.frontends);
+        self.cluster_ips.extend(other.cluster_ips);
+        self.local_endpoints.extend(other.local_endpoints);
+    }
+}
+
+/// All Services of one IP family on this node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ForwardingTable {
+    family: IpFamily,
+    node: NodeFacts,
+    services: BTreeMap<NamespacedName, Arc<ServiceEntry>>,
+    frontends: BTreeMap<Frontend, Claims>,
+    cluster_ips: BTreeMap<IpAddr, u32>,
+    local_endpoints: BTreeMap<LocalEndpoint, u32>,
+    service_cidrs: BTreeSet<IpNet>,
+}
+
+impl ForwardingTable {
+    /// An empty table.
+    pub fn new(family: IpFamily) -> Self {
+        Self {
+            family,
+            node: NodeFacts::unknown(),
+            services: BTreeMap::new(),
+            frontends: BTreeMap::new(),
+            cluster_ips: BTreeMap::new(),
+            local_endpoints: BTreeMap::new(),
+            service_cidrs: BTreeSet::new(),
+        }
+    }
+
+    /// The table's family.
+    pub const fn family(&self) -> IpFamily {
+        self.family
+    }
+
+    /// What is known of the node.
+    pub const fn node(&self) -> &NodeFacts {
+        &self.node
+    }
+
+    /// Replaces what is known of the node. Answers whether that changes anything for the modes.
+    pub fn set_node(&mut self, node: NodeFacts) -> Change {
+        if self.node == node {
+            return Change::default();
+        }
+        self.node = node;
+        Change::everything()
+    }
+
+    /// Ranges from which cluster IPs are allocated, of this family.
+    pub const fn service_cidrs(&self) -> &BTreeSet<IpNet> {
+        &self.service_cidrs
+    }
+
+    /// Replaces the ranges from which cluster IPs are allocated; other families are left out.
+    pub fn set_service_cidrs(&mut self, ranges: impl IntoIterator<Item = IpNet>) -> Change {
+        let ranges: BTreeSet<IpNet> =
+            IpNet::aggregate(&ranges.into_iter().filter(|r| IpFamily::of(r.addr()) == self.family).collect())
+                .into_iter()
+                .collect();
+        if self.service_cidrs == ranges {
+            return Change::default();
+        }
+        self.service_cidrs = ranges;
+        Change::everything()
+    }
+
+    /// Puts in, replaces or takes out what one Service contributes.
+    pub fn update(&mut self, name: &NamespacedName, entry: Option<ServiceEntry>) -> Change {
+        let mut change = Change::default();
+        let old = self.services.get(name).cloned();
+        if old.as_deref() == entry.as_ref() {
+            return change;
+        }
+        let new = entry.map(Arc::new);
+        if let Some(old) = &old {
+            self.retract(old, &mut change);
+        }
+        if let Some(new) = &new {
+            self.claim(new, &mut change);
+        }
+        // Frontends whose port is the same before and after need no second look.
+        if let (Some(old), Some(new)) = (&old, &new)
+            && old.created == new.created
+        {
+            for port in &new.ports {
+                if old.ports.contains(port) {
+                    for f in &port.frontends {
+                        change.frontends.remove(&f.frontend);
+                    }
+                }
+            }
+        }
+        match new {
+            Some(new) => self.services.insert(name.clone(), new),
+            None => self.services.remove(name),
+        };
+        change.cluster_ips.retain(|ip| {
+            old.as_ref().is_some_and(|s| s.cluster_ip == *ip)
+                != self.services.get(name).is_some_and(|s| s.cluster_ip == *ip)
+        });
+        change
+    }
+
+    fn retract(&mut self, service: &ServiceEntry, change: &mut Change) {
+        for (p, port) in service.ports.iter().enumerate() {
+            for (e, entry) in port.frontends.iter().enumerate() {
+                change.frontends.insert(entry.frontend);
+                let claim =
+                    Claim { created: service.created, service: service.name.clone(), port: p, entry: e };
+                let Some(claims) = self.frontends.get_mut(&entry.frontend) else { continue };
+                if claims.holder != claim {
+                    claims.waiting.retain(|c| *c != claim);
+                } else if claims.waiting.is_empty() {
+                    self.frontends.remove(&entry.frontend);
+                } else {
+                    claims.holder = claims.waiting.remove(0);
+                }
+            }
+        }
+        for local in service.local_targets() {
+            if decrement(&mut self.local_endpoints, &local) {
+                change.local_endpoints.insert(local);
+            }
+        }
+        decrement(&mut self.cluster_ips, &service.cluster_ip);
+        change.cluster_ips.insert(service.cluster_ip);
+    }
+
+    fn claim(&mut self, service: &ServiceEntry, change: &mut Change) {
+        for (p, port) in service.ports.iter().enumerate() {
+            for (e, entry) in port.frontends.iter().enumerate() {
+                change.frontends.insert(entry.frontend);
+                let claim =
+                    Claim { created: service.created, service: service.name.clone(), port: p, entry: e };
+                match self.frontends.entry(entry.frontend) {
+                    std::collections::btree_map::Entry::Vacant(v) => {
+                        v.insert(Claims { holder: claim, waiting: Vec::new() });
+                    }
+                    std::collections::btree_map::Entry::Occupied(mut o) => {
+                        let claims = o.get_mut();
+                        let loser = if claim < claims.holder {
+                            std::mem::replace(&mut claims.holder, claim)
+                        } else {
+                            claim
+                        };
+                        let at = claims.waiting.partition_point(|c| *c < loser);
+                        claims.waiting.insert(at, loser);
+                    }
+                }
+            }
+        }
+        for local in service.local_targets() {
+            let count = self.local_endpoints.entry(local).or_insert(0);
+            *count += 1;
+            if *count == 1 && !change.local_endpoints.remove(&local) {
+                change.local_endpoints.insert(local);
+            }
+        }
+        *self.cluster_ips.entry(service.cluster_ip).or_insert(0) += 1;
+        change.cluster_ips.insert(service.cluster_ip);
+    }
+
+    /// Who serves a frontend.
+    pub fn frontend(&self, frontend: &Frontend) -> Option<(&PortEntry, &FrontendEntry)> {
+        let holder = &self.frontends.get(frontend)?.holder;
+        let port = self.services.get(&holder.service)?.ports.get(holder.port)?;
+        Some((port, port.frontends.get(holder.entry)?))
+    }
+
+    /// All frontends with who serves them, in order.
+    pub fn frontends(&self) -> impl Iterator<Item = (&PortEntry, &FrontendEntry)> {
+        self.frontends.keys().filter_map(|f| self.frontend(f))
+    }
+
+    /// What one Service contributes.
+    pub fn service(&self, name: &NamespacedName) -> Option<&Arc<ServiceEntry>> {
+        self.services.get(name)
+    }
+
+    /// What all Services contribute, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<ServiceEntry>> {
+        self.services.values()
+    }
+
+    /// Number of Services.
+    pub fn len(&self) -> usize {
+        self.services.len()
+    }
+
+    /// True when there is no Service.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty()
+    }
+
+    /// Whether some Service has this cluster IP.
+    pub fn is_cluster_ip(&self, address: IpAddr) -> bool {
+        self.cluster_ips.contains_key(&address)
+    }
+
+    /// All cluster IPs, in order.
+    pub fn cluster_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.cluster_ips.keys().copied()
+    }
+
+    /// Whether some Service may choose this local endpoint.
+    pub fn is_local_endpoint(&self, endpoint: &LocalEndpoint) -> bool {
+        self.local_endpoints.contains_key(endpoint)
+    }
+
+    /// All local endpoints, in order.
+    pub fn local_endpoints(&self) -> impl Iterator<Item = LocalEndpoint> {
+        self.local_endpoints.keys().copied()
+    }
+
+    /// Frontends that more than one Service claims.
+    pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
+        self.frontends.iter().flat_map(|(frontend, claims)| {
+            claims.waiting.iter().map(|loser| Conflict {
+                frontend: *frontend,
+                holder: claims.holder.service.clone(),
+                loser: loser.service.clone(),
+            })
+        })
+    }
+
+    /// Conflicts that one Service is part of.
+    pub fn conflicts_of(&self, service: &NamespacedName) -> Vec<Conflict> {
+        let Some(entry) = self.services.get(service) else { return Vec::new() };
+        let frontends = entry.ports.iter().flat_map(|p| &p.frontends).map(|f| f.frontend);
+        frontends
+            .filter_map(|f| Some((f, self.frontends.get(&f)?)))
+            .flat_map(|(frontend, claims)| {
+                claims.waiting.iter().map(move |loser| Conflict {
+                    frontend,
+                    holder: claims.holder.service.clone(),
+                    loser: loser.service.clone(),
+                })
+            })
+            .filter(|c| c.holder == *service || c.loser == *service)
+            .collect()
+    }
+}
+
+/// Counts one down; true when that was the last one.
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: &K) -> bool {
+    match counts.get_mut(key) {
+        Some(n) if *n > 1 => {
+            *n -= 1;
+            false
+        }
+        Some(_) => {
+            counts.remove(key);
+            true
+        }
+        None => false,
+    }
+}
+
+impl fmt::Display for ForwardingTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "table {}", self.family)?;
+        writeln!(f, "  {}", self.node)?;
+        if !self.service_cidrs.is_empty() {
+            let ranges: Vec<_> = self.service_cidrs.iter().map(ToString::to_string).collect();
+            writeln!(f, "  service-cidrs {}", ranges.join(", "))?;
+        }
+        for service in self.services.values() {
+            write!(f, "{}", self.display_service(service))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for NodeFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.local_detector {
+            LocalDetector::None => f.write_str("detect-local none")?,
+            LocalDetector::Cidr(ranges) => {
+                let ranges: Vec<_> = ranges.iter().map(ToString::to_string).collect();
+                write!(f, "detect-local cidr {}", ranges.join(", "))?;
+            }
+            LocalDetector::BridgeInterface(name) => write!(f, "detect-local bridge {name}")?,
+            LocalDetector::InterfaceNamePrefix(name) => write!(f, "detect-local interface {name}*")?,
+        }
+        if self.masquerade_all {
+            f.write_str("; masquerade-all")?;
+        }
+        match &self.node_ports {
+            NodePortMatch::AllLocal => f.write_str("; node-ports on all local addresses"),
+            NodePortMatch::Addresses(a) if a.is_empty() => f.write_str("; node-ports nowhere"),
+            NodePortMatch::Addresses(a) => {
+                let a: Vec<_> = a.iter().map(ToString::to_string).collect();
+                write!(f, "; node-ports on {}", a.join(", "))
+            }
+        }
+    }
+}
+
+impl ForwardingTable {
+    /// What one Service contributes, as text.
+    pub fn display_service<'a>(&'a self, service: &'a ServiceEntry) -> impl fmt::Display + 'a {
+        DisplayService { table: self, service }
+    }
+}
+
+struct DisplayService<'a> {
+    table: &'a ForwardingTable,
+    service: &'a ServiceEntry,
+}
+
+impl fmt::Display for DisplayService<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for port in &self.service.ports {
+            write!(f, "service {}", port.name)?;
+            if let Some(timeout) = port.affinity {
+                write!(f, " affinity {}s", timeout.as_secs())?;
+            }
+            f.write_str("\n")?;
+            for entry in &port.frontends {
+                write!(f, "  {} {}:", entry.kind, entry.frontend)?;
+                let held = self.table.frontend(&entry.frontend).is_some_and(|(p, _)| p.name == port.name);
+                if !held {
+                    f.write_str(" (held by another Service)")?;
+                }
+                let [pod, node, other] = entry.verdicts;
+                if pod == node && node == other {
+                    write!(f, " {pod}")?;
+                } else {
+                    write!(f, " pod {pod}; node {node}; other {other}")?;
+                }
+                if let Some(guard) = &entry.source_ranges {
+                    let ranges: Vec<_> = guard.ranges.iter().map(ToString::to_string).collect();
+                    let vip = if guard.allow_vip_source { ", or the VIP itself" } else { "" };
+                    write!(f, "; only from {}{vip}", ranges.join(", "))?;
+                }
+                f.write_str("\n")?;
+            }
+            for (name, group) in [("cluster", &port.cluster), ("local", &port.local)] {
+                let Some(group) = group else { continue };
+                let targets: Vec<_> = group
+                    .iter()
+                    .map(|t| if t.local { format!("{t} (here)") } else { t.to_string() })
+                    .collect();
+                let targets = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
+                writeln!(f, "  {name} endpoints: {targets}")?;
+            }
+        }
+        Ok(())
+    }
+}
