@@ -98,14 +98,14 @@ impl Context {
 
 /// Compiles one Service for one family; `None` when it has no cluster IP of that family, without
 /// which it takes no part in it (kube-proxy's rule).
-pub fn compile_service<'a>(
+pub fn compile_service(
     service: &Service,
-    slices: impl IntoIterator<Item = &'a Arc<EndpointSlice>> + Clone,
+    slices: &[&Arc<EndpointSlice>],
     family: IpFamily,
     context: &Context,
 ) -> Option<ServiceEntry> {
     let cluster_ip = service.cluster_ips.iter().copied().find(|a| IpFamily::of(*a) == family)?;
-    let ports = service.ports.iter().map(|port| compile_port(service, port, slices.clone(), family, context));
+    let ports = service.ports.iter().map(|port| compile_port(service, port, slices, family, context));
     Some(ServiceEntry {
         name: service.name.clone(),
         created: service.created,
@@ -114,10 +114,10 @@ pub fn compile_service<'a>(
     })
 }
 
-fn compile_port<'a>(
+fn compile_port(
     service: &Service,
     port: &ServicePort,
-    slices: impl IntoIterator<Item = &'a Arc<EndpointSlice>>,
+    slices: &[&Arc<EndpointSlice>],
     family: IpFamily,
     context: &Context,
 ) -> PortEntry {
@@ -131,7 +131,8 @@ fn compile_port<'a>(
     let uses_cluster = !internal_local || externally_accessible;
     let uses_local = internal_local || (external_local && externally_accessible);
 
-    let candidates = endpoints::merge(slices, family, &port.name, port.protocol, &context.node_name);
+    let candidates =
+        endpoints::merge(slices.iter().copied(), family, &port.name, port.protocol, &context.node_name);
     let usable = endpoints::categorize(&candidates, uses_cluster, uses_local, context);
     let no_local = usable.local.as_ref().is_none_or(|g| g.is_empty());
 
@@ -346,7 +347,7 @@ fn compile_both(
 ) -> [Option<ServiceEntry>; 2] {
     let service = store.service(name);
     let slices: Vec<&Arc<EndpointSlice>> = store.slices(name).collect();
-    IpFamily::ALL.map(|family| compile_service(service?, slices.iter().copied(), family, context))
+    IpFamily::ALL.map(|family| compile_service(service?, &slices, family, context))
 }
 
 fn merge_into(changes: &mut [Change; 2], more: [Change; 2]) {

@@ -1,0 +1,157 @@
+//! What every mode is.
+//!
+//! ```text
+//!   ForwardingTable + Change ──render──> desired ──plan(observed)──> Plan<Op> ──apply──> kernel
+//!                                                      ▲                                   │
+//!                                                      └──────────── observe ──────────────┘
+//! ```
+//!
+//! A mode answers no Kubernetes question: if it needs to, the compiler in `shunt-core` is
+//! incomplete. `render` and `plan` are pure; only `probe`, `observe`, `apply` and `cleanup` touch
+//! the kernel. Start reading at [`Backend`], then [`sync`].
+
+#![forbid(unsafe_code)]
+
+pub mod plan;
+pub mod sync;
+
+use std::fmt;
+use std::str::FromStr;
+
+use shunt_core::id::IpFamily;
+use shunt_core::table::{Change, ForwardingTable};
+
+pub use plan::{Plan, Transaction};
+
+/// The four ways to program the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Mode {
+    /// iptables, legacy or nft flavour.
+    Iptables,
+    /// nftables by netlink.
+    Nftables,
+    /// IPVS by netlink.
+    Ipvs,
+    /// eBPF at sockets and at tc.
+    Ebpf,
+}
+
+impl Mode {
+    /// All modes.
+    pub const ALL: [Self; 4] = [Self::Iptables, Self::Nftables, Self::Ipvs, Self::Ebpf];
+
+    /// The name used on the command line and in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+            Self::Ipvs => "ipvs",
+            Self::Ebpf => "ebpf",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A mode name that does not exist.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("unknown mode {0:?}: want iptables, nftables, ipvs or ebpf")]
+pub struct UnknownMode(pub String);
+
+impl FromStr for Mode {
+    type Err = UnknownMode;
+
+    fn from_str(s: &str) -> Result<Self, UnknownMode> {
+        Self::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| UnknownMode(s.to_owned()))
+    }
+}
+
+/// What to do about an error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Remedy {
+    /// The same plan may work in a moment.
+    Retry,
+    /// What is believed about the kernel is wrong: observe, then plan anew.
+    Resync,
+    /// Nothing will help but a change outside.
+    Fatal,
+}
+
+/// Why the kernel could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("{context}: {source}")]
+pub struct KernelError {
+    /// What was being done, naming the object.
+    pub context: String,
+    /// The kernel's answer.
+    pub source: std::io::Error,
+    /// What to do about it.
+    pub remedy: Remedy,
+}
+
+/// Why a mode cannot run on this node.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{mode} mode cannot run here: {missing}; {advice}")]
+pub struct Unsupported {
+    /// The mode.
+    pub mode: Mode,
+    /// What is missing.
+    pub missing: String,
+    /// What to do about it.
+    pub advice: String,
+}
+
+/// One mode for one IP family.
+///
+/// Implementations hold a handle to the kernel and nothing else; what is known of the kernel is
+/// `State`, which the caller keeps.
+pub trait Backend: Send {
+    /// Which mode this is.
+    const MODE: Mode;
+    /// Everything that the mode owns in the kernel, typed. Its `Display` is the dump format.
+    type State: Clone + fmt::Display + Send + 'static;
+    /// What the kernel should hold, for the part of the table that a change touches.
+    type Desired: Send;
+    /// One operation; its `Display` says what it does in the words of the mode's own tool.
+    type Op: fmt::Display + Send + 'static;
+
+    /// What the mode owns in a kernel where it has never run.
+    fn empty(family: IpFamily) -> Self::State;
+
+    /// What the kernel should hold for the part of the table that `change` touches. Pure.
+    fn render(table: &ForwardingTable, change: &Change) -> Self::Desired;
+
+    /// The operations that lead from what was observed to what is desired. Every prefix of the
+    /// transactions is safe: a Service that has endpoints before and after is never refused in
+    /// between. Pure.
+    fn plan(observed: &Self::State, desired: &Self::Desired) -> Plan<Self::Op>;
+
+    /// What the kernel holds after a transaction was carried out. Pure.
+    fn advance(state: &mut Self::State, transaction: &Transaction<Self::Op>);
+
+    /// Whether this node can run the mode; names what is missing.
+    fn probe(&mut self) -> Result<(), Unsupported>;
+
+    /// Reads what the mode owns in the kernel, and only that.
+    fn observe(&mut self) -> Result<Self::State, KernelError>;
+
+    /// Carries out one transaction: all of it or nothing.
+    fn apply(&mut self, transaction: &Transaction<Self::Op>) -> Result<(), KernelError>;
+
+    /// Removes everything that the mode owns. Safe to run twice.
+    fn cleanup(&mut self) -> Result<(), KernelError>;
+}
+
+/// The state in which the kernel holds exactly what the whole table asks for, starting from nothing.
+pub fn rendered<B: Backend>(table: &ForwardingTable) -> B::State {
+    let mut state = B::empty(table.family());
+    let desired = B::render(table, &Change::everything());
+    for transaction in B::plan(&state, &desired).transactions {
+        B::advance(&mut state, &transaction);
+    }
+    state
+}
