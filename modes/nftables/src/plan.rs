@@ -1,0 +1,712 @@
+//! From what was observed to what is desired, as transactions. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nft_netlink::BaseChain;
+use shunt_core::id::IpFamily;
+use shunt_core::table::{Frontend, LocalEndpoint, NodePortMatch};
+use shunt_mode::{Plan, Transaction};
+
+use crate::layout::{
+    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, List, SERVICES_CAPACITY, SERVICES_CHAIN, SetKey, TABLE,
+    base_chains,
+};
+use crate::render::{Desired, Dispatch};
+use crate::rules::{self, NodePorts, Rule, Skeleton};
+use crate::state::{Chain, Held, State, Stray, class_text, endpoint_text, frontend_text};
+
+/// One operation on the table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Create the table.
+    AddTable(IpFamily),
+    /// Delete the table with everything in it.
+    DeleteTable(IpFamily),
+    /// Create a set.
+    AddSet(SetKey),
+    /// Delete a set.
+    DeleteSet(SetKey),
+    /// Create a chain.
+    AddChain(String, Option<BaseChain>),
+    /// Delete a chain.
+    DeleteChain(String),
+    /// Replace all rules of a chain.
+    SetRules(String, Vec<Rule>),
+    /// Add an element to the map of classes.
+    AddClass(Class),
+    /// Delete an element of the map of classes.
+    DeleteClass(Class),
+    /// Set, replace or delete the class of a frontend.
+    SetClass {
+        /// The map that it is in.
+        set: SetKey,
+        /// The frontend.
+        frontend: Frontend,
+        /// Its class until now.
+        from: Option<Class>,
+        /// Its class from now on.
+        to: Option<Class>,
+    },
+    /// Set, replace or delete an endpoint of a frontend.
+    SetSlot {
+        /// The map that it is in.
+        set: SetKey,
+        /// The frontend.
+        frontend: Frontend,
+        /// Which of its lists.
+        list: List,
+        /// Position in the list.
+        index: u32,
+        /// The endpoint until now.
+        from: Option<Endpoint>,
+        /// The endpoint from now on.
+        to: Option<Endpoint>,
+    },
+    /// Add an address to a set of addresses.
+    AddAddress(SetKey, IpAddr),
+    /// Delete an address from a set of addresses.
+    DeleteAddress(SetKey, IpAddr),
+    /// Add a range of cluster IPs.
+    AddServiceCidr(IpNet),
+    /// Delete a range of cluster IPs.
+    DeleteServiceCidr(IpNet),
+    /// Add a local endpoint.
+    AddHairpin(LocalEndpoint),
+    /// Delete a local endpoint.
+    DeleteHairpin(LocalEndpoint),
+    /// Guard a frontend: only allowed sources may use it.
+    AddGuard(Frontend),
+    /// Guard a frontend no more.
+    DeleteGuard(Frontend),
+    /// Allow a range of sources to use a guarded frontend.
+    AddSource(Frontend, IpNet),
+    /// Allow a range of sources no more.
+    DeleteSource(Frontend, IpNet),
+    /// Delete an element that is not ours.
+    DeleteStray(Stray),
+}
+
+const fn ip(family: IpFamily) -> &'static str {
+    match family {
+        IpFamily::V4 => "ip",
+        IpFamily::V6 => "ip6",
+    }
+}
+
+impl fmt::Display for Op {
+    /// What it does, in the words of nft; the family is left out except for the table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AddTable(family) => write!(f, "add table {} {TABLE}", ip(*family)),
+            Self::DeleteTable(family) => write!(f, "delete table {} {TABLE}", ip(*family)),
+            Self::AddSet(set) => write!(f, "add set {TABLE} {set}"),
+            Self::DeleteSet(set) => write!(f, "delete set {TABLE} {set}"),
+            Self::AddChain(name, None) => write!(f, "add chain {TABLE} {name}"),
+            Self::AddChain(name, Some(base)) => write!(
+                f,
+                "add chain {TABLE} {name} {{ type {} hook {} priority {}; }}",
+                base.kind, base.hook, base.priority
+            ),
+            Self::DeleteChain(name) => write!(f, "delete chain {TABLE} {name}"),
+            Self::SetRules(name, rules) => {
+                write!(f, "flush chain {TABLE} {name}")?;
+                rules.iter().try_for_each(|rule| write!(f, "\nadd rule {TABLE} {name} {rule}"))
+            }
+            Self::AddClass(class) => {
+                write!(f, "add element {TABLE} classes {{ {class} : {} }}", class_text(*class))
+            }
+            Self::DeleteClass(class) => write!(f, "delete element {TABLE} classes {{ {class} }}"),
+            Self::SetClass { set, frontend, from, to } => {
+                let key = frontend_text(frontend);
+                replace(f, *set, &key, from.is_some(), to.map(|c| c.to_string()))
+            }
+            Self::SetSlot { set, frontend, list, index, from, to } => {
+                let key = format!("{} . {}", frontend_text(frontend), list.base() + index);
+                replace(f, *set, &key, from.is_some(), to.as_ref().map(endpoint_text))
+            }
+            Self::AddAddress(set, address) => write!(f, "add element {TABLE} {set} {{ {address} }}"),
+            Self::DeleteAddress(set, address) => {
+                write!(f, "delete element {TABLE} {set} {{ {address} }}")
+            }
+            Self::AddServiceCidr(range) => {
+                write!(f, "add element {TABLE} service-cidrs {{ {range} }}")
+            }
+            Self::DeleteServiceCidr(range) => {
+                write!(f, "delete element {TABLE} service-cidrs {{ {range} }}")
+            }
+            Self::AddHairpin(e) | Self::DeleteHairpin(e) => {
+                let word = if matches!(self, Self::AddHairpin(_)) { "add" } else { "delete" };
+                write!(
+                    f,
+                    "{word} element {TABLE} hairpin {{ {0} . {0} . {1} . {2} }}",
+                    e.address, e.protocol, e.port
+                )
+            }
+            Self::AddGuard(frontend) => {
+                write!(f, "add element {TABLE} guarded {{ {} }}", frontend_text(frontend))
+            }
+            Self::DeleteGuard(frontend) => {
+                write!(f, "delete element {TABLE} guarded {{ {} }}", frontend_text(frontend))
+            }
+            Self::AddSource(frontend, range) => {
+                write!(f, "add element {TABLE} source-ranges {{ {} . {range} }}", frontend_text(frontend))
+            }
+            Self::DeleteSource(frontend, range) => write!(
+                f,
+                "delete element {TABLE} source-ranges {{ {} . {range} }}",
+                frontend_text(frontend)
+            ),
+            Self::DeleteStray(stray) => {
+                write!(f, "delete element {TABLE} {} {{ {} }} # not ours", stray.set, stray.key)
+            }
+        }
+    }
+}
+
+fn replace(
+    f: &mut fmt::Formatter<'_>,
+    set: SetKey,
+    key: &str,
+    existed: bool,
+    data: Option<String>,
+) -> fmt::Result {
+    if existed {
+        write!(f, "delete element {TABLE} {set} {{ {key} }}")?;
+    }
+    if let Some(data) = data {
+        let separator = if existed { "\n" } else { "" };
+        write!(f, "{separator}add element {TABLE} {set} {{ {key} : {data} }}")?;
+    }
+    Ok(())
+}
+
+/// Operations that one transaction holds at most, unless a single frontend needs more. The kernel
+/// holds the lock of all tables of the network namespace while it commits one.
+pub const TRANSACTION_MAX: usize = 16_384;
+
+/// Carries out one operation on a state. Pure.
+pub fn advance(state: &mut State, transaction: &Transaction<Op>) {
+    for op in &transaction.ops {
+        advance_one(state, op);
+    }
+}
+
+fn advance_one(state: &mut State, op: &Op) {
+    match op {
+        Op::AddTable(_) => state.exists = true,
+        Op::DeleteTable(_) => *state = State::empty(state.family),
+        Op::AddSet(set) => {
+            state.sets.insert(*set);
+        }
+        Op::DeleteSet(set) => {
+            state.sets.remove(set);
+        }
+        Op::AddChain(name, base) => {
+            state.chains.insert(name.clone(), Chain { base: *base, rules: Vec::new() });
+        }
+        Op::DeleteChain(name) => {
+            state.chains.remove(name);
+        }
+        Op::SetRules(name, rules) => {
+            if let Some(chain) = state.chains.get_mut(name) {
+                chain.rules.clone_from(rules);
+            }
+        }
+        Op::AddClass(class) => {
+            state.classes.insert(*class);
+        }
+        Op::DeleteClass(class) => {
+            state.classes.remove(class);
+        }
+        Op::SetClass { frontend, to, .. } => state.set_class(*frontend, *to),
+        Op::SetSlot { frontend, list, index, to, .. } => {
+            state.set_slot(*frontend, *list, *index as usize, *to);
+        }
+        Op::AddAddress(SetKey::NodePortIps, address) => {
+            state.node_port_ips.insert(*address);
+        }
+        Op::DeleteAddress(SetKey::NodePortIps, address) => {
+            state.node_port_ips.remove(address);
+        }
+        Op::AddAddress(_, address) => {
+            state.cluster_ips.insert(*address);
+        }
+        Op::DeleteAddress(_, address) => {
+            state.cluster_ips.remove(address);
+        }
+        Op::AddServiceCidr(range) => {
+            state.service_cidrs.insert(*range);
+        }
+        Op::DeleteServiceCidr(range) => {
+            state.service_cidrs.remove(range);
+        }
+        Op::AddHairpin(endpoint) => {
+            state.hairpins.insert(*endpoint);
+        }
+        Op::DeleteHairpin(endpoint) => {
+            state.hairpins.remove(endpoint);
+        }
+        Op::AddGuard(frontend) => {
+            state.guards.entry(*frontend).or_default();
+        }
+        Op::DeleteGuard(frontend) => {
+            state.guards.remove(frontend);
+        }
+        Op::AddSource(frontend, range) => {
+            state.guards.entry(*frontend).or_default().insert(*range);
+        }
+        Op::DeleteSource(frontend, range) => {
+            if let Some(ranges) = state.guards.get_mut(frontend) {
+                ranges.remove(range);
+            }
+        }
+        Op::DeleteStray(stray) => {
+            state.strays.remove(stray);
+        }
+    }
+}
+
+/// Plans the way from `observed` to `desired`.
+///
+/// The order keeps every prefix safe: what is referred to is made first; a frontend changes within
+/// one transaction; packets are led to our rules only once all frontends are there; what is not
+/// needed any more goes last.
+pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
+    if observed.foreign {
+        return rebuild(observed, desired);
+    }
+    if desired.everything && !desired.active {
+        let mut plan = Plan::default();
+        if observed.exists {
+            plan.push(vec![Op::DeleteTable(observed.family)]);
+        }
+        return plan;
+    }
+    Planner::new(observed, desired).plan()
+}
+
+/// A table that cannot be mended in place (declared differently, by another version say) is replaced
+/// as a whole, in one transaction.
+fn rebuild(observed: &State, desired: &Desired) -> Plan<Op> {
+    let empty = State::empty(observed.family);
+    let mut ops = vec![Op::DeleteTable(observed.family)];
+    ops.extend(plan(&empty, desired).transactions.into_iter().flat_map(|t| t.ops));
+    let mut plan = Plan::default();
+    plan.push(ops);
+    plan
+}
+
+struct Planner<'a> {
+    observed: &'a State,
+    desired: &'a Desired,
+    skeleton: Skeleton,
+    /// What must be there before the frontends change.
+    before: Vec<Op>,
+    /// Changes of frontends, each to stay within one transaction.
+    frontends: Vec<Vec<Op>>,
+    /// What leads packets to our rules, and everything else that comes after the frontends.
+    after: Vec<Op>,
+    /// Chains that exist or will.
+    chains: BTreeSet<ChainKey>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(observed: &'a State, desired: &'a Desired) -> Self {
+        Self {
+            observed,
+            desired,
+            skeleton: skeleton(observed, desired),
+            before: Vec::new(),
+            frontends: Vec::new(),
+            after: Vec::new(),
+            chains: BTreeSet::new(),
+        }
+    }
+
+    fn plan(mut self) -> Plan<Op> {
+        let grown = self.sets();
+        self.base();
+        self.classes();
+        for (frontend, dispatch) in &self.desired.frontends {
+            self.frontend(frontend, dispatch.as_ref(), grown);
+        }
+        if self.desired.everything {
+            self.vanished_frontends();
+        } else if grown {
+            self.move_frontends();
+        }
+        self.addresses();
+        self.hooks();
+        if self.desired.everything {
+            self.collect_garbage();
+        }
+        let stale: Vec<Op> = self
+            .observed
+            .sets
+            .iter()
+            .filter(|set| !self.wanted_sets().contains(set))
+            .map(|set| Op::DeleteSet(*set))
+            .collect();
+        self.after.extend(stale);
+        self.transactions(grown)
+    }
+
+    /// Everything in one transaction if it fits, else bounded ones in order. A map that grows is
+    /// filled and put to use in one transaction, for rules and mirror know of one such map only.
+    fn transactions(self, grown: bool) -> Plan<Op> {
+        let mut plan = Plan::default();
+        let mut ops = self.before;
+        for frontend in self.frontends {
+            if !grown && !ops.is_empty() && ops.len() + frontend.len() > TRANSACTION_MAX {
+                plan.push(std::mem::take(&mut ops));
+            }
+            ops.extend(frontend);
+        }
+        for op in self.after {
+            // Hooks and removals are few except at scale: cut those as well.
+            if !grown && ops.len() >= TRANSACTION_MAX {
+                plan.push(std::mem::take(&mut ops));
+            }
+            ops.push(op);
+        }
+        plan.push(ops);
+        plan
+    }
+
+    fn wanted_sets(&self) -> [SetKey; 11] {
+        SetKey::all(self.skeleton.services, self.skeleton.endpoints)
+    }
+
+    /// Creates the table and missing sets; true when a sized map is replaced by a larger one.
+    fn sets(&mut self) -> bool {
+        if !self.observed.exists {
+            self.before.push(Op::AddTable(self.observed.family));
+        }
+        let missing: Vec<SetKey> =
+            self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
+        self.before.extend(missing.into_iter().map(Op::AddSet));
+        self.observed.exists
+            && !self.observed.sets.is_empty()
+            && (self.skeleton.services != self.observed.services_capacity()
+                || self.skeleton.endpoints != self.observed.endpoints_capacity())
+    }
+
+    /// Creates `chain` and what it leads to, unless it is there with the right rules.
+    fn chain(&mut self, chain: ChainKey) {
+        if !self.chains.insert(chain) {
+            return;
+        }
+        for next in rules::next_chains(&chain) {
+            self.chain(next);
+        }
+        self.rules(&chain.to_string(), None, rules::of_chain(&self.skeleton, &chain), false);
+    }
+
+    fn rules(&mut self, name: &str, base: Option<BaseChain>, rules: Vec<Rule>, after: bool) {
+        let observed = self.observed.chains.get(name);
+        let ops = if after { &mut self.after } else { &mut self.before };
+        match observed {
+            Some(chain) if chain.rules == rules => return,
+            Some(_) => {}
+            None => ops.push(Op::AddChain(name.to_owned(), base)),
+        }
+        ops.push(Op::SetRules(name.to_owned(), rules));
+    }
+
+    fn base(&mut self) {
+        self.chain(ChainKey::Reject);
+        let rules = rules::services(&self.skeleton);
+        self.rules(SERVICES_CHAIN, None, rules, false);
+    }
+
+    fn classes(&mut self) {
+        let mut wanted: BTreeSet<Class> =
+            self.desired.frontends.values().flatten().map(|dispatch| dispatch.class).collect();
+        if self.skeleton_differs_for_classes() {
+            wanted.extend(self.observed.classes.iter().copied());
+        }
+        for class in wanted {
+            if let Some(chain) = class.chain() {
+                self.chain(chain);
+            }
+            if !self.observed.classes.contains(&class) {
+                self.before.push(Op::AddClass(class));
+            }
+        }
+    }
+
+    /// Whether chains of classes that are not in question may have to change as well.
+    fn skeleton_differs_for_classes(&self) -> bool {
+        !self.desired.everything && self.skeleton.endpoints != self.observed.endpoints_capacity()
+    }
+
+    fn frontend(&mut self, frontend: &Frontend, dispatch: Option<&Dispatch>, grown: bool) {
+        let nothing = Held::default();
+        let held = self.observed.frontends.get(frontend).unwrap_or(&nothing);
+        let (services, endpoints) = self.maps_of(frontend);
+        let moved = grown && frontend.address.is_some();
+        let mut ops = Vec::new();
+        let mut removals = Vec::new();
+        for list in List::ALL {
+            let wanted: Vec<Endpoint> = dispatch
+                .map(|d| d.list(list))
+                .unwrap_or_default()
+                .iter()
+                .map(|t| Endpoint { address: t.address, port: t.port })
+                .collect();
+            for (index, from, to) in edit_slots(held.list(list), &wanted, moved) {
+                let op = Op::SetSlot {
+                    set: endpoints,
+                    frontend: *frontend,
+                    list,
+                    index,
+                    from: if moved { None } else { from },
+                    to,
+                };
+                if to.is_some() {
+                    ops.push(op);
+                } else if !moved {
+                    removals.push(op);
+                }
+            }
+        }
+        let to = dispatch.map(|d| d.class);
+        if held.class != to || (moved && to.is_some()) {
+            let from = if moved { None } else { held.class };
+            ops.push(Op::SetClass { set: services, frontend: *frontend, from, to });
+        }
+        ops.extend(removals);
+        self.guard(frontend, dispatch, &mut ops);
+        if !ops.is_empty() {
+            self.frontends.push(ops);
+        }
+    }
+
+    const fn maps_of(&self, frontend: &Frontend) -> (SetKey, SetKey) {
+        if frontend.address.is_some() {
+            (SetKey::Services(self.skeleton.services), SetKey::Endpoints(self.skeleton.endpoints))
+        } else {
+            (SetKey::NodePorts, SetKey::NodePortEndpoints)
+        }
+    }
+
+    fn guard(&self, frontend: &Frontend, dispatch: Option<&Dispatch>, ops: &mut Vec<Op>) {
+        let none = BTreeSet::new();
+        let observed = self.observed.guards.get(frontend);
+        let wanted = dispatch.and_then(|d| d.guard.as_deref());
+        let mut ranges: BTreeSet<IpNet> = wanted.map(|g| g.ranges.clone()).unwrap_or_default();
+        if let (Some(guard), Some(vip)) = (wanted, frontend.address)
+            && guard.allow_vip_source
+            && !guard.ranges.iter().any(|r| r.contains(&vip))
+        {
+            ranges.insert(IpNet::from(vip));
+        }
+        let held = observed.unwrap_or(&none);
+        ops.extend(held.difference(&ranges).map(|r| Op::DeleteSource(*frontend, *r)));
+        ops.extend(ranges.difference(held).map(|r| Op::AddSource(*frontend, *r)));
+        match (observed.is_some(), wanted.is_some()) {
+            (false, true) => ops.push(Op::AddGuard(*frontend)),
+            (true, false) => ops.push(Op::DeleteGuard(*frontend)),
+            _ => {}
+        }
+    }
+
+    fn vanished_frontends(&mut self) {
+        let gone: Vec<Frontend> = self
+            .observed
+            .frontends
+            .keys()
+            .chain(self.observed.guards.keys())
+            .filter(|f| !self.desired.frontends.contains_key(f))
+            .copied()
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
+        for frontend in gone {
+            self.frontend(&frontend, None, false);
+        }
+    }
+
+    /// Copies frontends that are not in question into a map that replaces a smaller one.
+    fn move_frontends(&mut self) {
+        for (frontend, held) in &self.observed.frontends {
+            if frontend.address.is_none() || self.desired.frontends.contains_key(frontend) {
+                continue;
+            }
+            let (services, endpoints) = self.maps_of(frontend);
+            let mut ops = Vec::new();
+            for list in List::ALL {
+                ops.extend(held.list(list).iter().enumerate().filter(|(_, s)| s.is_some()).map(
+                    |(index, slot)| Op::SetSlot {
+                        set: endpoints,
+                        frontend: *frontend,
+                        list,
+                        index: index as u32,
+                        from: None,
+                        to: *slot,
+                    },
+                ));
+            }
+            ops.push(Op::SetClass { set: services, frontend: *frontend, from: None, to: held.class });
+            self.frontends.push(ops);
+        }
+    }
+
+    fn addresses(&mut self) {
+        let observed = self.observed;
+        let toggle = |ops: &mut Vec<Op>, set, held: &BTreeSet<IpAddr>, address: IpAddr, wanted: bool| {
+            match (held.contains(&address), wanted) {
+                (false, true) => ops.push(Op::AddAddress(set, address)),
+                (true, false) => ops.push(Op::DeleteAddress(set, address)),
+                _ => {}
+            }
+        };
+        for (address, wanted) in &self.desired.cluster_ips {
+            toggle(&mut self.after, SetKey::ClusterIps, &observed.cluster_ips, *address, *wanted);
+        }
+        for (endpoint, wanted) in &self.desired.hairpins {
+            match (observed.hairpins.contains(endpoint), *wanted) {
+                (false, true) => self.before.push(Op::AddHairpin(*endpoint)),
+                (true, false) => self.after.push(Op::DeleteHairpin(*endpoint)),
+                _ => {}
+            }
+        }
+        let node_port_ips = self.desired.node_port_ips();
+        for address in observed.node_port_ips.union(&node_port_ips) {
+            let wanted = node_port_ips.contains(address);
+            toggle(&mut self.after, SetKey::NodePortIps, &observed.node_port_ips, *address, wanted);
+        }
+        let ranges = &self.desired.service_cidrs;
+        self.after.extend(observed.service_cidrs.difference(ranges).map(|r| Op::DeleteServiceCidr(*r)));
+        self.after.extend(ranges.difference(&observed.service_cidrs).map(|r| Op::AddServiceCidr(*r)));
+        if self.desired.everything {
+            for address in &observed.cluster_ips {
+                if !self.desired.cluster_ips.contains_key(address) {
+                    self.after.push(Op::DeleteAddress(SetKey::ClusterIps, *address));
+                }
+            }
+            for endpoint in &observed.hairpins {
+                if !self.desired.hairpins.contains_key(endpoint) {
+                    self.after.push(Op::DeleteHairpin(*endpoint));
+                }
+            }
+        }
+    }
+
+    fn hooks(&mut self) {
+        for (name, base) in base_chains() {
+            let rules = rules::of_base_chain(&self.skeleton, name);
+            self.rules(name, Some(base), rules, true);
+        }
+    }
+
+    /// Chains and classes that nothing uses any more, and elements that are not ours.
+    fn collect_garbage(&mut self) {
+        let used: BTreeSet<Class> =
+            self.desired.frontends.values().flatten().map(|dispatch| dispatch.class).collect();
+        let stale = self.observed.classes.iter().filter(|c| !used.contains(c));
+        self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
+        self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
+        let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
+        keep.insert(SERVICES_CHAIN.to_owned());
+        keep.extend(base_chains().map(|(name, _)| name.to_owned()));
+        let stale: Vec<&String> = self.observed.chains.keys().filter(|name| !keep.contains(*name)).collect();
+        // Rules first: a chain that another one leads to cannot be deleted.
+        self.after.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
+        self.after.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+    }
+}
+
+/// Which slots to change so that they hold exactly the wanted endpoints, without holes: endpoints
+/// that stay keep their slots as far as the new number of slots allows. With `all`, every wanted
+/// slot is named, changed or not.
+fn edit_slots(
+    held: &[Option<Endpoint>],
+    wanted: &[Endpoint],
+    all: bool,
+) -> Vec<(u32, Option<Endpoint>, Option<Endpoint>)> {
+    let count = wanted.len();
+    let unchanged = held.len() == count && held.iter().zip(wanted).all(|(h, w)| *h == Some(*w));
+    if unchanged && !all {
+        return Vec::new();
+    }
+    let mut missing: BTreeSet<Endpoint> = wanted.iter().copied().collect();
+    let mut slots: Vec<Option<Endpoint>> = vec![None; count];
+    for (slot, held) in slots.iter_mut().zip(held) {
+        *slot = held.filter(|endpoint| missing.remove(endpoint));
+    }
+    let mut missing = missing.into_iter();
+    for slot in slots.iter_mut().filter(|s| s.is_none()) {
+        *slot = missing.next();
+    }
+    let longest = count.max(held.len());
+    (0..longest)
+        .map(|i| (i as u32, held.get(i).copied().flatten(), slots.get(i).copied().flatten()))
+        .filter(|(_, from, to)| from != to || (all && to.is_some()))
+        .collect()
+}
+
+/// What the rules depend on, once the plan is carried out.
+fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
+    let counts = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
+        map.iter()
+            .filter(|(f, _)| f.address.is_some())
+            .filter_map(|(_, d)| d.as_ref())
+            .map(|d| List::ALL.map(|list| d.list(list).len()).iter().sum::<usize>())
+            .fold((0, 0), |(frontends, endpoints), n| (frontends + 1, endpoints + n))
+    };
+    let (frontends, endpoints) = counts(&desired.frontends);
+    let (services, endpoints) = if desired.everything {
+        (frontends, endpoints)
+    } else {
+        // An upper bound: what is replaced is counted twice.
+        (observed.frontends.len() + frontends, observed.endpoint_count + endpoints)
+    };
+    let node_ports = if desired.everything { false } else { keeps_node_ports(observed, desired) };
+    let node_ports =
+        node_ports || desired.frontends.iter().any(|(f, d)| f.address.is_none() && d.is_some());
+    let some_guard = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
+        map.values().flatten().any(|dispatch| dispatch.guard.is_some())
+    };
+    let guards = some_guard(&desired.frontends)
+        || (!desired.everything
+            && observed.guards.keys().any(|f| !desired.frontends.contains_key(f)));
+    let hairpins = desired.hairpins.values().any(|wanted| *wanted)
+        || (!desired.everything
+            && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
+    Skeleton {
+        family: observed.family,
+        local_detector: desired.node.local_detector.clone(),
+        mark: 1_u32.wrapping_shl(u32::from(desired.node.masquerade_bit)),
+        services: capacity(observed.services_capacity(), SERVICES_CAPACITY, services),
+        endpoints: capacity(observed.endpoints_capacity(), ENDPOINTS_CAPACITY, endpoints),
+        node_ports: node_ports.then_some(match desired.node.node_ports {
+            NodePortMatch::AllLocal => NodePorts::AllLocal,
+            NodePortMatch::Addresses(_) => NodePorts::Set,
+        }),
+        guards,
+        hairpins,
+        service_cidrs: !desired.service_cidrs.is_empty(),
+    }
+}
+
+fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {
+    // Node ports have no address and sort first.
+    observed
+        .frontends
+        .keys()
+        .take_while(|f| f.address.is_none())
+        .any(|f| !desired.frontends.contains_key(f))
+}
+
+/// Keeps a capacity that suffices, else takes the next one that leaves room to grow.
+fn capacity(held: u32, least: u32, count: usize) -> u32 {
+    let mut capacity = held.max(least);
+    while (capacity as usize) < count {
+        capacity = capacity.saturating_mul(4);
+    }
+    capacity
+}

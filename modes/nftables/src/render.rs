@@ -1,0 +1,143 @@
+//! From the forwarding table to what the maps should hold. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use shunt_core::id::IpFamily;
+use shunt_core::service::TrafficPolicy;
+use shunt_core::table::{
+    Change, EndpointGroup, ForwardingTable, Frontend, FrontendEntry, LocalEndpoint, NodeFacts,
+    NodePortMatch, PortEntry, SourceRanges, Target, Verdict,
+};
+
+use crate::layout::{Class, LIST_MAX, Leg, List, uses};
+
+/// What one frontend should get.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Dispatch {
+    /// Its class.
+    pub class: Class,
+    /// The endpoints of both lists, in no particular order of slots.
+    pub lists: [EndpointGroup; 2],
+    /// Sources that may use it; `None` for all.
+    pub guard: Option<Arc<SourceRanges>>,
+}
+
+impl Dispatch {
+    /// The endpoints of a list that the class counts.
+    pub fn list(&self, list: List) -> &[Target] {
+        let count = self.class.count(list) as usize;
+        self.lists[list as usize].get(..count).unwrap_or_default()
+    }
+}
+
+/// What the kernel should hold, for the part of the table that a change touches.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Desired {
+    /// The family.
+    pub family: IpFamily,
+    /// Everything is listed below: what is not listed should not be there.
+    pub everything: bool,
+    /// False when the table asks for nothing at all: then no packet should pass through our rules.
+    pub active: bool,
+    /// What is known of the node.
+    pub node: NodeFacts,
+    /// Ranges of cluster IPs.
+    pub service_cidrs: BTreeSet<IpNet>,
+    /// Frontends in question; `None` for one that should not be there.
+    pub frontends: BTreeMap<Frontend, Option<Dispatch>>,
+    /// Cluster IPs in question, and whether they should be there.
+    pub cluster_ips: BTreeMap<IpAddr, bool>,
+    /// Local endpoints in question, and whether they should be there.
+    pub hairpins: BTreeMap<LocalEndpoint, bool>,
+}
+
+impl Desired {
+    /// Addresses that the set for node ports should hold; none when the kernel itself is asked for
+    /// what is local.
+    pub fn node_port_ips(&self) -> BTreeSet<IpAddr> {
+        match &self.node.node_ports {
+            NodePortMatch::AllLocal => BTreeSet::new(),
+            NodePortMatch::Addresses(addresses) => addresses.clone(),
+        }
+    }
+}
+
+/// What the kernel should hold for the part of `table` that `change` touches.
+pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
+    let (frontends, cluster_ips, hairpins) = if change.everything {
+        (
+            table.frontends().map(|(port, entry)| (entry.frontend, Some(dispatch(port, entry)))).collect(),
+            table.cluster_ips().map(|ip| (ip, true)).collect(),
+            table.local_endpoints().map(|e| (e, true)).collect(),
+        )
+    } else {
+        (
+            change
+                .frontends
+                .iter()
+                .map(|f| (*f, table.frontend(f).map(|(port, entry)| dispatch(port, entry))))
+                .collect(),
+            change.cluster_ips.iter().map(|ip| (*ip, table.is_cluster_ip(*ip))).collect(),
+            change.local_endpoints.iter().map(|e| (*e, table.is_local_endpoint(e))).collect(),
+        )
+    };
+    Desired {
+        family: table.family(),
+        everything: change.everything,
+        active: !table.is_empty() || !table.service_cidrs().is_empty(),
+        node: table.node().clone(),
+        service_cidrs: table.service_cidrs().clone(),
+        frontends,
+        cluster_ips,
+        hairpins,
+    }
+}
+
+/// What a frontend should get: its verdicts become legs, its groups become lists.
+fn dispatch(port: &PortEntry, entry: &FrontendEntry) -> Dispatch {
+    let none: EndpointGroup = Arc::from([]);
+    let guard = entry.source_ranges.clone();
+    if entry.verdicts == [Verdict::Reject; 3] {
+        return Dispatch { class: Class::Reject, lists: [none.clone(), none], guard };
+    }
+    let group = |policy| match policy {
+        TrafficPolicy::Cluster => port.cluster.clone(),
+        TrafficPolicy::Local => port.local.clone(),
+    };
+    let used = |policy| {
+        entry.verdicts.iter().any(|v| matches!(v, Verdict::Forward { policy: p, .. } if *p == policy))
+    };
+    // The first list is the cluster's where it is used at all.
+    let first =
+        if used(TrafficPolicy::Cluster) { TrafficPolicy::Cluster } else { TrafficPolicy::Local };
+    let list_of = |policy| if policy == first { List::First } else { List::Second };
+    let lists = [
+        group(first).unwrap_or_else(|| none.clone()),
+        if first == TrafficPolicy::Cluster && used(TrafficPolicy::Local) {
+            group(TrafficPolicy::Local).unwrap_or_else(|| none.clone())
+        } else {
+            none
+        },
+    ];
+    let legs = entry.verdicts.map(|verdict| match verdict {
+        Verdict::Forward { policy, masquerade } if !lists[list_of(policy) as usize].is_empty() => {
+            Leg::Pick { list: list_of(policy), masquerade }
+        }
+        // A group that is empty cannot be forwarded to.
+        Verdict::Forward { .. } | Verdict::Drop | Verdict::Reject => Leg::Drop,
+    });
+    let both = uses(legs, List::First) && uses(legs, List::Second);
+    let most = if both { Class::SPLIT_MAX } else { LIST_MAX };
+    let counts = List::ALL.map(|list| {
+        if uses(legs, list) { lists[list as usize].len().min(most) as u32 } else { 0 }
+    });
+    let class = if counts == [0, 0] {
+        Class::Drop
+    } else {
+        Class::Pick { node_port: entry.frontend.address.is_none(), legs, counts }
+    };
+    Dispatch { class, lists, guard }
+}
