@@ -480,12 +480,11 @@ mod tests {
 
     fn expr() -> impl Strategy<Value = Expr> {
         let r = register;
-        let select = prop::sample::select::<&[MetaKey]>;
         prop_oneof![
             (prop::sample::select(PayloadBase::ALL), any::<u32>(), any::<u32>(), r())
                 .prop_map(|(base, offset, len, dreg)| Expr::Payload { base, offset, len, dreg }),
-            (select(MetaKey::ALL), r()).prop_map(|(key, dreg)| Expr::Meta { key, dreg }),
-            (select(MetaKey::ALL), r()).prop_map(|(key, sreg)| Expr::MetaSet { key, sreg }),
+            (prop::sample::select(MetaKey::ALL), r()).prop_map(|(key, dreg)| Expr::Meta { key, dreg }),
+            (prop::sample::select(MetaKey::ALL), r()).prop_map(|(key, sreg)| Expr::MetaSet { key, sreg }),
             (prop::sample::select(CtKey::ALL), prop::option::of(prop::sample::select(CtDirection::ALL)), r())
                 .prop_map(|(key, direction, dreg)| Expr::Ct { key, direction, dreg }),
             (prop::sample::select(CtKey::ALL), r()).prop_map(|(key, sreg)| Expr::CtSet { key, sreg }),

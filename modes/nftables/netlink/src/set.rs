@@ -185,6 +185,7 @@ pub struct Set {
     /// When elements expire that do not say so themselves.
     pub timeout: Option<Duration>,
     /// How many elements it may hold. Worth giving: the kernel allocates its hash table once, instead of growing it.
+    /// A set that a rule adds elements to needs a size; the kernel makes it 65535 if there is none.
     pub size: Option<u32>,
     /// A comment of up to 127 bytes, listed by nft(8); what is longer is cut.
     pub comment: Option<String>,
