@@ -104,7 +104,7 @@ impl Batch {
     /// Creates a table.
     pub fn add_table(&mut self, table: TableId<'_>, comment: Option<&str>) {
         self.operation(table.family, Message::NewTable, NLM_F_CREATE, |w| {
-            encode_table(w, table.name, comment)
+            encode_table(w, table.name, comment);
         });
     }
 

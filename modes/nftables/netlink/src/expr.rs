@@ -310,7 +310,7 @@ flags! {
 /// How a packet is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RejectKind {
-    /// With an ICMP or ICMPv6 destination unreachable of this code.
+    /// With an ICMP destination unreachable, of the packet's IP version, of this code.
     IcmpUnreach(u8),
     /// With a TCP reset.
     TcpReset,

@@ -47,6 +47,9 @@ pub struct Socket {
     send_buffer: usize,
 }
 
+/// Makes an object of a message's attributes, or says what it lacks, or that it is not wanted.
+type Decode<'a, T> = dyn Fn(&[u8]) -> Result<Option<T>, &'static str> + 'a;
+
 /// Why a dump ended before its end.
 enum Stop {
     /// Its table or set is not there.
@@ -139,7 +142,7 @@ impl Socket {
         self.send(&message).map_err(fail)?;
         loop {
             self.receive(MsgFlags::empty()).map_err(fail)?;
-            for message in Messages(&self.buffer).filter(|m| m.sequence_number() == sequence) {
+            if let Some(message) = Messages(&self.buffer).find(|m| m.sequence_number() == sequence) {
                 if let Some(answer) = Answer::read(&message) {
                     return Err(fail(io::Error::from_raw_os_error(answer.errno)));
                 }
@@ -247,7 +250,7 @@ impl Socket {
         family: Family,
         kind: Message,
         ask: &dyn Fn(&mut Writer),
-        decode: &dyn Fn(&[u8]) -> Result<Option<T>, &'static str>,
+        decode: &Decode<'_, T>,
     ) -> Result<Vec<T>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut objects = Vec::new();
