@@ -172,7 +172,7 @@ fn masquerading_shows() {
                  ip daddr 172.30.0.1 tcp dport 443 dnat ip to 10.180.0.1:80
                  ip6 daddr fd00:172:30::1 tcp dport 443 dnat ip6 to [fd00:10:180::1]:80
                }
-               chain s { type nat hook postrouting priority 100; masquerade }
+               chain s { type nat hook postrouting priority 100; masquerade; }
              }",
         )
         .unwrap();
@@ -281,7 +281,13 @@ fn storm_and_transfer() {
     assert_eq!(report.failures.len() as u64, report.attempted, "{report}");
     let spec = TransferSpec { probe: Probe::tcp(at(POD_A[1], 80)), pace: None, limit: None };
     let transfer = lab.client().transfer(&spec).unwrap();
-    lab.node().nft("table inet t { chain f { type filter hook forward priority 0; tcp dport 80 reject with tcp reset; } }").unwrap();
+    lab.node()
+        .nft(
+            "table inet t {
+               chain f { type filter hook forward priority 0; tcp dport 80 reject with tcp reset; }
+             }",
+        )
+        .unwrap();
     assert!(transfer.join().is_err());
 }
 

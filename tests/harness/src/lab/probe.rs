@@ -221,7 +221,7 @@ pub(super) fn bind(probe: &Probe) -> Result<Socket> {
         let any: IpAddr = if probe.dst.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
         let source = SocketAddr::new(probe.src.unwrap_or(any), probe.src_port);
         if probe.foreign && source.is_ipv4() {
-            socket.set_freebind_v4(true)?;
+            socket.set_ip_transparent_v4(true)?;
         } else if probe.foreign {
             socket.set_freebind_v6(true)?;
         }

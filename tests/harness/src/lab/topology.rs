@@ -13,8 +13,9 @@ use ipnet::IpNet;
 use super::namespace::{Namespace, write_sysctl};
 use super::netlink::{End, LOOPBACK, Netlink, Via};
 
-/// A namespace's only link besides loopback, on the far side of its veth.
-const GUEST_LINK: u32 = 100;
+/// A namespace's only link besides loopback, on the far side of its veth. No link of the node may have this number:
+/// the kernel would then take neither for one end of a pair and let it wait a second for its carrier.
+const GUEST_LINK: u32 = 99;
 /// The node's links are numbered from here, so that they never meet a device the kernel makes by itself.
 const FIRST_NODE_LINK: u32 = 100;
 /// The node as its guests see it; assigned to no device, known only as neighbour entries.
@@ -389,6 +390,10 @@ fn add_networks(netlink: &mut Netlink, networks: &[IpNet]) -> Result<()> {
             netlink.add_address(GUEST_LINK, network.addr())?;
         } else {
             netlink.add_route(*network, LOOPBACK, Via::Local)?;
+            if network.addr().is_ipv6() {
+                // IPv4 asks its routes whether an address may be a source, IPv6 asks its links.
+                write_sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
+            }
         }
     }
     for network in networks {
