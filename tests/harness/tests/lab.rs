@@ -3,6 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // Helpers of tests fail as tests do.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -128,11 +131,10 @@ fn refusal_and_silence_differ() {
              }",
         )
         .unwrap();
-    let patient = Duration::from_millis(1500);
     for pod in POD_A {
         let (closed, prohibited) = if ip(pod).is_ipv4() { ((3, 3), (3, 13)) } else { ((1, 4), (1, 1)) };
         for from in [lab.client(), lab.node()] {
-            let ask = |proto, port| from.probe(Probe::new(proto, at(pod, port)).timeout(patient)).unwrap();
+            let ask = |proto, port| from.probe(Probe::new(proto, at(pod, port))).unwrap();
             assert_eq!(ask(Proto::Tcp, 79), Outcome::Refused { errno: Errno::ECONNREFUSED, icmp: None });
             assert_eq!(ask(Proto::Tcp, 83), Outcome::Refused { errno: Errno::ECONNREFUSED, icmp: None });
             for (proto, port, (kind, code)) in
@@ -307,7 +309,7 @@ fn foreign_programs_run_inside() {
     let error = lab.node().nft("nonsense").unwrap_err();
     assert!(error.to_string().contains("nonsense"), "{error:#}");
 
-    let mut sleep = std::process::Command::new("sh");
+    let mut sleep = Command::new("sh");
     sleep.args([
         "-c",
         "echo up; echo $GREETING >&2; trap 'echo bye; exit 3' TERM; while :; do sleep 0.01; done",
@@ -318,7 +320,7 @@ fn foreign_programs_run_inside() {
     assert!(child.wait_for("never", Duration::from_millis(20)).is_err());
     assert_eq!(child.stop().unwrap().code(), Some(3));
     child.wait_for("bye", Duration::from_secs(1)).unwrap();
-    assert!(lab.node().spawn(&std::process::Command::new("sleep")).is_ok());
+    assert!(lab.node().spawn(&Command::new("sleep")).is_ok());
 }
 
 #[test]
@@ -350,4 +352,115 @@ fn a_lab_is_quick() {
     drop(lab);
     eprintln!("lab of 7 namespaces: {built:?}, dropped after {:?}", begin.elapsed());
     assert!(built < Duration::from_secs(2), "{built:?}");
+}
+
+/// The processes with a thread in the network namespace of this inode, and this process if it has a handle on it.
+fn holders(inode: u64) -> Vec<String> {
+    let same = |path: &Path| std::fs::metadata(path).is_ok_and(|file| file.ino() == inode);
+    let list = |path: PathBuf| {
+        std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let mut holders = Vec::new();
+    for process in list("/proc".into()) {
+        for task in list(process.join("task")) {
+            if same(&task.join("ns/net")) {
+                holders.push(task.display().to_string());
+            }
+        }
+    }
+    holders
+        .extend(list("/proc/self/fd".into()).iter().filter(|fd| same(fd)).map(|fd| fd.display().to_string()));
+    holders
+}
+
+fn inodes(lab: &Lab) -> Vec<u64> {
+    lab.namespaces().map(|namespace| std::fs::metadata(namespace.path()).unwrap().ino()).collect()
+}
+
+fn run_netns() -> Option<Vec<std::ffi::OsString>> {
+    let mut names: Vec<_> =
+        std::fs::read_dir("/run/netns").ok()?.flatten().map(|entry| entry.file_name()).collect();
+    names.sort();
+    Some(names)
+}
+
+fn machine_links() -> String {
+    std::fs::read_to_string("/proc/thread-self/net/dev").unwrap()
+}
+
+/// Some namespaces end on another thread's time: wait for that, not for ever.
+fn wait_for_nobody(inodes: &[u64]) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let left: Vec<_> = inodes.iter().flat_map(|inode| holders(*inode)).collect();
+        if left.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "left behind: {left:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    if !require_kernel() {
+        return;
+    }
+    let names = run_netns();
+    let built = |panics: bool| {
+        let lab = describe().link_prefix("leak").build().unwrap();
+        lab.pod("pod-a").unwrap().serve_ports([80]).unwrap();
+        let _child = lab.node().spawn(Command::new("sleep").arg("1000")).unwrap();
+        let inodes = inodes(&lab);
+        assert!(inodes.iter().all(|inode| !holders(*inode).is_empty()));
+        assert!(lab.link("pod-a").unwrap().starts_with("leak"));
+        assert!(!machine_links().contains("leak"));
+        if panics {
+            std::panic::panic_any(inodes);
+        }
+        inodes
+    };
+    wait_for_nobody(&built(false));
+    let panicked = std::panic::catch_unwind(|| built(true)).unwrap_err();
+    wait_for_nobody(panicked.downcast_ref::<Vec<u64>>().unwrap());
+    assert!(!machine_links().contains("leak"));
+    assert_eq!(run_netns(), names);
+}
+
+/// Not a test: what `a_killed_process_leaves_nothing` runs and kills.
+#[test]
+#[ignore = "waits to be killed"]
+fn helper_waits_to_be_killed() {
+    if std::env::var_os("SHUNT_LAB_HELPER").is_none() {
+        return;
+    }
+    let lab = lab();
+    let _child = lab.node().spawn(Command::new("sleep").arg("1000")).unwrap();
+    eprintln!("inodes {:?} ready", inodes(&lab));
+    std::thread::sleep(Duration::from_mins(1));
+}
+
+#[test]
+fn a_killed_process_leaves_nothing() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = Lab::builder().build().unwrap();
+    let mut helper = Command::new(std::env::current_exe().unwrap());
+    helper
+        .args(["--exact", "helper_waits_to_be_killed", "--ignored", "--nocapture"])
+        .env("SHUNT_LAB_HELPER", "1");
+    let mut helper = lab.client().spawn(&helper).unwrap();
+    helper.wait_for("ready", Duration::from_secs(10)).unwrap();
+    let stderr = helper.stderr();
+    let inodes: Vec<u64> = stderr
+        .split_once("inodes [")
+        .and_then(|(_, rest)| rest.split_once(']'))
+        .map(|(inodes, _)| inodes.split(", ").map(|inode| inode.parse().unwrap()).collect())
+        .unwrap();
+    assert_eq!(inodes.len(), 5);
+    // The node (its thread waits there for the child), the child; the pods' servers.
+    assert!(inodes.iter().all(|inode| !holders(*inode).is_empty()), "{inodes:?}");
+    helper.kill().unwrap();
+    wait_for_nobody(&inodes);
 }

@@ -36,8 +36,7 @@ pub struct Probe {
     /// Whether `src` may be an address which the namespace does not own. The answer then finds its way back only if
     /// routes say so.
     pub foreign: bool,
-    /// How long to wait for the answer. A TCP connection rejected with an ICMP error in the node's own output hook
-    /// fails only at the second SYN, one second later.
+    /// How long to wait for the answer.
     pub timeout: Duration,
 }
 
@@ -211,7 +210,7 @@ pub(super) fn bind(probe: &Probe) -> Result<Socket> {
         Proto::Udp => Type::DGRAM,
     };
     let socket = Socket::new(Domain::for_address(probe.dst), kind, None).context("socket")?;
-    // Otherwise the kernel reports only some ICMP errors, and not whence they came.
+    // Otherwise the kernel reports only some ICMP errors, some of them late, and not whence they came.
     if probe.dst.is_ipv4() {
         setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
     } else {
