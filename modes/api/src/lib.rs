@@ -88,7 +88,7 @@ pub struct KernelError {
     /// What was being done, naming the object.
     pub context: String,
     /// The kernel's answer.
-    pub source: std::io::Error,
+    pub source: Box<dyn std::error::Error + Send + Sync>,
     /// What to do about it.
     pub remedy: Remedy,
 }

@@ -139,24 +139,21 @@ impl SyncLoop {
     /// Says how the last step went.
     pub fn finished(&mut self, result: Result<Step, Remedy>, now: Instant) {
         let change = self.running.take().unwrap_or_default();
-        match result {
-            Ok(step) => {
-                self.failures = 0;
-                self.not_before = Some(now + self.periods.min_sync);
-                if step == Step::Resync {
-                    self.must_observe = false;
-                    self.next_resync = Some(now + self.periods.resync);
-                }
-                self.queued_since = (!self.pending.is_empty()).then_some(now);
+        if let Ok(step) = result {
+            self.failures = 0;
+            self.not_before = Some(now + self.periods.min_sync);
+            if step == Step::Resync {
+                self.must_observe = false;
+                self.next_resync = Some(now + self.periods.resync);
             }
-            Err(_) => {
-                // What was half done is only known after another look at the kernel.
-                self.must_observe = true;
-                self.pending.merge(change);
-                let delay = self.periods.retry.saturating_mul(1 << self.failures.min(16));
-                self.failures = self.failures.saturating_add(1);
-                self.not_before = Some(now + delay.min(self.periods.retry_max));
-            }
+            self.queued_since = (!self.pending.is_empty()).then_some(now);
+        } else {
+            // What was half done is only known after another look at the kernel.
+            self.must_observe = true;
+            self.pending.merge(change);
+            let delay = self.periods.retry.saturating_mul(1 << self.failures.min(16));
+            self.failures = self.failures.saturating_add(1);
+            self.not_before = Some(now + delay.min(self.periods.retry_max));
         }
     }
 }
@@ -224,7 +221,7 @@ mod tests {
             l.finished(Err(Remedy::Retry), now);
             let due = l.deadline().unwrap();
             delays.push(due - now);
-            assert_eq!(l.next(due - MS), None);
+            assert_eq!(l.next(now), None);
             now = due;
             step = l.next(now);
             assert_eq!(step, Some(Step::Resync));
@@ -240,8 +237,8 @@ mod tests {
     fn the_kernel_is_looked_at_now_and_then() {
         let t0 = Instant::now();
         let mut l = started(t0);
-        assert_eq!(l.deadline(), Some(t0 + Duration::from_secs(3600)));
-        assert_eq!(l.next(t0 + Duration::from_secs(3600)), Some(Step::Resync));
+        assert_eq!(l.deadline(), Some(t0 + Duration::from_hours(1)));
+        assert_eq!(l.next(t0 + Duration::from_hours(1)), Some(Step::Resync));
     }
 
     #[test]

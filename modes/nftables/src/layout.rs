@@ -122,8 +122,7 @@ impl Class {
             Self::Pick { node_port, legs, counts } => {
                 let code = legs[0].code() * 25 + legs[1].code() * 5 + legs[2].code();
                 let kind = FIRST_PICK + code + if node_port { LEG_CODES } else { 0 };
-                let counts =
-                    if counts[1] == 0 { counts[0] } else { (counts[0] << 12) | (counts[1] & 0xfff) };
+                let counts = if counts[1] == 0 { counts[0] } else { (counts[0] << 12) | (counts[1] & 0xfff) };
                 (kind << 24) | (counts & 0x00ff_ffff)
             }
         }
@@ -142,8 +141,7 @@ impl Class {
         }
         let node_port = kind - FIRST_PICK >= LEG_CODES;
         let code = (kind - FIRST_PICK) % LEG_CODES;
-        let legs =
-            [Leg::from_code(code / 25), Leg::from_code(code / 5 % 5), Leg::from_code(code % 5)];
+        let legs = [Leg::from_code(code / 25), Leg::from_code(code / 5 % 5), Leg::from_code(code % 5)];
         let second = uses(legs, List::Second);
         let low = number & 0x00ff_ffff;
         let counts = if second { [low >> 12, low & 0xfff] } else { [low, 0] };
@@ -367,19 +365,17 @@ impl SetKey {
         let name = self.to_string();
         match self {
             Self::Services(capacity) => Set { size: Some(capacity), ..Set::map(name, frontend, class()) },
-            Self::Endpoints(capacity) => Set {
-                size: Some(capacity),
-                ..Set::map(name, with(frontend, FieldType::Mark), endpoint())
-            },
+            Self::Endpoints(capacity) => {
+                Set { size: Some(capacity), ..Set::map(name, with(frontend, FieldType::Mark), endpoint()) }
+            }
             Self::NodePorts => Set::map(name, node_port, class()),
             Self::NodePortEndpoints => Set::map(name, with(node_port, FieldType::Mark), endpoint()),
             Self::Classes => Set::map(name, vec![FieldType::ClassId], MapData::Verdict),
             Self::NodePortIps | Self::ClusterIps => Set::new(name, vec![address]),
             Self::ServiceCidrs => Set { flags: SetFlags::INTERVAL, ..Set::new(name, vec![address]) },
-            Self::Hairpin => Set::new(
-                name,
-                vec![address, address, FieldType::InetProto, FieldType::InetService],
-            ),
+            Self::Hairpin => {
+                Set::new(name, vec![address, address, FieldType::InetProto, FieldType::InetService])
+            }
             Self::Guarded => Set::new(name, frontend),
             Self::SourceRanges => {
                 Set { flags: SetFlags::INTERVAL, ..Set::new(name, with(frontend, address)) }
@@ -413,10 +409,15 @@ pub struct Endpoint {
 }
 
 /// Builds keys and data: fields one after the other, each padded to four bytes.
-#[derive(Default)]
 pub struct Key {
     bytes: [u8; 48],
     len: usize,
+}
+
+impl Default for Key {
+    fn default() -> Self {
+        Self { bytes: [0; 48], len: 0 }
+    }
 }
 
 impl Key {
@@ -589,11 +590,8 @@ mod tests {
 
     #[test]
     fn keys_are_read_back() {
-        let frontend = Frontend {
-            address: Some("2001:db8::1".parse().unwrap()),
-            protocol: Protocol::Udp,
-            port: 53,
-        };
+        let frontend =
+            Frontend { address: Some("2001:db8::1".parse().unwrap()), protocol: Protocol::Udp, port: 53 };
         let key = slot_key(&frontend, List::Second, 4);
         let mut reader = KeyReader::new(&key);
         assert_eq!(reader.frontend(Some(IpFamily::V6)), Some(frontend));

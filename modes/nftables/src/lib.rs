@@ -15,6 +15,9 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, feature = "testkit"))]
+pub mod fake;
+pub mod kernel;
 pub mod layout;
 pub mod plan;
 pub mod render;
@@ -23,6 +26,70 @@ pub mod state;
 pub mod trace;
 
 use shunt_core::id::IpFamily;
+use shunt_core::table::{Change, ForwardingTable};
+use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
+
+use crate::kernel::Kernel;
+use crate::plan::Op;
+use crate::render::Desired;
+use crate::state::State;
+
+/// nftables mode for one family, over a real kernel or a fake one.
+#[derive(Debug)]
+pub struct Nftables<K> {
+    kernel: K,
+}
+
+impl<K: Kernel> Nftables<K> {
+    /// The mode over a kernel.
+    pub const fn new(kernel: K) -> Self {
+        Self { kernel }
+    }
+
+    /// The kernel under the mode.
+    pub const fn kernel(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+}
+
+impl<K: Kernel + Send> Backend for Nftables<K> {
+    const MODE: Mode = Mode::Nftables;
+    type State = State;
+    type Desired = Desired;
+    type Op = Op;
+
+    fn empty(family: IpFamily) -> State {
+        State::empty(family)
+    }
+
+    fn render(table: &ForwardingTable, change: &Change) -> Desired {
+        render::render(table, change)
+    }
+
+    fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
+        plan::plan(observed, desired)
+    }
+
+    fn advance(state: &mut State, transaction: &Transaction<Op>) {
+        plan::advance(state, transaction);
+    }
+
+    fn probe(&mut self) -> Result<(), Unsupported> {
+        self.kernel.probe()
+    }
+
+    fn observe(&mut self) -> Result<State, KernelError> {
+        self.kernel.observe()
+    }
+
+    fn apply(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError> {
+        self.kernel.commit(transaction)
+    }
+
+    fn cleanup(&mut self) -> Result<(), KernelError> {
+        self.kernel.delete_table()
+    }
+}
 
 pub(crate) const fn family(family: IpFamily) -> nft_netlink::Family {
     match family {

@@ -154,11 +154,9 @@ impl fmt::Display for Op {
             Self::AddSource(frontend, range) => {
                 write!(f, "add element {TABLE} source-ranges {{ {} . {range} }}", frontend_text(frontend))
             }
-            Self::DeleteSource(frontend, range) => write!(
-                f,
-                "delete element {TABLE} source-ranges {{ {} . {range} }}",
-                frontend_text(frontend)
-            ),
+            Self::DeleteSource(frontend, range) => {
+                write!(f, "delete element {TABLE} source-ranges {{ {} . {range} }}", frontend_text(frontend))
+            }
             Self::DeleteStray(stray) => {
                 write!(f, "delete element {TABLE} {} {{ {} }} # not ours", stray.set, stray.key)
             }
@@ -557,12 +555,13 @@ impl<'a> Planner<'a> {
 
     fn addresses(&mut self) {
         let observed = self.observed;
-        let toggle = |ops: &mut Vec<Op>, set, held: &BTreeSet<IpAddr>, address: IpAddr, wanted: bool| {
-            match (held.contains(&address), wanted) {
-                (false, true) => ops.push(Op::AddAddress(set, address)),
-                (true, false) => ops.push(Op::DeleteAddress(set, address)),
-                _ => {}
-            }
+        let toggle = |ops: &mut Vec<Op>, set, held: &BTreeSet<IpAddr>, address: IpAddr, wanted: bool| match (
+            held.contains(&address),
+            wanted,
+        ) {
+            (false, true) => ops.push(Op::AddAddress(set, address)),
+            (true, false) => ops.push(Op::DeleteAddress(set, address)),
+            _ => {}
         };
         for (address, wanted) in &self.desired.cluster_ips {
             toggle(&mut self.after, SetKey::ClusterIps, &observed.cluster_ips, *address, *wanted);
@@ -666,17 +665,14 @@ fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
         (observed.frontends.len() + frontends, observed.endpoint_count + endpoints)
     };
     let node_ports = if desired.everything { false } else { keeps_node_ports(observed, desired) };
-    let node_ports =
-        node_ports || desired.frontends.iter().any(|(f, d)| f.address.is_none() && d.is_some());
+    let node_ports = node_ports || desired.frontends.iter().any(|(f, d)| f.address.is_none() && d.is_some());
     let some_guard = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
         map.values().flatten().any(|dispatch| dispatch.guard.is_some())
     };
     let guards = some_guard(&desired.frontends)
-        || (!desired.everything
-            && observed.guards.keys().any(|f| !desired.frontends.contains_key(f)));
+        || (!desired.everything && observed.guards.keys().any(|f| !desired.frontends.contains_key(f)));
     let hairpins = desired.hairpins.values().any(|wanted| *wanted)
-        || (!desired.everything
-            && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
+        || (!desired.everything && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
     Skeleton {
         family: observed.family,
         local_detector: desired.node.local_detector.clone(),
@@ -695,11 +691,7 @@ fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
 
 fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {
     // Node ports have no address and sort first.
-    observed
-        .frontends
-        .keys()
-        .take_while(|f| f.address.is_none())
-        .any(|f| !desired.frontends.contains_key(f))
+    observed.frontends.keys().take_while(|f| f.address.is_none()).any(|f| !desired.frontends.contains_key(f))
 }
 
 /// Keeps a capacity that suffices, else takes the next one that leaves room to grow.

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use shunt_core::id::IpFamily;
 use shunt_core::service::TrafficPolicy;
 use shunt_core::table::{
-    Change, EndpointGroup, ForwardingTable, Frontend, FrontendEntry, LocalEndpoint, NodeFacts,
-    NodePortMatch, PortEntry, SourceRanges, Target, Verdict,
+    Change, EndpointGroup, ForwardingTable, Frontend, FrontendEntry, LocalEndpoint, NodeFacts, NodePortMatch,
+    PortEntry, SourceRanges, Target, Verdict,
 };
 
 use crate::layout::{Class, LIST_MAX, Leg, List, uses};
@@ -111,8 +111,7 @@ fn dispatch(port: &PortEntry, entry: &FrontendEntry) -> Dispatch {
         entry.verdicts.iter().any(|v| matches!(v, Verdict::Forward { policy: p, .. } if *p == policy))
     };
     // The first list is the cluster's where it is used at all.
-    let first =
-        if used(TrafficPolicy::Cluster) { TrafficPolicy::Cluster } else { TrafficPolicy::Local };
+    let first = if used(TrafficPolicy::Cluster) { TrafficPolicy::Cluster } else { TrafficPolicy::Local };
     let list_of = |policy| if policy == first { List::First } else { List::Second };
     let lists = [
         group(first).unwrap_or_else(|| none.clone()),
@@ -131,9 +130,8 @@ fn dispatch(port: &PortEntry, entry: &FrontendEntry) -> Dispatch {
     });
     let both = uses(legs, List::First) && uses(legs, List::Second);
     let most = if both { Class::SPLIT_MAX } else { LIST_MAX };
-    let counts = List::ALL.map(|list| {
-        if uses(legs, list) { lists[list as usize].len().min(most) as u32 } else { 0 }
-    });
+    let counts =
+        List::ALL.map(|list| if uses(legs, list) { lists[list as usize].len().min(most) as u32 } else { 0 });
     let class = if counts == [0, 0] {
         Class::Drop
     } else {

@@ -83,7 +83,7 @@ pub enum NodePorts {
 const RTN_LOCAL: u32 = 2;
 /// `IPS_DST_NAT` of conntrack: the destination was translated.
 const IPS_DST_NAT: u32 = 1 << 5;
-/// ICMP and ICMPv6 codes of "port unreachable".
+/// `ICMP` and `ICMPv6` codes of "port unreachable".
 const PORT_UNREACHABLE: (u8, u8) = (3, 4);
 
 /// Registers, by number of the 32-bit word.
@@ -230,7 +230,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Matches one way of being a local pod.
-    fn from_pod(&mut self, pod: &Pod<'_>) {
+    fn pod_source(&mut self, pod: &Pod<'_>) {
         match pod {
             Pod::Range(range) => {
                 self.load_address(true, 0);
@@ -298,9 +298,7 @@ pub fn next_chains(chain: &ChainKey) -> Vec<ChainKey> {
         .into_iter()
         .filter_map(|leg| match leg {
             Leg::Drop => None,
-            Leg::Pick { list, .. } => {
-                Some(ChainKey::Pick { node_port, list, count: counts[list as usize] })
-            }
+            Leg::Pick { list, .. } => Some(ChainKey::Pick { node_port, list, count: counts[list as usize] }),
         })
         .collect();
     next.sort_unstable();
@@ -367,7 +365,7 @@ fn class(skeleton: &Skeleton, node_port: bool, legs: [Leg; 3], counts: [u32; 2])
     if pod != node || pod != other {
         for way in pods(&skeleton.local_detector) {
             let mut rule = Builder::new(skeleton);
-            rule.from_pod(&way);
+            rule.pod_source(&way);
             rules.push(leg(rule, pod));
         }
     }

@@ -284,9 +284,7 @@ impl State {
                 let hairpin = LocalEndpoint { address, protocol, port };
                 (source == address && self.hairpins.contains(&hairpin)).then_some(found)
             }
-            SetKey::Guarded => {
-                self.guards.contains_key(&reader.frontend(Some(family))?).then_some(found)
-            }
+            SetKey::Guarded => self.guards.contains_key(&reader.frontend(Some(family))?).then_some(found),
             SetKey::SourceRanges => {
                 let ranges = self.guards.get(&reader.frontend(Some(family))?)?;
                 let source = reader.address(family)?;
@@ -348,7 +346,8 @@ pub fn ranges_of(family: IpFamily, elements: &[Element]) -> (BTreeSet<IpNet>, Ve
                 strays.extend(before.map(|(_, e)| e.clone()));
                 open = Some((at, element));
             }
-            (false, Some((from, start))) => match previous_address(at).and_then(|to| range_between(from, to)) {
+            (false, Some((from, start))) => match previous_address(at).and_then(|to| range_between(from, to))
+            {
                 Some(range) => {
                     ranges.insert(range);
                 }
@@ -418,9 +417,7 @@ impl State {
                     })
                 })
                 .collect(),
-            SetKey::Classes => {
-                self.classes.iter().map(|c| format!("{c} : {}", class_text(*c))).collect()
-            }
+            SetKey::Classes => self.classes.iter().map(|c| format!("{c} : {}", class_text(*c))).collect(),
             SetKey::NodePortIps => self.node_port_ips.iter().map(ToString::to_string).collect(),
             SetKey::ClusterIps => self.cluster_ips.iter().map(ToString::to_string).collect(),
             SetKey::ServiceCidrs => self.service_cidrs.iter().map(ToString::to_string).collect(),
@@ -489,7 +486,11 @@ impl fmt::Display for State {
         for (name, chain) in &self.chains {
             writeln!(f, "\tchain {name} {{")?;
             if let Some(base) = &chain.base {
-                writeln!(f, "\t\ttype {} hook {} priority {}; policy accept;", base.kind, base.hook, base.priority)?;
+                writeln!(
+                    f,
+                    "\t\ttype {} hook {} priority {}; policy accept;",
+                    base.kind, base.hook, base.priority
+                )?;
             }
             for rule in &chain.rules {
                 writeln!(f, "\t\t{rule}")?;

@@ -90,7 +90,8 @@ pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result
                         other => Err(format!("{packet}: {other:?} in nat-postrouting")),
                     })
                     .collect::<Result<BTreeSet<bool>, String>>()?;
-                if endpoints.insert(to, masquerade.contains(&true)).is_some_and(|m| masquerade != [m].into()) {
+                if endpoints.insert(to, masquerade.contains(&true)).is_some_and(|m| masquerade != [m].into())
+                {
                     return Err(format!("{packet}: {to} sometimes masqueraded, sometimes not"));
                 }
             }
@@ -169,7 +170,7 @@ impl<'a> Walker<'a> {
 
     /// Bytes of the packet's headers; `None` where this walker has none.
     fn payload(&self, base: PayloadBase, offset: u32, len: u32) -> Option<Vec<u8>> {
-        let mut header = vec![0_u8; 40];
+        let mut header = [0_u8; 40];
         match (base, self.source, self.destination) {
             (PayloadBase::Network, IpAddr::V4(source), IpAddr::V4(destination)) => {
                 header[9] = self.protocol.number();

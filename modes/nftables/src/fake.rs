@@ -1,0 +1,179 @@
+//! A kernel in memory that refuses what the real one refuses, all or nothing.
+
+use std::collections::BTreeSet;
+
+use nft_netlink::{Expr, Verdict};
+use shunt_core::id::IpFamily;
+use shunt_mode::{KernelError, Remedy, Transaction, Unsupported};
+
+use crate::kernel::Kernel;
+use crate::layout::{List, SetKey};
+use crate::plan::{self, Op};
+use crate::state::State;
+
+/// The kernel in memory.
+#[derive(Clone, Debug)]
+pub struct FakeKernel {
+    /// What it holds.
+    pub state: State,
+    /// Commits until one fails with `EIO`; `None` for never.
+    pub fail_after: Option<usize>,
+    /// Transactions that were carried out.
+    pub commits: usize,
+    /// Times that the whole table was read.
+    pub reads: usize,
+}
+
+impl FakeKernel {
+    /// A kernel without our table.
+    pub fn new(family: IpFamily) -> Self {
+        Self { state: State::empty(family), fail_after: None, commits: 0, reads: 0 }
+    }
+}
+
+impl Kernel for FakeKernel {
+    fn probe(&mut self) -> Result<(), Unsupported> {
+        Ok(())
+    }
+
+    fn observe(&mut self) -> Result<State, KernelError> {
+        self.reads += 1;
+        Ok(self.state.clone())
+    }
+
+    fn commit(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError> {
+        if let Some(left) = &mut self.fail_after {
+            if *left == 0 {
+                return Err(refused("I/O error".to_owned(), Remedy::Retry));
+            }
+            *left -= 1;
+        }
+        let mut next = self.state.clone();
+        for op in &transaction.ops {
+            check(&next, op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
+            plan::advance(&mut next, &Transaction { ops: vec![op.clone()] });
+        }
+        check_all(&next).map_err(|why| refused(why, Remedy::Resync))?;
+        self.state = next;
+        self.commits += 1;
+        Ok(())
+    }
+
+    fn delete_table(&mut self) -> Result<(), KernelError> {
+        self.state = State::empty(self.state.family);
+        Ok(())
+    }
+}
+
+fn refused(why: String, remedy: Remedy) -> KernelError {
+    KernelError { context: "commit".to_owned(), source: why.into(), remedy }
+}
+
+/// What the kernel checks at each operation: existing things cannot be made, missing ones cannot be
+/// deleted.
+fn check(state: &State, op: &Op) -> Result<(), String> {
+    let must = |ok: bool, why: &str| if ok { Ok(()) } else { Err(why.to_owned()) };
+    let (exists, missing) = ("File exists", "No such file or directory");
+    let set_exists = |set: &SetKey| must(state.sets.contains(set), "no such set");
+    match op {
+        Op::AddTable(_) => must(!state.exists, exists),
+        Op::DeleteTable(_) => must(state.exists || state.foreign, missing),
+        Op::AddSet(set) => must(!state.sets.contains(set), exists),
+        Op::DeleteSet(set) => set_exists(set),
+        Op::AddChain(name, _) => must(!state.chains.contains_key(name), exists),
+        Op::DeleteChain(name) => {
+            let Some(chain) = state.chains.get(name) else { return must(false, missing) };
+            must(chain.rules.is_empty(), "chain has rules")?;
+            let target = Verdict::Goto(name.clone());
+            let in_rule = state
+                .chains
+                .values()
+                .flat_map(|c| &c.rules)
+                .flat_map(|r| &r.exprs)
+                .any(|e| *e == Expr::ImmediateVerdict(target.clone()));
+            let in_map =
+                state.classes.iter().any(|c| c.chain().is_some_and(|chain| chain.to_string() == *name));
+            must(!in_rule && !in_map, "Device or resource busy")
+        }
+        Op::SetRules(name, _) => must(state.chains.contains_key(name), missing),
+        Op::AddClass(class) => {
+            set_exists(&SetKey::Classes)?;
+            must(!state.classes.contains(class), exists)?;
+            let chain = class.chain().map(|c| c.to_string());
+            must(chain.is_none_or(|c| state.chains.contains_key(&c)), "no such chain")
+        }
+        Op::DeleteClass(class) => must(state.classes.contains(class), missing),
+        Op::SetClass { set, frontend, from, .. } => {
+            set_exists(set)?;
+            let moves = matches!(set, SetKey::Services(n) if *n < state.services_capacity());
+            let held = state.frontends.get(frontend).and_then(|h| h.class);
+            must(!moves, "written to the smaller of two maps")?;
+            // A frontend that moves to a larger map keeps its class in the mirror.
+            must(held == *from || from.is_none(), missing)
+        }
+        Op::SetSlot { set, frontend, list, index, from, .. } => {
+            set_exists(set)?;
+            let moves = matches!(set, SetKey::Endpoints(n) if *n < state.endpoints_capacity());
+            must(!moves, "written to the smaller of two maps")?;
+            let held = state
+                .frontends
+                .get(frontend)
+                .and_then(|h| h.list(*list).get(*index as usize).copied().flatten());
+            must(held == *from || from.is_none(), missing)
+        }
+        Op::AddAddress(SetKey::NodePortIps, a) => must(!state.node_port_ips.contains(a), exists),
+        Op::DeleteAddress(SetKey::NodePortIps, a) => must(state.node_port_ips.contains(a), missing),
+        Op::AddAddress(_, a) => must(!state.cluster_ips.contains(a), exists),
+        Op::DeleteAddress(_, a) => must(state.cluster_ips.contains(a), missing),
+        Op::AddServiceCidr(r) => must(!state.service_cidrs.contains(r), exists),
+        Op::DeleteServiceCidr(r) => must(state.service_cidrs.contains(r), missing),
+        Op::AddHairpin(h) => must(!state.hairpins.contains(h), exists),
+        Op::DeleteHairpin(h) => must(state.hairpins.contains(h), missing),
+        Op::AddGuard(_) => Ok(()),
+        Op::DeleteGuard(f) => must(state.guards.contains_key(f), missing),
+        Op::AddSource(f, r) => must(state.guards.get(f).is_none_or(|g| !g.contains(r)), exists),
+        Op::DeleteSource(f, r) => must(state.guards.get(f).is_some_and(|g| g.contains(r)), missing),
+        Op::DeleteStray(stray) => must(state.strays.contains(stray), missing),
+    }
+}
+
+/// What must hold after every transaction: rules and maps refer to what exists, and maps hold no more
+/// than they were declared for.
+fn check_all(state: &State) -> Result<(), String> {
+    for (name, chain) in &state.chains {
+        for expr in chain.rules.iter().flat_map(|r| &r.exprs) {
+            match expr {
+                Expr::ImmediateVerdict(Verdict::Goto(to) | Verdict::Jump(to))
+                    if !state.chains.contains_key(to) =>
+                {
+                    return Err(format!("{name}: leads to {to}, which does not exist"));
+                }
+                Expr::Lookup { set, .. } | Expr::VerdictMap { set, .. }
+                    if !SetKey::from_name(set).is_some_and(|set| state.sets.contains(&set)) =>
+                {
+                    return Err(format!("{name}: refers to set {set}, which does not exist"));
+                }
+                _ => {}
+            }
+        }
+    }
+    let with_address = || state.frontends.iter().filter(|(f, _)| f.address.is_some());
+    let services = with_address().filter(|(_, h)| h.class.is_some()).count();
+    let endpoints: usize = with_address()
+        .map(|(_, h)| List::ALL.map(|l| h.list(l).iter().flatten().count()).iter().sum::<usize>())
+        .sum();
+    if endpoints != state.endpoint_count {
+        return Err(format!("{endpoints} endpoints, counted as {}", state.endpoint_count));
+    }
+    let full = |count: usize, capacity: u32| count > capacity as usize;
+    if full(services, state.services_capacity()) || full(endpoints, state.endpoints_capacity()) {
+        return Err("Too many open files in system: a map is full".to_owned());
+    }
+    let used: BTreeSet<_> = state.frontends.values().filter_map(|h| h.class).collect();
+    for class in used {
+        if !state.classes.contains(&class) {
+            return Err(format!("class {class} is used but leads nowhere"));
+        }
+    }
+    Ok(())
+}
