@@ -92,14 +92,19 @@ macro_rules! numbered {
     };
 }
 
+macro_rules! registers {
+    ($($name:ident $index:literal),*) => {
+        $(#[doc = concat!("Register ", $index, ".")] pub const $name: Self = Self(8 + $index);)*
+    };
+}
+
 /// One of the sixteen registers of 32 bits through which expressions pass values. Values longer than four bytes take
 /// several, so neighbours form concatenations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Register(u8);
 
 impl Register {
-    /// The first register.
-    pub const R0: Self = Self(8);
+    registers! { R0 0, R1 1, R2 2, R3 3, R4 4, R5 5, R6 6, R7 7, R8 8, R9 9, R10 10, R11 11, R12 12, R13 13, R14 14, R15 15 }
 
     /// The register of this index, 0 to 15.
     pub const fn new(index: u8) -> Option<Self> {
