@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(nested, [(1, &[0, 0, 0, 7][..]), (2, &[1])]);
         assert_eq!(Attributes::find(&w.buf, 3).and_then(be64), Some(9));
         assert!(!w.oversized);
-        w.attribute(1, &[0; 65_532]);
+        w.attribute(1, &vec![0; 65_532]);
         assert!(w.oversized);
     }
 

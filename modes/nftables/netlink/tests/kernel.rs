@@ -428,6 +428,8 @@ fn what_goes_in_comes_out() {
         }
         assert_eq!(dumped.len(), expected.len());
         assert_eq!(socket.dump_rules(TABLE, Some("refuse")).unwrap().len(), 1);
+        assert_eq!(socket.dump_rules(TABLE, Some("nowhere")).unwrap(), []);
+        assert!(!socket.dump_elements(TABLE, "nothing", |_| panic!()).unwrap());
 
         let counters: Vec<_> = socket
             .dump_rules(TABLE, Some("nat-postrouting"))
