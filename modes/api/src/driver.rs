@@ -110,14 +110,13 @@ impl<B: Backend> Driver for ModeDriver<B> {
         let mut report = Report::default();
         let everything = Change::everything();
         // While a sync runs, what the kernel holds is not known: an error leaves it so.
-        let (mut state, change) = match (step, self.state.take()) {
-            (Step::Apply(change), Some(state)) => (state, change),
-            _ => {
-                let started = Instant::now();
-                let state = self.backend.observe()?;
-                report.observing = started.elapsed();
-                (state, &everything)
-            }
+        let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
+            (state, change)
+        } else {
+            let started = Instant::now();
+            let state = self.backend.observe()?;
+            report.observing = started.elapsed();
+            (state, &everything)
         };
         let started = Instant::now();
         let plan = B::plan(&state, &B::render(table, change));
