@@ -38,9 +38,7 @@ impl fmt::Display for NamespacedName {
 /// Transport protocols that a Service port may have.
 ///
 /// The default is TCP, as in the Kubernetes API.
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// TCP, IP protocol 6.
@@ -163,7 +161,8 @@ mod tests {
     #[test]
     fn service_port_name_omits_the_colon_of_an_unnamed_port() {
         let service = NamespacedName::new("ns", "svc");
-        let named = ServicePortName { service: service.clone(), port: "http".into(), protocol: Protocol::Tcp };
+        let named =
+            ServicePortName { service: service.clone(), port: "http".into(), protocol: Protocol::Tcp };
         let unnamed = ServicePortName { service, port: "".into(), protocol: Protocol::Udp };
         assert_eq!(named.to_string(), "ns/svc:http/tcp");
         assert_eq!(unnamed.to_string(), "ns/svc/udp");
