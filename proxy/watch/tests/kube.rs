@@ -249,7 +249,7 @@ async fn one_bad_object_spoils_only_itself() {
             Resource::Services,
             "ns",
             "a",
-            r#"{"metadata":{"namespace":"ns","name":"a","resourceVersion":"{rv}"},"spec":[]}"#,
+            r#"{"metadata":{"namespace":"ns","name":"a","resourceVersion":"{rv}"},"spec":"?"}"#,
         );
         source.until("the problem", |s| s.problems().iter().any(|p| p.name == "ns/a")).await;
         server.expire_history();

@@ -65,6 +65,8 @@ enum Failure {
     Absent(String),
     /// The server does not understand the question (400, 422 and the like).
     Refused(String),
+    /// What comes makes no sense. If that goes on, resuming at the same place does not help.
+    Garbled(String),
     /// Anything else: try again, not before the time that the server asked for.
     Broken(String, Option<Duration>),
 }
@@ -92,6 +94,8 @@ pub(super) struct Reflector {
     streaming: bool,
     paging: bool,
     backoff: Backoff,
+    /// Failures since anything came through.
+    stuck: u32,
 }
 
 impl Reflector {
@@ -109,6 +113,7 @@ impl Reflector {
             streaming: options.streaming_lists,
             paging: true,
             backoff: Backoff::new(options.backoff_min, options.backoff_max),
+            stuck: 0,
             shared,
         }
     }
@@ -147,6 +152,7 @@ impl Reflector {
     /// What to do after a failure: how long to wait, and what to do differently then.
     async fn failed(&mut self, failure: Failure) -> Result<Duration, Failure> {
         let kind = self.kind;
+        self.stuck = self.stuck.saturating_add(1);
         let (reason, wait) = match failure {
             Failure::Closed => return Err(Failure::Closed),
             Failure::Absent(reason) if self.resource.optional => {
@@ -158,7 +164,7 @@ impl Reflector {
                 return Ok(wait.mul_f64(0.8 + 0.4 * fastrand::f64()));
             }
             Failure::Expired(reason) => {
-                if self.version.is_empty() && self.backoff.failures() >= STUBBORN {
+                if self.version.is_empty() && self.stuck >= STUBBORN {
                     // The continuation of a list expires: the server is too slow for pages.
                     self.paging = false;
                 }
@@ -181,22 +187,28 @@ impl Reflector {
                 }
             }
             Failure::Absent(reason) => (reason, self.backoff.next(None)),
-            Failure::Broken(reason, asked) => {
-                let wait = self.backoff.next(asked);
-                if self.backoff.failures() >= STUBBORN {
-                    if self.version.is_empty() {
-                        // It may be the streaming that does not work.
-                        self.streaming = !self.streaming && self.shared.options.streaming_lists;
-                    } else if self.backoff.failures().is_multiple_of(STUBBORN) {
-                        self.version.clear();
-                    }
+            Failure::Garbled(reason) => {
+                if !self.version.is_empty() && self.stuck >= STUBBORN {
+                    self.version.clear();
                 }
-                (reason, wait)
+                self.other_way_to_list();
+                (reason, self.backoff.next(None))
+            }
+            Failure::Broken(reason, asked) => {
+                self.other_way_to_list();
+                (reason, self.backoff.next(asked))
             }
         };
         tracing::warn!(%kind, reason, wait = ?wait, "lost the API server");
         self.send(Update::Contact(Contact { kind, lost: Some(reason) })).await?;
         Ok(wait)
+    }
+
+    /// If a list does not come, it may be the streaming (or the lack of it) that does not work.
+    fn other_way_to_list(&mut self) {
+        if self.version.is_empty() && self.stuck >= STUBBORN {
+            self.streaming = !self.streaming && self.shared.options.streaming_lists;
+        }
     }
 
     /// Lists in pages.
@@ -231,6 +243,7 @@ impl Reflector {
         }
         self.complete_list().await?;
         self.at(version);
+        self.stuck = 0;
         self.backoff.reset();
         Ok(())
     }
@@ -274,13 +287,13 @@ impl Reflector {
                 Err(NoLine::Broken(reason)) => return Err(Failure::Broken(reason, None)),
             };
             let event: WatchEvent<'_> =
-                serde_json::from_slice(line).map_err(|e| Failure::broken(format!("watch: {e}")))?;
+                serde_json::from_slice(line).map_err(|e| Failure::Garbled(format!("watch: {e}")))?;
             match event.type_ {
                 "ADDED" | "MODIFIED" => self.take(event.object.get(), false).await?,
                 "DELETED" => self.take(event.object.get(), true).await?,
                 "BOOKMARK" => {
                     let object: AnyObject<'_> = serde_json::from_str(event.object.get())
-                        .map_err(|e| Failure::broken(format!("bookmark: {e}")))?;
+                        .map_err(|e| Failure::Garbled(format!("bookmark: {e}")))?;
                     let meta = object.metadata;
                     let ends = meta.annotations.initial_events_end.is_some_and(|v| &*v == "true");
                     let version = meta.resource_version.to_string();
@@ -297,6 +310,9 @@ impl Reflector {
                 }
                 "ERROR" => return Err(status_failure(event.object.get())),
                 other => tracing::debug!(kind = %self.kind, r#type = other, "unknown type of watch event"),
+            }
+            if !listing {
+                self.stuck = 0;
             }
             if !heard && !listing {
                 heard = true;
@@ -372,7 +388,7 @@ impl Reflector {
     /// that insists has been restored from a backup, and is right.
     fn not_outdated(&mut self, version: &str) -> Result<(), Failure> {
         let Ok(number) = version.parse::<u64>() else { return Ok(()) };
-        if number < self.newest && self.backoff.failures() < STUBBORN {
+        if number < self.newest && self.stuck < STUBBORN {
             return Err(Failure::broken(format!(
                 "list of version {number} is older than version {} seen before",
                 self.newest
@@ -501,7 +517,7 @@ fn status_failure(json: &str) -> Failure {
     if status.code == 410 || matches!(&*status.reason, "Expired" | "Gone") {
         Failure::Expired(reason)
     } else {
-        Failure::broken(reason)
+        Failure::Garbled(reason)
     }
 }
 

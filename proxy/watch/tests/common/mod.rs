@@ -10,7 +10,7 @@ use shunt_harness::apiserver::ApiServer;
 use shunt_watch::{KubeOptions, Problem, Update, WatchError, watch_kube};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// Longer than anything takes that goes well.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -116,7 +116,8 @@ impl Source {
 
     /// Nothing but contact for a while.
     pub async fn quiet(&mut self) {
-        while let Some(update) = self.receive(Duration::from_millis(150)).await {
+        let end = Instant::now() + Duration::from_millis(150);
+        while let Some(update) = self.receive(end.saturating_duration_since(Instant::now())).await {
             assert!(matches!(update, Update::Contact(_)), "unexpected: {update:?}");
         }
     }
