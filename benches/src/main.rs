@@ -239,8 +239,7 @@ fn round(value: f64) -> f64 {
 fn cpu(id: u32) -> Result<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))?;
     let (_, fields) = stat.rsplit_once(')').context("/proc/PID/stat")?;
-    let ticks: u64 =
-        fields.split_whitespace().skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum();
+    let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum();
     let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("CLK_TCK")?;
     Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
 }
