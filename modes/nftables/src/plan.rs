@@ -185,6 +185,24 @@ fn replace(
 /// holds the lock of all tables of the network namespace while it commits one.
 pub const TRANSACTION_MAX: usize = 16_384;
 
+/// Sizes that a plan keeps to. Only tests choose others than the default: small ones, so that plans
+/// of small clusters take many transactions and their maps grow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// See [`TRANSACTION_MAX`].
+    pub transaction: usize,
+    /// Capacity with which the map of frontends starts.
+    pub services: u32,
+    /// Capacity with which the map of endpoints starts.
+    pub endpoints: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { transaction: TRANSACTION_MAX, services: SERVICES_CAPACITY, endpoints: ENDPOINTS_CAPACITY }
+    }
+}
+
 /// Carries out one operation on a state. Pure.
 pub fn advance(state: &mut State, transaction: &Transaction<Op>) {
     for op in &transaction.ops {
@@ -273,8 +291,13 @@ fn advance_one(state: &mut State, op: &Op) {
 /// one transaction; packets are led to our rules only once all frontends are there; what is not
 /// needed any more goes last.
 pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
+    plan_within(observed, desired, &Limits::default())
+}
+
+/// [`plan`] within other limits.
+pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan<Op> {
     if observed.foreign {
-        return rebuild(observed, desired);
+        return rebuild(observed, desired, limits);
     }
     if desired.everything && !desired.active {
         let mut plan = Plan::default();
@@ -283,15 +306,15 @@ pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
         }
         return plan;
     }
-    Planner::new(observed, desired).plan()
+    Planner::new(observed, desired, limits).plan()
 }
 
 /// A table that cannot be mended in place (declared differently, by another version say) is replaced
 /// as a whole, in one transaction.
-fn rebuild(observed: &State, desired: &Desired) -> Plan<Op> {
+fn rebuild(observed: &State, desired: &Desired, limits: &Limits) -> Plan<Op> {
     let empty = State::empty(observed.family);
     let mut ops = vec![Op::DeleteTable(observed.family)];
-    ops.extend(plan(&empty, desired).transactions.into_iter().flat_map(|t| t.ops));
+    ops.extend(plan_within(&empty, desired, limits).transactions.into_iter().flat_map(|t| t.ops));
     let mut plan = Plan::default();
     plan.push(ops);
     plan
@@ -300,6 +323,7 @@ fn rebuild(observed: &State, desired: &Desired) -> Plan<Op> {
 struct Planner<'a> {
     observed: &'a State,
     desired: &'a Desired,
+    limits: &'a Limits,
     skeleton: Skeleton,
     /// What must be there before the frontends change.
     before: Vec<Op>,
@@ -312,11 +336,12 @@ struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    fn new(observed: &'a State, desired: &'a Desired) -> Self {
+    fn new(observed: &'a State, desired: &'a Desired, limits: &'a Limits) -> Self {
         Self {
             observed,
             desired,
-            skeleton: skeleton(observed, desired),
+            limits,
+            skeleton: skeleton(observed, desired, limits),
             before: Vec::new(),
             frontends: Vec::new(),
             after: Vec::new(),
@@ -358,14 +383,14 @@ impl<'a> Planner<'a> {
         let mut plan = Plan::default();
         let mut ops = self.before;
         for frontend in self.frontends {
-            if !grown && !ops.is_empty() && ops.len() + frontend.len() > TRANSACTION_MAX {
+            if !grown && !ops.is_empty() && ops.len() + frontend.len() > self.limits.transaction {
                 plan.push(std::mem::take(&mut ops));
             }
             ops.extend(frontend);
         }
         for op in self.after {
             // Hooks and removals are few except at scale: cut those as well.
-            if !grown && ops.len() >= TRANSACTION_MAX {
+            if !grown && ops.len() >= self.limits.transaction {
                 plan.push(std::mem::take(&mut ops));
             }
             ops.push(op);
@@ -388,8 +413,8 @@ impl<'a> Planner<'a> {
         self.before.extend(missing.into_iter().map(Op::AddSet));
         self.observed.exists
             && !self.observed.sets.is_empty()
-            && (self.skeleton.services != self.observed.services_capacity()
-                || self.skeleton.endpoints != self.observed.endpoints_capacity())
+            && (self.observed.services_capacity().is_some_and(|held| held != self.skeleton.services)
+                || self.observed.endpoints_capacity().is_some_and(|held| held != self.skeleton.endpoints))
     }
 
     /// Creates `chain` and what it leads to, unless it is there with the right rules.
@@ -438,7 +463,7 @@ impl<'a> Planner<'a> {
 
     /// Whether chains of classes that are not in question may have to change as well.
     fn skeleton_differs_for_classes(&self) -> bool {
-        !self.desired.everything && self.skeleton.endpoints != self.observed.endpoints_capacity()
+        !self.desired.everything && Some(self.skeleton.endpoints) != self.observed.endpoints_capacity()
     }
 
     fn frontend(&mut self, frontend: &Frontend, dispatch: Option<&Dispatch>, grown: bool) {
@@ -649,7 +674,7 @@ fn edit_slots(
 }
 
 /// What the rules depend on, once the plan is carried out.
-fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
+fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
     let counts = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
         map.iter()
             .filter(|(f, _)| f.address.is_some())
@@ -677,8 +702,8 @@ fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
         family: observed.family,
         local_detector: desired.node.local_detector.clone(),
         mark: 1_u32.wrapping_shl(u32::from(desired.node.masquerade_bit)),
-        services: capacity(observed.services_capacity(), SERVICES_CAPACITY, services),
-        endpoints: capacity(observed.endpoints_capacity(), ENDPOINTS_CAPACITY, endpoints),
+        services: capacity(observed.services_capacity(), limits.services, services),
+        endpoints: capacity(observed.endpoints_capacity(), limits.endpoints, endpoints),
         node_ports: node_ports.then_some(match desired.node.node_ports {
             NodePortMatch::AllLocal => NodePorts::AllLocal,
             NodePortMatch::Addresses(_) => NodePorts::Set,
@@ -695,8 +720,8 @@ fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {
 }
 
 /// Keeps a capacity that suffices, else takes the next one that leaves room to grow.
-fn capacity(held: u32, least: u32, count: usize) -> u32 {
-    let mut capacity = held.max(least);
+fn capacity(held: Option<u32>, least: u32, count: usize) -> u32 {
+    let mut capacity = held.unwrap_or(least);
     while (capacity as usize) < count {
         capacity = capacity.saturating_mul(4);
     }
