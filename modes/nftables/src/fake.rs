@@ -16,18 +16,40 @@ use crate::state::{Held, State};
 /// a frontend; the kernel has two while a map is replaced by a larger one.
 #[derive(Clone, Debug, Default)]
 struct Maps {
+    /// Elements as the kernel counts them: added ones at once, deleted ones when it commits.
+    counts: BTreeMap<SetKey, u32>,
     classes: BTreeMap<(SetKey, Frontend), Class>,
     slots: BTreeMap<(SetKey, Frontend, List, u32), Endpoint>,
 }
 
 impl Maps {
+    fn start(&mut self) {
+        self.counts.clear();
+        let sets = self.classes.keys().map(|(set, ..)| *set).chain(self.slots.keys().map(|(set, ..)| *set));
+        sets.for_each(|set| *self.counts.entry(set).or_default() += 1);
+    }
+
+    fn count(&mut self, set: SetKey, added: bool) -> Result<(), String> {
+        let count = self.counts.entry(set).or_default();
+        *count += u32::from(added);
+        match set {
+            SetKey::Services(size) | SetKey::Endpoints(size) if *count > size => {
+                Err("Too many open files in system: the map is full".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn carry_out(&mut self, op: &Op) -> Result<(), String> {
         match op {
             Op::SetClass { set, frontend, from, to } => {
+                self.count(*set, to.is_some() && (from.is_some() || !self.classes.contains_key(&(*set, *frontend))))?;
                 replace(&mut self.classes, (*set, *frontend), from.is_some(), *to)
             }
             Op::SetSlot { set, frontend, list, index, from, to } => {
-                replace(&mut self.slots, (*set, *frontend, *list, *index), from.is_some(), *to)
+                let key = (*set, *frontend, *list, *index);
+                self.count(*set, to.is_some() && (from.is_some() || !self.slots.contains_key(&key)))?;
+                replace(&mut self.slots, key, from.is_some(), *to)
             }
             Op::DeleteSet(gone) => {
                 self.classes.retain(|(set, ..), _| set != gone);
@@ -123,6 +145,7 @@ impl Kernel for FakeKernel {
         }
         let mut next = self.state.clone();
         let mut maps = self.maps.clone();
+        maps.start();
         for op in &transaction.ops {
             check(&next, op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
             maps.carry_out(op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
@@ -182,6 +205,7 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             must(chain.is_none_or(|c| state.chains.contains_key(&c)), "no such chain")
         }
         Op::DeleteClass(class) => must(state.classes.contains(class), missing),
+        Op::SetClass { to: None, set, .. } | Op::SetSlot { to: None, set, .. } => set_exists(set),
         Op::SetClass { set, .. } => {
             set_exists(set)?;
             let moves = matches!(set, SetKey::Services(n) if Some(*n) < state.services_capacity());
@@ -208,8 +232,7 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
     }
 }
 
-/// What must hold after every transaction: rules and maps refer to what exists, and maps hold no more
-/// than they were declared for.
+/// What must hold after every transaction: rules and maps refer to what exists.
 fn check_all(state: &State) -> Result<(), String> {
     for (name, chain) in &state.chains {
         for expr in chain.rules.iter().flat_map(|r| &r.exprs) {
@@ -229,16 +252,11 @@ fn check_all(state: &State) -> Result<(), String> {
         }
     }
     let with_address = || state.frontends.iter().filter(|(f, _)| f.address.is_some());
-    let services = with_address().filter(|(_, h)| h.class.is_some()).count();
     let endpoints: usize = with_address()
         .map(|(_, h)| List::ALL.map(|l| h.list(l).iter().flatten().count()).iter().sum::<usize>())
         .sum();
     if endpoints != state.endpoint_count {
         return Err(format!("{endpoints} endpoints, counted as {}", state.endpoint_count));
-    }
-    let full = |count: usize, capacity: Option<u32>| capacity.is_some_and(|c| count > c as usize);
-    if full(services, state.services_capacity()) || full(endpoints, state.endpoints_capacity()) {
-        return Err("Too many open files in system: a map is full".to_owned());
     }
     let used: BTreeSet<_> = state.frontends.values().filter_map(|h| h.class).collect();
     for class in used {

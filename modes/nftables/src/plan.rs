@@ -11,8 +11,8 @@ use shunt_core::table::{Frontend, LocalEndpoint, NodePortMatch};
 use shunt_mode::{Plan, Transaction};
 
 use crate::layout::{
-    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, List, SERVICES_CAPACITY, SERVICES_CHAIN, SetKey, TABLE,
-    base_chains,
+    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, List, POSTROUTING, SERVICES_CAPACITY, SERVICES_CHAIN,
+    SetKey, TABLE, base_chains,
 };
 use crate::render::{Desired, Dispatch};
 use crate::rules::{self, NodePorts, Rule, Skeleton};
@@ -333,6 +333,26 @@ struct Planner<'a> {
     after: Vec<Op>,
     /// Chains that exist or will.
     chains: BTreeSet<ChainKey>,
+    /// Maps that larger ones replace.
+    replaced: Replaced,
+}
+
+/// Maps that are full, as they are before the plan. Larger ones take over within one transaction.
+#[derive(Clone, Copy, Default)]
+struct Replaced {
+    services: Option<SetKey>,
+    endpoints: Option<SetKey>,
+}
+
+impl Replaced {
+    const fn some(self) -> bool {
+        self.services.is_some() || self.endpoints.is_some()
+    }
+
+    /// The maps that are replaced, as far as they hold this frontend.
+    const fn of(self, frontend: &Frontend) -> Self {
+        if frontend.address.is_some() { self } else { Self { services: None, endpoints: None } }
+    }
 }
 
 impl<'a> Planner<'a> {
@@ -346,19 +366,20 @@ impl<'a> Planner<'a> {
             frontends: Vec::new(),
             after: Vec::new(),
             chains: BTreeSet::new(),
+            replaced: Replaced::default(),
         }
     }
 
     fn plan(mut self) -> Plan<Op> {
-        let grown = self.sets();
+        self.sets();
         self.base();
         self.classes();
         for (frontend, dispatch) in &self.desired.frontends {
-            self.frontend(frontend, dispatch.as_ref(), grown);
+            self.frontend(frontend, dispatch.as_ref());
         }
         if self.desired.everything {
             self.vanished_frontends();
-        } else if grown {
+        } else if self.replaced.some() {
             self.move_frontends();
         }
         self.addresses();
@@ -374,23 +395,23 @@ impl<'a> Planner<'a> {
             .map(|set| Op::DeleteSet(*set))
             .collect();
         self.after.extend(stale);
-        self.transactions(grown)
+        self.transactions()
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order. A map that grows is
-    /// filled and put to use in one transaction, for rules and mirror know of one such map only.
-    fn transactions(self, grown: bool) -> Plan<Op> {
+    /// Everything in one transaction if it fits, else bounded ones in order.
+    fn transactions(self) -> Plan<Op> {
+        let whole = self.must_stay_whole();
         let mut plan = Plan::default();
         let mut ops = self.before;
         for frontend in self.frontends {
-            if !grown && !ops.is_empty() && ops.len() + frontend.len() > self.limits.transaction {
+            if !whole && !ops.is_empty() && ops.len() + frontend.len() > self.limits.transaction {
                 plan.push(std::mem::take(&mut ops));
             }
             ops.extend(frontend);
         }
         for op in self.after {
             // Hooks and removals are few except at scale: cut those as well.
-            if !grown && ops.len() >= self.limits.transaction {
+            if !whole && ops.len() >= self.limits.transaction {
                 plan.push(std::mem::take(&mut ops));
             }
             ops.push(op);
@@ -399,22 +420,33 @@ impl<'a> Planner<'a> {
         plan
     }
 
+    /// A map that grows is filled and put to use in one transaction, for rules and mirror know of one
+    /// such map only. Those who set the mark and those who look at it change together.
+    fn must_stay_whole(&self) -> bool {
+        let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
+        let held = self.observed.chains.get(POSTROUTING);
+        self.replaced.some() || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
+    }
+
     fn wanted_sets(&self) -> [SetKey; 11] {
         SetKey::all(self.skeleton.services, self.skeleton.endpoints)
     }
 
-    /// Creates the table and missing sets; true when a sized map is replaced by a larger one.
-    fn sets(&mut self) -> bool {
+    /// Creates the table and missing sets.
+    fn sets(&mut self) {
         if !self.observed.exists {
             self.before.push(Op::AddTable(self.observed.family));
         }
         let missing: Vec<SetKey> =
             self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
         self.before.extend(missing.into_iter().map(Op::AddSet));
-        self.observed.exists
-            && !self.observed.sets.is_empty()
-            && (self.observed.services_capacity().is_some_and(|held| held != self.skeleton.services)
-                || self.observed.endpoints_capacity().is_some_and(|held| held != self.skeleton.endpoints))
+        let replaced = |held: Option<u32>, wanted| held.filter(|held| *held != wanted);
+        self.replaced = Replaced {
+            services: replaced(self.observed.services_capacity(), self.skeleton.services)
+                .map(SetKey::Services),
+            endpoints: replaced(self.observed.endpoints_capacity(), self.skeleton.endpoints)
+                .map(SetKey::Endpoints),
+        };
     }
 
     /// Creates `chain` and what it leads to, unless it is there with the right rules.
@@ -441,8 +473,10 @@ impl<'a> Planner<'a> {
 
     fn base(&mut self) {
         self.chain(ChainKey::Reject);
+        // Guards are up before the frontends that they guard, and until the last of those is gone.
+        let loses_guards = !self.skeleton.guards && !self.observed.guards.is_empty();
         let rules = rules::services(&self.skeleton);
-        self.rules(SERVICES_CHAIN, None, rules, false);
+        self.rules(SERVICES_CHAIN, None, rules, loses_guards);
     }
 
     fn classes(&mut self) {
@@ -466,40 +500,33 @@ impl<'a> Planner<'a> {
         !self.desired.everything && Some(self.skeleton.endpoints) != self.observed.endpoints_capacity()
     }
 
-    fn frontend(&mut self, frontend: &Frontend, dispatch: Option<&Dispatch>, grown: bool) {
+    fn frontend(&mut self, frontend: &Frontend, dispatch: Option<&Dispatch>) {
         let nothing = Held::default();
         let held = self.observed.frontends.get(frontend).unwrap_or(&nothing);
         let (services, endpoints) = self.maps_of(frontend);
-        let moved = grown && frontend.address.is_some();
+        // A new map is empty, and what is not wanted any more is taken out of the old one.
+        let replaced = self.replaced.of(frontend);
         let mut ops = Vec::new();
         let mut removals = Vec::new();
         for list in List::ALL {
-            let wanted: Vec<Endpoint> = dispatch
-                .map(|d| d.list(list))
-                .unwrap_or_default()
-                .iter()
-                .map(|t| Endpoint { address: t.address, port: t.port })
-                .collect();
-            for (index, from, to) in edit_slots(held.list(list), &wanted, moved) {
-                let op = Op::SetSlot {
-                    set: endpoints,
-                    frontend: *frontend,
-                    list,
-                    index,
-                    from: if moved { None } else { from },
-                    to,
-                };
-                if to.is_some() {
-                    ops.push(op);
-                } else if !moved {
-                    removals.push(op);
+            let wanted = dispatch.map(|d| endpoints_of(d, list)).unwrap_or_default();
+            let slots = edit_slots(held.list(list), &wanted, replaced.endpoints.is_some());
+            for (index, from, to) in slots {
+                let slot = |set, from| Op::SetSlot { set, frontend: *frontend, list, index, from, to };
+                match (to, replaced.endpoints) {
+                    (Some(_), None) => ops.push(slot(endpoints, from)),
+                    (Some(_), Some(_)) => ops.push(slot(endpoints, None)),
+                    (None, old) => removals.push(slot(old.unwrap_or(endpoints), from)),
                 }
             }
         }
         let to = dispatch.map(|d| d.class);
-        if held.class != to || (moved && to.is_some()) {
-            let from = if moved { None } else { held.class };
-            ops.push(Op::SetClass { set: services, frontend: *frontend, from, to });
+        let class = |set, from| Op::SetClass { set, frontend: *frontend, from, to };
+        match (to, replaced.services) {
+            (Some(_), Some(_)) => ops.push(class(services, None)),
+            (None, Some(old)) if held.class.is_some() => ops.push(class(old, held.class)),
+            (_, None) if held.class != to => ops.push(class(services, held.class)),
+            _ => {}
         }
         ops.extend(removals);
         self.guard(frontend, dispatch, &mut ops);
@@ -549,7 +576,7 @@ impl<'a> Planner<'a> {
             .into_iter()
             .collect();
         for frontend in gone {
-            self.frontend(&frontend, None, false);
+            self.frontend(&frontend, None);
         }
     }
 
@@ -561,7 +588,7 @@ impl<'a> Planner<'a> {
             }
             let (services, endpoints) = self.maps_of(frontend);
             let mut ops = Vec::new();
-            for list in List::ALL {
+            for list in List::ALL.into_iter().filter(|_| self.replaced.endpoints.is_some()) {
                 ops.extend(held.list(list).iter().enumerate().filter(|(_, s)| s.is_some()).map(
                     |(index, slot)| Op::SetSlot {
                         set: endpoints,
@@ -573,7 +600,9 @@ impl<'a> Planner<'a> {
                     },
                 ));
             }
-            ops.push(Op::SetClass { set: services, frontend: *frontend, from: None, to: held.class });
+            if self.replaced.services.is_some() && held.class.is_some() {
+                ops.push(Op::SetClass { set: services, frontend: *frontend, from: None, to: held.class });
+            }
             self.frontends.push(ops);
         }
     }
@@ -599,10 +628,11 @@ impl<'a> Planner<'a> {
             }
         }
         let node_port_ips = self.desired.node_port_ips();
-        for address in observed.node_port_ips.union(&node_port_ips) {
-            let wanted = node_port_ips.contains(address);
-            toggle(&mut self.after, SetKey::NodePortIps, &observed.node_port_ips, *address, wanted);
-        }
+        // The rule that looks at this set may take the place of one that does not.
+        let added = node_port_ips.difference(&observed.node_port_ips);
+        self.before.extend(added.map(|a| Op::AddAddress(SetKey::NodePortIps, *a)));
+        let removed = observed.node_port_ips.difference(&node_port_ips);
+        self.after.extend(removed.map(|a| Op::DeleteAddress(SetKey::NodePortIps, *a)));
         let ranges = &self.desired.service_cidrs;
         self.after.extend(observed.service_cidrs.difference(ranges).map(|r| Op::DeleteServiceCidr(*r)));
         self.after.extend(ranges.difference(&observed.service_cidrs).map(|r| Op::AddServiceCidr(*r)));
@@ -623,7 +653,9 @@ impl<'a> Planner<'a> {
     fn hooks(&mut self) {
         for (name, base) in base_chains() {
             let rules = rules::of_base_chain(&self.skeleton, name);
-            self.rules(name, Some(base), rules, true);
+            // Hairpins are seen to before there are any, and until the last of them is gone.
+            let loses_hairpins = !self.skeleton.hairpins && !self.observed.hairpins.is_empty();
+            self.rules(name, Some(base), rules, name != POSTROUTING || loses_hairpins);
         }
     }
 
@@ -675,20 +707,7 @@ fn edit_slots(
 
 /// What the rules depend on, once the plan is carried out.
 fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
-    let counts = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
-        map.iter()
-            .filter(|(f, _)| f.address.is_some())
-            .filter_map(|(_, d)| d.as_ref())
-            .map(|d| List::ALL.map(|list| d.list(list).len()).iter().sum::<usize>())
-            .fold((0, 0), |(frontends, endpoints), n| (frontends + 1, endpoints + n))
-    };
-    let (frontends, endpoints) = counts(&desired.frontends);
-    let (services, endpoints) = if desired.everything {
-        (frontends, endpoints)
-    } else {
-        // An upper bound: what is replaced is counted twice.
-        (observed.frontends.len() + frontends, observed.endpoint_count + endpoints)
-    };
+    let (services, endpoints) = room(observed, desired);
     let node_ports = if desired.everything { false } else { keeps_node_ports(observed, desired) };
     let node_ports = node_ports || desired.frontends.iter().any(|(f, d)| f.address.is_none() && d.is_some());
     let some_guard = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
@@ -712,6 +731,29 @@ fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
         hairpins,
         service_cidrs: !desired.service_cidrs.is_empty(),
     }
+}
+
+/// How many elements the sized maps must have room for. What a transaction deletes makes no room for
+/// what it adds: the kernel counts the former off when it commits and the latter when it is asked.
+fn room(observed: &State, desired: &Desired) -> (usize, usize) {
+    let nothing = Held::default();
+    let with_address = |f: &Frontend| f.address.is_some();
+    let node_ports = observed.frontends.keys().take_while(|f| !with_address(f)).count();
+    let (mut services, mut endpoints) = (observed.frontends.len() - node_ports, observed.endpoint_count);
+    for (frontend, dispatch) in desired.frontends.iter().filter(|(f, _)| with_address(f)) {
+        let Some(dispatch) = dispatch else { continue };
+        let held = observed.frontends.get(frontend).unwrap_or(&nothing);
+        services += usize::from(held.class != Some(dispatch.class));
+        for list in List::ALL {
+            let slots = edit_slots(held.list(list), &endpoints_of(dispatch, list), false);
+            endpoints += slots.iter().filter(|(_, _, to)| to.is_some()).count();
+        }
+    }
+    (services, endpoints)
+}
+
+fn endpoints_of(dispatch: &Dispatch, list: List) -> Vec<Endpoint> {
+    dispatch.list(list).iter().map(|t| Endpoint { address: t.address, port: t.port }).collect()
 }
 
 fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {

@@ -17,6 +17,7 @@ use shunt_core::id::{IpFamily, NamespacedName, Protocol};
 use shunt_core::node::{Config, LocalDetector, Node, NodePortAddresses};
 use shunt_core::service::{Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
+use shunt_core::table::ForwardingTable;
 use shunt_core::walk::Packet;
 
 /// Something that happens to a cluster.
@@ -100,7 +101,7 @@ fn name(kind: &'static str, count: u32) -> impl Strategy<Value = NamespacedName>
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    prop_oneof![3 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)]
+    prop_oneof![6 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)]
 }
 
 fn policy() -> impl Strategy<Value = TrafficPolicy> {
@@ -108,7 +109,7 @@ fn policy() -> impl Strategy<Value = TrafficPolicy> {
 }
 
 fn port_name() -> impl Strategy<Value = Arc<str>> {
-    select(vec![Arc::from("a"), Arc::from("b")])
+    prop_oneof![3 => Just(Arc::from("a")), 1 => Just(Arc::from("b"))]
 }
 
 fn service() -> impl Strategy<Value = Service> {
@@ -188,7 +189,7 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
     select(IpFamily::ALL.to_vec()).prop_flat_map(|family| {
         let port = (port_name(), protocol(), select(vec![80_u16, 8080]))
             .prop_map(|(name, protocol, port)| EndpointPort { name, protocol, port });
-        (name("slice", 8), name("svc", 4), vec(port, 1..4), vec(endpoint(family), 0..5)).prop_map(
+        (name("slice", 12), name("svc", 4), vec(port, 2..5), vec(endpoint(family), 0..5)).prop_map(
             move |(name, service, ports, endpoints)| EndpointSlice {
                 name,
                 service,
@@ -251,9 +252,9 @@ pub fn step() -> impl Strategy<Value = Step> {
     let cidr = || (0..2_u32).prop_map(|n| Arc::from(format!("cidr{n}")));
     prop_oneof![
         8 => service().prop_map(|s| Step::Event(Event::Service(s))),
-        16 => slice().prop_map(|s| Step::Event(Event::Slice(s))),
+        24 => slice().prop_map(|s| Step::Event(Event::Slice(s))),
         2 => name("svc", 4).prop_map(|n| Step::Event(Event::ServiceGone(n))),
-        4 => name("slice", 8).prop_map(|n| Step::Event(Event::SliceGone(n))),
+        4 => name("slice", 12).prop_map(|n| Step::Event(Event::SliceGone(n))),
         3 => node().prop_map(|n| Step::Event(Event::Node(n))),
         1 => Just(Step::Event(Event::NodeGone)),
         1 => (cidr(), cidrs).prop_map(|(n, ranges)| Step::Event(Event::ServiceCidr(n, ranges))),
@@ -268,25 +269,55 @@ pub fn steps(count: impl Into<proptest::collection::SizeRange>) -> impl Strategy
     vec(step(), count)
 }
 
-/// A random packet. Loops over `interface` and the rest of the pools would be too many.
-pub fn packet() -> impl Strategy<Value = Packet> {
+/// A random packet; the second number says at which of a table's frontends it is aimed, if at any.
+fn packet() -> impl Strategy<Value = (Packet, Option<usize>)> {
     let address = || 0..ADDRESSES[0].len();
     let interface = select(vec![None, Some("cni0"), Some("veth12"), Some("eth0")]);
-    // Three in four packets go where some Service may be.
-    let destination = prop_oneof![3 => CLUSTER_IPS.start..NODE_IPS.end, 1 => address()];
-    let port = prop_oneof![4 => select(vec![80_u16, 53, 3001, 3002]), 1 => select(vec![8080_u16, 9])];
-    (select(vec![0_usize, 0, 1]), address(), destination, port, protocol(), interface).prop_map(
-        |(family, source, destination, port, protocol, interface)| Packet {
-            source: ADDRESSES[family][source].parse().unwrap(),
-            interface: interface.map(str::to_owned),
-            destination: ADDRESSES[family][destination].parse().unwrap(),
-            port,
-            protocol,
+    let port = select(vec![80_u16, 53, 3001, 3002, 8080, 9]);
+    let aim = option::weighted(0.6, 0..1000_usize);
+    (select(vec![0_usize, 0, 1]), address(), address(), port, protocol(), interface, aim).prop_map(
+        |(family, source, destination, port, protocol, interface, aim)| {
+            let packet = Packet {
+                source: ADDRESSES[family][source].parse().unwrap(),
+                interface: interface.map(str::to_owned),
+                destination: ADDRESSES[family][destination].parse().unwrap(),
+                port,
+                protocol,
+            };
+            (packet, aim)
         },
     )
 }
 
+/// Random packets that know what is worth being asked for once they see a table.
+#[derive(Clone, Debug)]
+pub struct Packets(Vec<(Packet, Option<usize>)>);
+
+impl Packets {
+    /// The packets of the table's family, some of them aimed at the table's frontends.
+    pub fn aimed(&self, table: &ForwardingTable) -> Vec<Packet> {
+        let frontends: Vec<_> = table.frontends().map(|(_, entry)| entry.frontend).collect();
+        let of_family = self.0.iter().filter(|(p, _)| IpFamily::of(p.source) == table.family());
+        of_family
+            .map(|(packet, aim)| {
+                let at = aim.and_then(|n| frontends.get(n.checked_rem(frontends.len())?));
+                match at {
+                    None => packet.clone(),
+                    Some(at) => Packet {
+                        destination: at.address.unwrap_or_else(|| {
+                            ADDRESSES[table.family() as usize][NODE_IPS.start].parse().unwrap()
+                        }),
+                        port: at.port,
+                        protocol: at.protocol,
+                        ..packet.clone()
+                    },
+                }
+            })
+            .collect()
+    }
+}
+
 /// Random packets.
-pub fn packets(count: usize) -> impl Strategy<Value = Vec<Packet>> {
-    vec(packet(), count)
+pub fn packets(count: usize) -> impl Strategy<Value = Packets> {
+    vec(packet(), count).prop_map(Packets)
 }
