@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod driver;
 pub mod plan;
 pub mod sync;
 
@@ -132,6 +133,15 @@ pub trait Backend: Send {
 
     /// What the kernel holds after a transaction was carried out. Pure.
     fn advance(state: &mut Self::State, transaction: &Transaction<Self::Op>);
+
+    /// Leaves only what `only` touches, for printing. Pure.
+    fn restrict(state: &mut Self::State, only: &Change);
+
+    /// Gives rules that were read from the kernel the texts of those that were rendered. Pure.
+    fn annotate(observed: &mut Self::State, rendered: &Self::State);
+
+    /// The state for programs. Pure.
+    fn json(state: &Self::State) -> serde_json::Value;
 
     /// Whether this node can run the mode; names what is missing.
     fn probe(&mut self) -> Result<(), Unsupported>;

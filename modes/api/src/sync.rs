@@ -33,9 +33,11 @@ pub struct Periods {
 }
 
 impl Default for Periods {
+    /// kube-proxy waits a second between syncs because each is dear; here a change costs what it
+    /// touches, and a pause only has to let a burst gather.
     fn default() -> Self {
         Self {
-            min_sync: Duration::from_secs(1),
+            min_sync: Duration::from_millis(1),
             resync: Duration::from_hours(1),
             retry: Duration::from_millis(100),
             retry_max: Duration::from_secs(30),
@@ -173,7 +175,7 @@ mod tests {
     }
 
     fn started(now: Instant) -> SyncLoop {
-        let mut l = SyncLoop::new(Periods::default());
+        let mut l = SyncLoop::new(Periods { min_sync: Duration::from_secs(1), ..Periods::default() });
         l.start(now);
         assert_eq!(l.next(now), Some(Step::Resync));
         l.finished(Ok(Step::Resync), now);

@@ -74,6 +74,18 @@ impl<K: Kernel + Send> Backend for Nftables<K> {
         plan::advance(state, transaction);
     }
 
+    fn restrict(state: &mut State, only: &Change) {
+        state.restrict(only);
+    }
+
+    fn annotate(observed: &mut State, rendered: &State) {
+        observed.annotate(rendered);
+    }
+
+    fn json(state: &State) -> serde_json::Value {
+        state.json()
+    }
+
     fn probe(&mut self) -> Result<(), Unsupported> {
         self.kernel.probe()
     }

@@ -7,12 +7,12 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use nft_netlink::{BaseChain, Bytes, Element, ElementData, FieldType, MapData, Set, SetFlags, Verdict};
 use shunt_core::id::IpFamily;
-use shunt_core::table::{Frontend, LocalEndpoint};
+use shunt_core::table::{Change, Frontend, LocalEndpoint};
 
 use crate::layout::{
     self, Class, Endpoint, KeyReader, LIST_MAX, List, SECOND_LIST_BASE, SetKey, TABLE, TABLE_COMMENT,
 };
-use crate::rules::Rule;
+use crate::rules::{self, Rule};
 
 /// A chain with its rules.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -300,6 +300,47 @@ impl State {
                 }
             }
         }
+    }
+}
+
+impl State {
+    /// Leaves only what a change touches, and the chains that it leads to.
+    pub fn restrict(&mut self, only: &Change) {
+        self.frontends.retain(|f, _| only.frontends.contains(f));
+        self.guards.retain(|f, _| only.frontends.contains(f));
+        self.cluster_ips.retain(|a| only.cluster_ips.contains(a));
+        self.hairpins.retain(|e| only.local_endpoints.contains(e));
+        self.strays.clear();
+        let classes: BTreeSet<Class> = self.frontends.values().filter_map(|h| h.class).collect();
+        self.classes.retain(|c| classes.contains(c));
+        let mut chains = BTreeSet::new();
+        for chain in classes.iter().filter_map(|c| c.chain()) {
+            chains.extend(rules::next_chains(&chain));
+            chains.insert(chain);
+        }
+        let names: BTreeSet<String> = chains.iter().map(ToString::to_string).collect();
+        self.chains.retain(|name, _| names.contains(name));
+    }
+
+    /// The state for programs: elements of every set, rules of every chain.
+    pub fn json(&self) -> serde_json::Value {
+        let sets: serde_json::Map<String, serde_json::Value> =
+            self.sets.iter().map(|s| (s.to_string(), self.elements_text(*s).into())).collect();
+        let chains: serde_json::Map<String, serde_json::Value> = self
+            .chains
+            .iter()
+            .map(|(name, chain)| {
+                let hook = chain.base.map(|b| b.hook.to_string());
+                let rules: Vec<String> = chain.rules.iter().map(ToString::to_string).collect();
+                (name.clone(), serde_json::json!({ "hook": hook, "rules": rules }))
+            })
+            .collect();
+        serde_json::json!({
+            "family": self.family,
+            "table": self.exists.then_some(TABLE),
+            "sets": sets,
+            "chains": chains,
+        })
     }
 }
 

@@ -1,3 +1,4 @@
 //! Test harness.
 
+pub mod apiserver;
 pub mod lab;

@@ -310,3 +310,123 @@ fn set_flags(message: &mut [u8], change: impl FnOnce(u16) -> u16) {
     let flags = change(message.flags());
     message.set_flags(flags);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::expr::Expr;
+    use crate::object::Verdict;
+    use crate::set::FieldType;
+
+    const TABLE: TableId<'static> = TableId::new(Family::Ip6, "t");
+
+    /// Type and flags of each message.
+    fn messages(batch: &Batch) -> Vec<(u16, u16)> {
+        let mut rest = batch.as_bytes();
+        let mut messages = Vec::new();
+        while !rest.is_empty() {
+            let message = NetlinkBuffer::new_checked(rest).unwrap();
+            assert_eq!(message.length() % 4, 0);
+            messages.push((message.message_type(), message.flags()));
+            rest = &rest[message.length() as usize..];
+        }
+        messages
+    }
+
+    #[test]
+    fn is_complete_after_every_operation() {
+        let mut batch = Batch::new();
+        assert!(batch.is_empty());
+        assert_eq!(messages(&batch).len(), 2);
+        for count in 1..=3 {
+            batch.add_chain(TABLE, &Chain::regular("c"));
+            let messages = messages(&batch);
+            assert_eq!(messages.len(), 2 + count);
+            assert_eq!(messages[0].0, 16);
+            assert_eq!(messages[1 + count].0, 17);
+            let acknowledged: Vec<_> = messages.iter().map(|(_, flags)| flags & NLM_F_ACK != 0).collect();
+            assert_eq!(acknowledged.iter().filter(|&&ack| ack).count(), 1);
+            assert!(acknowledged[count]);
+        }
+        assert_eq!(batch.len(), 3);
+    }
+
+    #[test]
+    fn many_elements_take_several_messages_but_are_one_operation() {
+        let mut batch = Batch::new();
+        batch.add_elements(TABLE, "s", (0..10_000_u32).map(|i| Element::new(i.to_be_bytes())));
+        batch.delete_elements(TABLE, "s", Vec::<Element>::new());
+        batch.flush_set(TABLE, "s");
+        assert_eq!(batch.len(), 2);
+        assert_eq!(messages(&batch).len(), 6);
+        assert_eq!(batch.oversized(), None);
+        assert_eq!(batch.message_of(3, None).unwrap().0, 0);
+        assert_eq!(batch.message_of(4, None).unwrap(), (1, "flush set ip6 t s".to_owned()));
+        assert_eq!(batch.message_of(5, None), None);
+        assert_eq!(batch.message_of(0, None), None);
+    }
+
+    #[test]
+    fn the_largest_elements_fit() {
+        let long = vec![7; 64];
+        let element = Element {
+            key_end: Some(long.clone().into()),
+            ..Element::verdict(long, Verdict::Goto("x".repeat(255)))
+        };
+        let mut batch = Batch::new();
+        batch.add_elements(TABLE, "s", std::iter::repeat_n(&element, 1000));
+        assert_eq!(batch.oversized(), None);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let mut batch = Batch::new();
+        batch.add_table(TABLE, None);
+        let huge = Expr::Unknown { name: "huge".into(), raw: vec![0; 70_000] };
+        batch.add_rule(TABLE, &Rule::new("c", vec![huge]));
+        batch.add_table(TABLE, None);
+        assert_eq!(batch.oversized(), Some(1));
+        assert_eq!(batch.description(1), "add rule ip6 t c");
+    }
+
+    #[test]
+    fn operations_in_words() {
+        let rule = Rule::new("c", vec![]).with_comment("why");
+        let element = Element::value([1, 2, 3, 4], [5]);
+        let mut batch = Batch::at_generation(3);
+        batch.add_table(TABLE, Some("x"));
+        batch.add_chain(TABLE, &Chain::regular("c"));
+        batch.flush_chain(TABLE, "c");
+        batch.add_rule(TABLE, &rule);
+        batch.insert_rule(TABLE, &rule);
+        batch.replace_rule(TABLE, 7, &rule);
+        batch.delete_rule(TABLE, "c", 7);
+        batch.add_set(TABLE, &Set::new("s", vec![FieldType::Ipv4Addr]));
+        batch.add_elements(TABLE, "s", [&element]);
+        batch.delete_elements(TABLE, "s", [&element, &element]);
+        batch.flush_set(TABLE, "s");
+        batch.delete_set(TABLE, "s");
+        batch.delete_chain(TABLE, "c");
+        batch.delete_table(TABLE);
+        let words: Vec<_> = batch.descriptions().collect();
+        assert_eq!(
+            words,
+            [
+                "add table ip6 t",
+                "add chain ip6 t c",
+                "flush chain ip6 t c",
+                "add rule ip6 t c comment \"why\"",
+                "insert rule ip6 t c comment \"why\"",
+                "replace rule ip6 t c handle 7 comment \"why\"",
+                "delete rule ip6 t c handle 7",
+                "add set ip6 t s",
+                "add element ip6 t s { 0x01020304 : 0x05 }",
+                "delete element ip6 t s (2 elements)",
+                "flush set ip6 t s",
+                "delete set ip6 t s",
+                "delete chain ip6 t c",
+                "delete table ip6 t",
+            ]
+        );
+    }
+}

@@ -1,12 +1,13 @@
 //! Expressions to attributes and back.
 
 use crate::bytes::Bytes;
-use crate::expr::{
-    ByteorderOp, CmpOp, CounterValue, CtDirection, CtKey, DynsetOp, Expr, FibFlags, FibResult, MetaKey,
-    NatFlags, NatKind, PayloadBase, Register, RejectKind,
-};
+use crate::expr::Expr;
 use crate::object::{Family, Verdict};
 use crate::set::{DATA_VALUE, DATA_VERDICT, duration, milliseconds};
+use crate::vocabulary::{
+    ByteorderOp, CmpOp, CounterValue, CtDirection, CtKey, DynsetOp, FibFlags, FibResult, MetaKey, NatFlags,
+    NatKind, PayloadBase, Register, RejectKind,
+};
 use crate::wire::{Attributes, Writer, be32, be64, text};
 
 const LIST_ELEM: u16 = 1;

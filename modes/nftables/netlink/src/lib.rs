@@ -17,6 +17,30 @@
 //! The crate knows nothing of what the tables are for, keeps no state, starts no thread, and never touches a table
 //! it is not told to. Everything blocks; [`Socket`] is `Send`.
 //!
+//! ```no_run
+//! use nft_netlink::{Batch, Chain, ChainType, CmpOp, Expr, Family, Hook, MetaKey, Register, Rule, Socket, TableId, Verdict};
+//!
+//! let table = TableId::new(Family::Ip, "example");
+//! let mut batch = Batch::new();
+//! batch.add_table(table, None);
+//! batch.add_chain(table, &Chain::base("input", ChainType::Filter, Hook::Input, 0));
+//! batch.add_rule(
+//!     table,
+//!     &Rule::new(
+//!         "input",
+//!         vec![
+//!             Expr::Meta { key: MetaKey::L4Proto, dreg: Register::R0 },
+//!             Expr::Cmp { op: CmpOp::Eq, sreg: Register::R0, data: [17].into() },
+//!             Expr::ImmediateVerdict(Verdict::Drop),
+//!         ],
+//!     ),
+//! );
+//! let mut socket = Socket::new()?;
+//! socket.commit(&batch)?;
+//! println!("{:?}", socket.dump_rules(table, None)?);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # What is ours and what is not
 //!
 //! Sockets are those of `netlink-sys`, the forced buffer sizes come from `nix`. Headers, message numbers and flags
@@ -37,15 +61,17 @@ mod expr_wire;
 mod object;
 mod set;
 mod socket;
+mod vocabulary;
 mod wire;
 
 pub use batch::Batch;
 pub use bytes::Bytes;
 pub use error::{CommitError, Error, Refusal};
-pub use expr::{
-    ByteorderOp, CmpOp, CounterValue, CtDirection, CtKey, DynsetOp, Expr, FibFlags, FibResult, MetaKey,
-    NatFlags, NatKind, PayloadBase, Register, RejectKind,
-};
+pub use expr::Expr;
 pub use object::{BaseChain, Chain, ChainType, Family, Hook, Rule, Table, TableId, Verdict};
 pub use set::{Element, ElementData, FieldType, MapData, Set, SetFlags};
 pub use socket::Socket;
+pub use vocabulary::{
+    ByteorderOp, CmpOp, CounterValue, CtDirection, CtKey, DynsetOp, FibFlags, FibResult, MetaKey, NatFlags,
+    NatKind, PayloadBase, Register, RejectKind,
+};

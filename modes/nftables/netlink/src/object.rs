@@ -61,7 +61,7 @@ impl fmt::Display for TableId<'_> {
 }
 
 /// A table as the kernel lists it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Table {
     /// Its family.
     pub family: Family,
@@ -295,7 +295,7 @@ impl fmt::Display for Verdict {
 }
 
 /// A rule: expressions evaluated one after the other until one says stop.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
     /// The chain it is in.
     pub chain: String,

@@ -4,8 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::bytes::Bytes;
-use crate::expr::flags;
 use crate::object::Verdict;
+use crate::vocabulary::flags;
 use crate::wire::{Attributes, Writer, be32, be64, comment_data, find_user_data, push_user_data, text};
 
 /// The type of one field of a key or of a map's data: the kernel cares for its length only, the rest is for nft(8),

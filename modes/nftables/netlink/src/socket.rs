@@ -33,6 +33,9 @@ const REFUSALS: usize = 16;
 /// Sequence numbers of requests other than batches start here; batches count their messages from 0.
 const FIRST_REQUEST: u32 = 0x8000_0000;
 
+const SEND_FAILED: fn(io::Error) -> Error = |source| Error::Socket { what: "send a request", source };
+const RECEIVE_FAILED: fn(io::Error) -> Error = |source| Error::Socket { what: "receive an answer", source };
+
 const GEN_ID: u16 = 1;
 const EXT_ACK_MESSAGE: u16 = 1;
 const EXT_ACK_OFFSET: u16 = 2;
@@ -139,9 +142,9 @@ impl Socket {
         let message = self.request(Message::GetGen, NetfilterProtoFamily::Unspec, 0, |_| {});
         let sequence = self.sequence;
         let fail = |source| Error::Refused { request: request(), source };
-        self.send(&message).map_err(fail)?;
+        self.send(&message).map_err(SEND_FAILED)?;
         loop {
-            self.receive(MsgFlags::empty()).map_err(fail)?;
+            self.receive(MsgFlags::empty()).map_err(RECEIVE_FAILED)?;
             if let Some(message) = Messages(&self.buffer).find(|m| m.sequence_number() == sequence) {
                 if let Some(answer) = Answer::read(&message) {
                     return Err(fail(io::Error::from_raw_os_error(answer.errno)));
@@ -280,11 +283,11 @@ impl Socket {
         let message = self.request(kind, family.netfilter(), NLM_F_DUMP, ask);
         let sequence = self.sequence;
         let fail = |source| Stop::Failed(Error::Refused { request: request(), source });
-        self.send(&message).map_err(fail)?;
+        self.send(&message).map_err(|e| Stop::Failed(SEND_FAILED(e)))?;
         let mut malformed = None;
         let mut interrupted = false;
         loop {
-            self.receive(MsgFlags::empty()).map_err(fail)?;
+            self.receive(MsgFlags::empty()).map_err(|e| Stop::Failed(RECEIVE_FAILED(e)))?;
             for message in Messages(&self.buffer).filter(|m| m.sequence_number() == sequence) {
                 interrupted |= message.flags() & NLM_F_DUMP_INTR != 0;
                 match message.message_type() {
@@ -435,6 +438,63 @@ impl Answer {
             errno: self.errno,
             message: self.message,
             attribute_offset: self.attribute_offset,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const fn assert_send<T: Send>() {}
+    const _: () = assert_send::<Socket>();
+
+    /// An error message as the kernel writes it.
+    fn error(sequence: u32, code: i32, flags: u16, tail: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; MESSAGE_HEADER];
+        bytes.extend_from_slice(&code.to_ne_bytes());
+        bytes.extend_from_slice(tail);
+        let length = bytes.len() as u32;
+        let mut message = NetlinkBuffer::new(&mut bytes);
+        message.set_length(length);
+        message.set_message_type(NLMSG_ERROR);
+        message.set_flags(flags);
+        message.set_sequence_number(sequence);
+        bytes
+    }
+
+    #[test]
+    fn explanations_are_found() {
+        let mut explanation = Writer::default();
+        explanation.string(EXT_ACK_MESSAGE, "No!");
+        explanation.attribute(EXT_ACK_OFFSET, &48_u32.to_ne_bytes());
+        let mut request = Writer::default();
+        request.message(0, 0, 7, &header(NetfilterProtoFamily::Unspec, 0), |w| w.u32(1, 1));
+
+        let cut = [&request.buf[..MESSAGE_HEADER], &explanation.buf].concat();
+        let whole = [&request.buf[..], &explanation.buf].concat();
+        for (flags, tail) in [(NLM_F_ACK_TLVS | NLM_F_CAPPED, cut), (NLM_F_ACK_TLVS, whole)] {
+            let bytes = error(7, -2, flags, &tail);
+            let answer = Answer::read(&Messages(&bytes).next().unwrap()).unwrap();
+            assert_eq!((answer.sequence, answer.errno), (7, 2));
+            assert_eq!(answer.message.as_deref(), Some("No!"));
+            assert_eq!(answer.attribute_offset, Some(48));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_do_not_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0..200), code in any::<i32>(), flags in any::<u16>()
+        ) {
+            for message in Messages(&bytes) {
+                attributes_of(&message);
+            }
+            for message in Messages(&error(1, code, flags, &bytes)) {
+                prop_assert!(Answer::read(&message).is_some());
+            }
         }
     }
 }

@@ -186,3 +186,66 @@ pub(crate) fn find_user_data(mut data: &[u8], kind: u8) -> Option<&[u8]> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::object::{Chain, Family, Rule, Table};
+    use crate::set::{Element, Set};
+
+    #[test]
+    fn attributes_are_read_as_written() {
+        let mut w = Writer::default();
+        w.string(1, "four");
+        w.nest(2, |w| {
+            w.u32(1, 7);
+            w.attribute(2, &[1]);
+        });
+        w.u64(3, 9);
+        assert_eq!(w.buf.len() % 4, 0);
+        assert_eq!(Attributes::find(&w.buf, 1).and_then(text), Some("four"));
+        let nested: Vec<_> = Attributes::new(Attributes::find(&w.buf, 2).unwrap()).collect();
+        assert_eq!(nested, [(1, &[0, 0, 0, 7][..]), (2, &[1])]);
+        assert_eq!(Attributes::find(&w.buf, 3).and_then(be64), Some(9));
+        assert!(!w.oversized);
+        w.attribute(1, &vec![0; 65_532]);
+        assert!(w.oversized);
+    }
+
+    #[test]
+    fn comments_are_cut_between_characters() {
+        let data = comment_data(0, &"ä".repeat(100));
+        assert_eq!(find_user_data(&data, 0).and_then(text), Some("ä".repeat(63).as_str()));
+        assert_eq!(find_user_data(&comment_data(3, "short"), 3), Some(&b"short\0"[..]));
+    }
+
+    fn attribute() -> impl Strategy<Value = Vec<u8>> {
+        let leaf = prop::collection::vec(any::<u8>(), 0..20);
+        leaf.prop_recursive(4, 40, 5, |inner| {
+            prop::collection::vec((0..16_u16, inner), 0..5).prop_map(|attributes| {
+                let mut w = Writer::default();
+                for (kind, value) in attributes {
+                    w.attribute(kind, &value);
+                }
+                w.buf
+            })
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_the_kernel_could_send_makes_a_decoder_panic(bytes in attribute(), cut in any::<prop::sample::Index>()) {
+            for bytes in [&bytes[..], &bytes[..cut.index(bytes.len() + 1)]] {
+                let _ = Table::decode(Family::Ip, bytes);
+                let _ = Chain::decode(bytes);
+                let _ = Rule::decode(bytes);
+                let _ = Set::decode(bytes);
+                let _ = Element::decode(bytes);
+                let _ = crate::describe::describe(bytes, Some(3));
+                let _ = find_user_data(bytes, 0);
+            }
+        }
+    }
+}

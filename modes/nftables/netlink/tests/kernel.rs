@@ -428,6 +428,8 @@ fn what_goes_in_comes_out() {
         }
         assert_eq!(dumped.len(), expected.len());
         assert_eq!(socket.dump_rules(TABLE, Some("refuse")).unwrap().len(), 1);
+        assert_eq!(socket.dump_rules(TABLE, Some("nowhere")).unwrap(), []);
+        assert!(!socket.dump_elements(TABLE, "nothing", |_| panic!()).unwrap());
 
         let counters: Vec<_> = socket
             .dump_rules(TABLE, Some("nat-postrouting"))
@@ -680,6 +682,110 @@ fn foreign_rules_are_no_error() {
             socket.dump_rules(TABLE, None).unwrap().into_iter().map(|rule| rule.exprs).collect();
         assert_eq!(again.len(), 2);
         assert_eq!(again[1], rules[2].exprs);
+    });
+}
+
+#[test]
+fn ipv6() {
+    in_namespace(|| {
+        const TABLE: TableId<'static> = TableId::new(Family::Ip6, "shop");
+        let key = |address: &str, index: u32| {
+            let address: Ipv6Addr = address.parse().unwrap();
+            Bytes::concat([&address.octets()[..], &[6], &80_u16.to_be_bytes(), &index.to_ne_bytes()])
+        };
+        let value = |address: &str| {
+            let address: Ipv6Addr = address.parse().unwrap();
+            Bytes::concat([&address.octets()[..], &8080_u16.to_be_bytes()])
+        };
+        let set = Set {
+            size: Some(100),
+            ..Set::map(
+                "endpoints",
+                vec![FieldType::Ipv6Addr, FieldType::InetProto, FieldType::InetService, FieldType::Mark],
+                MapData::Fields(vec![FieldType::Ipv6Addr, FieldType::InetService]),
+            )
+        };
+        let elements = [
+            Element::value(key("fd00::1", 0), value("fd01::1")),
+            Element::value(key("fd00::1", 1), value("fd01::2")),
+        ];
+        let rule = Rule::new(
+            "c",
+            vec![
+                payload(PayloadBase::Network, 24, 16, 0),
+                meta(MetaKey::L4Proto, 4),
+                payload(PayloadBase::Transport, 2, 2, 5),
+                Expr::Numgen { dreg: r(6), modulus: 2, offset: 0, random: true },
+                lookup("endpoints", 0, 0),
+                Expr::Nat {
+                    kind: NatKind::Dnat,
+                    family: Family::Ip6,
+                    addr: r(0),
+                    port: Some(r(4)),
+                    flags: NatFlags::default(),
+                },
+            ],
+        );
+        let prefix = Rule::new(
+            "c",
+            vec![
+                payload(PayloadBase::Network, 8, 16, 0),
+                Expr::Bitwise {
+                    sreg: r(0),
+                    dreg: r(0),
+                    mask: Bytes::from([[0xff; 8], [0; 8]].concat()),
+                    xor: [0; 16].into(),
+                },
+                cmp(0, "fd00::".parse::<Ipv6Addr>().unwrap().octets()),
+                Expr::Reject(RejectKind::IcmpUnreach(4)),
+            ],
+        );
+        let mut socket = Socket::new().unwrap();
+        let mut batch = Batch::new();
+        batch.add_table(TABLE, None);
+        batch.add_chain(TABLE, &Chain::base("c", ChainType::Nat, Hook::Prerouting, -100));
+        batch.add_set(TABLE, &set);
+        batch.add_elements(TABLE, "endpoints", &elements);
+        batch.add_rule(TABLE, &rule);
+        batch.add_rule(TABLE, &prefix);
+        socket.commit(&batch).unwrap();
+
+        assert_eq!(socket.dump_sets(TABLE).unwrap(), [set]);
+        assert_eq!(dump(&mut socket, TABLE, "endpoints"), elements.into());
+        let rules: Vec<_> =
+            socket.dump_rules(TABLE, None).unwrap().into_iter().map(|rule| rule.exprs).collect();
+        assert_eq!(rules, [rule.exprs, prefix.exprs]);
+        let listing = nft_list();
+        for expected in [
+            "dnat ip6 to ip6 daddr . meta l4proto . th dport . numgen random mod 2 map @endpoints",
+            "fd00::1 . tcp . 80 . 0x00000001 : fd01::2 . 8080",
+            "ip6 saddr fd00::/64 reject",
+        ] {
+            assert!(listing.contains(expected), "missing {expected:?} in\n{listing}");
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_refusals() {
+    in_namespace(|| {
+        let mut socket = Socket::new().unwrap();
+        let mut batch = Batch::new();
+        batch.add_table(TABLE, None);
+        for i in 0..100_000 {
+            batch.delete_chain(TABLE, &format!("chain-{i}"));
+        }
+        let error = socket.commit(&batch).unwrap_err();
+        let refusal = error.first().unwrap();
+        assert_eq!((refusal.index, refusal.errno), (Some(1), 2));
+        assert_eq!(refusal.description, "delete chain ip shop chain-0");
+        println!("{error}");
+        // The socket is not confused by answers left over.
+        assert_eq!(socket.dump_tables(Family::Ip).unwrap(), []);
+        let mut batch = Batch::new();
+        batch.add_table(TABLE, None);
+        socket.commit(&batch).unwrap();
+        socket.generation().unwrap();
     });
 }
 

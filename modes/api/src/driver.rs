@@ -1,0 +1,200 @@
+//! Carries out what the sync loop says, with one mode for one family. The same code syncs everything
+//! and a single Service: only the [`Change`] differs.
+
+use std::time::{Duration, Instant};
+
+use shunt_core::id::IpFamily;
+use shunt_core::table::{Change, ForwardingTable};
+
+use crate::sync::Step;
+use crate::{Backend, KernelError, Mode, Plan, Unsupported, rendered};
+
+/// What a sync did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Report {
+    /// Transactions that the kernel carried out.
+    pub transactions: usize,
+    /// Operations in them.
+    pub operations: usize,
+    /// Time spent reading the kernel; zero when what was known was enough.
+    pub observing: Duration,
+    /// Time spent computing what to do.
+    pub planning: Duration,
+    /// Time spent writing.
+    pub applying: Duration,
+}
+
+/// How a dump is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Output {
+    /// For people: the words of the mode's own tool.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// What of a mode can be printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// What the kernel should hold.
+    State,
+    /// The operations that lead there from what the kernel holds.
+    Plan,
+    /// What the kernel holds.
+    Kernel,
+}
+
+/// One mode for one family, whatever the mode.
+pub trait Driver: Send {
+    /// The mode.
+    fn mode(&self) -> Mode;
+    /// The family.
+    fn family(&self) -> IpFamily;
+    /// Whether this node can run the mode.
+    fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Makes the kernel hold what `table` asks for, as far as the step says.
+    fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError>;
+    /// Prints a stage; `only` restricts it to what a change touches.
+    fn dump(
+        &mut self,
+        table: &ForwardingTable,
+        stage: Stage,
+        only: Option<&Change>,
+        output: Output,
+    ) -> Result<String, KernelError>;
+    /// Removes everything that the mode owns.
+    fn cleanup(&mut self) -> Result<(), KernelError>;
+}
+
+/// A mode with what is known of its kernel.
+#[derive(Debug)]
+pub struct ModeDriver<B: Backend> {
+    backend: B,
+    family: IpFamily,
+    /// What the kernel holds, as far as known; `None` until it was read, and after an error.
+    state: Option<B::State>,
+}
+
+impl<B: Backend> ModeDriver<B> {
+    /// A driver that knows nothing of the kernel yet.
+    pub const fn new(backend: B, family: IpFamily) -> Self {
+        Self { backend, family, state: None }
+    }
+
+    /// What the kernel holds, as far as known.
+    pub const fn state(&self) -> Option<&B::State> {
+        self.state.as_ref()
+    }
+
+    /// The mode itself.
+    pub const fn backend(&mut self) -> &mut B {
+        &mut self.backend
+    }
+}
+
+impl<B: Backend> Driver for ModeDriver<B> {
+    fn mode(&self) -> Mode {
+        B::MODE
+    }
+
+    fn family(&self) -> IpFamily {
+        self.family
+    }
+
+    fn probe(&mut self) -> Result<(), Unsupported> {
+        self.backend.probe()
+    }
+
+    fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError> {
+        let mut report = Report::default();
+        let everything = Change::everything();
+        // While a sync runs, what the kernel holds is not known: an error leaves it so.
+        let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
+            (state, change)
+        } else {
+            let started = Instant::now();
+            let state = self.backend.observe()?;
+            report.observing = started.elapsed();
+            (state, &everything)
+        };
+        let started = Instant::now();
+        let plan = B::plan(&state, &B::render(table, change));
+        report.planning = started.elapsed();
+        let started = Instant::now();
+        for transaction in plan.transactions {
+            self.backend.apply(&transaction)?;
+            B::advance(&mut state, &transaction);
+            report.transactions += 1;
+            report.operations += transaction.ops.len();
+        }
+        report.applying = started.elapsed();
+        self.state = Some(state);
+        Ok(report)
+    }
+
+    fn dump(
+        &mut self,
+        table: &ForwardingTable,
+        stage: Stage,
+        only: Option<&Change>,
+        output: Output,
+    ) -> Result<String, KernelError> {
+        if stage == Stage::Plan {
+            let observed = self.backend.observe()?;
+            let everything = Change::everything();
+            let plan = B::plan(&observed, &B::render(table, only.unwrap_or(&everything)));
+            return Ok(print_plan(&plan, output));
+        }
+        let mut state = rendered::<B>(table);
+        if stage == Stage::Kernel {
+            let mut observed = self.backend.observe()?;
+            B::annotate(&mut observed, &state);
+            state = observed;
+        }
+        Ok(print_state::<B>(state, only, output))
+    }
+
+    fn cleanup(&mut self) -> Result<(), KernelError> {
+        self.state = None;
+        self.backend.cleanup()
+    }
+}
+
+/// Prints what a mode would put into a kernel that it has never run in; needs no kernel.
+pub fn dump_offline<B: Backend>(
+    table: &ForwardingTable,
+    stage: Stage,
+    only: Option<&Change>,
+    output: Output,
+) -> String {
+    match stage {
+        Stage::Plan => {
+            let everything = Change::everything();
+            let desired = B::render(table, only.unwrap_or(&everything));
+            print_plan(&B::plan(&B::empty(table.family()), &desired), output)
+        }
+        Stage::State | Stage::Kernel => print_state::<B>(rendered::<B>(table), only, output),
+    }
+}
+
+fn print_state<B: Backend>(mut state: B::State, only: Option<&Change>, output: Output) -> String {
+    if let Some(only) = only {
+        B::restrict(&mut state, only);
+    }
+    match output {
+        Output::Text => state.to_string(),
+        Output::Json => format!("{:#}\n", B::json(&state)),
+    }
+}
+
+fn print_plan<Op: std::fmt::Display>(plan: &Plan<Op>, output: Output) -> String {
+    match output {
+        Output::Text => plan.to_string(),
+        Output::Json => {
+            let transactions: Vec<Vec<String>> =
+                plan.transactions.iter().map(|t| t.ops.iter().map(ToString::to_string).collect()).collect();
+            format!("{:#}\n", serde_json::json!({ "transactions": transactions }))
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! The one place that knows all modes: a new mode is one arm here.
+//!
+//! ```text
+//!   Mode ──open──> Box<dyn Driver> (one a family)
+//! ```
+
+#![forbid(unsafe_code)]
+
+use shunt_core::id::IpFamily;
+use shunt_core::table::{Change, ForwardingTable};
+use shunt_mode::driver::{Driver, ModeDriver, Output, Stage, dump_offline};
+use shunt_mode::{KernelError, Mode};
+use shunt_mode_nftables::Nftables;
+use shunt_mode_nftables::kernel::Netlink;
+
+/// Why a mode cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// This build has no such mode.
+    #[error("mode {0} is not part of this build; use --mode nftables")]
+    NotBuilt(Mode),
+    /// The kernel could not be reached.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// The modes of this build.
+pub const BUILT: &[Mode] = &[Mode::Nftables];
+
+/// Opens a mode for a family in the calling thread's network namespace.
+pub fn open(mode: Mode, family: IpFamily) -> Result<Box<dyn Driver>, OpenError> {
+    match mode {
+        Mode::Nftables => {
+            let backend = Nftables::new(Netlink::open(family)?);
+            Ok(Box::new(ModeDriver::new(backend, family)))
+        }
+        other => Err(OpenError::NotBuilt(other)),
+    }
+}
+
+/// Prints what a mode makes of a table, without a kernel.
+pub fn dump(
+    mode: Mode,
+    table: &ForwardingTable,
+    stage: Stage,
+    only: Option<&Change>,
+    output: Output,
+) -> Result<String, OpenError> {
+    match mode {
+        Mode::Nftables => Ok(dump_offline::<Nftables<Netlink>>(table, stage, only, output)),
+        other => Err(OpenError::NotBuilt(other)),
+    }
+}

@@ -1,0 +1,194 @@
+//! The command line. Flags that kube-proxy has keep its names and meanings.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Where the running agent listens for `shunt dump`.
+pub(crate) const ADMIN_SOCKET: &str = "/run/shunt/shunt.sock";
+
+/// A Kubernetes service proxy for Linux nodes: a drop-in replacement for kube-proxy.
+#[derive(Parser, Debug)]
+#[command(
+    name = "shunt",
+    version,
+    after_help = "\
+Examples:
+  shunt run --kubeconfig /etc/kubernetes/kubelet.conf --cluster-cidr 10.244.0.0/16
+  shunt run --manifests examples/services --hostname-override worker-1
+  shunt dump --service default/web
+  shunt dump --manifests examples/services --node worker-1 --stage state
+  shunt cleanup
+
+Called as `kube-proxy` (by the name of the executable) it behaves as `shunt run`."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Programs this node's kernel, and keeps it up to date, until it is stopped. Rules stay.
+    Run(Box<RunArgs>),
+    /// Prints the forwarding table, the rules made of it, or what the kernel holds.
+    Dump(Box<DumpArgs>),
+    /// Removes everything that Shunt has put into this node's kernel. Safe to run twice.
+    Cleanup(CleanupArgs),
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// One line of text each.
+    #[default]
+    Text,
+    /// One JSON object each.
+    Json,
+}
+
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct LogArgs {
+    /// Verbosity as in klog: 0 to 3 what an operator wants to know, 4 debug, 6 everything.
+    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 2, global = true)]
+    pub verbosity: u8,
+    /// Format of log lines, which go to standard error.
+    #[arg(long, value_enum, default_value_t, global = true)]
+    pub logging_format: LogFormat,
+}
+
+/// Settings that flags and configuration file share. With `--config`, the file wins.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct SettingArgs {
+    /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1).
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How to program the kernel: nftables (this build has no other mode).
+    #[arg(long, visible_alias = "proxy-mode", value_name = "MODE")]
+    pub mode: Option<String>,
+    /// Range of pod addresses, one or one of each family: traffic from elsewhere to a cluster IP is
+    /// masqueraded.
+    #[arg(long, value_name = "CIDR[,CIDR]")]
+    pub cluster_cidr: Option<String>,
+    /// How local pods are recognised: ClusterCIDR, NodeCIDR, BridgeInterface, InterfaceNamePrefix.
+    #[arg(long, value_name = "MODE")]
+    pub detect_local_mode: Option<String>,
+    /// Bridge over which local pods are reached, for BridgeInterface.
+    #[arg(long, value_name = "NAME")]
+    pub pod_bridge_interface: Option<String>,
+    /// How the names of local pods' interfaces start, for InterfaceNamePrefix.
+    #[arg(long, value_name = "PREFIX")]
+    pub pod_interface_name_prefix: Option<String>,
+    /// Masquerade all traffic to cluster IPs.
+    #[arg(long)]
+    pub masquerade_all: bool,
+    /// Bit of the packet mark that asks for masquerade (0 to 31).
+    #[arg(long, value_name = "BIT")]
+    pub iptables_masquerade_bit: Option<u8>,
+    /// Addresses on which node ports answer: `primary`, or ranges. Default: primary.
+    #[arg(long = "nodeport-addresses", value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
+    pub node_port_addresses: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  shunt run --config /var/lib/kube-proxy/config.conf
+  shunt run --kubeconfig ~/.kube/config --hostname-override worker-1 --cluster-cidr 10.244.0.0/16
+  shunt run --manifests ./manifests --hostname-override worker-1    # no cluster needed
+
+Needs CAP_NET_ADMIN. Exits with 0 on SIGTERM and SIGINT; rules stay in place, and the next start
+takes them over without breaking a connection.")]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub log: LogArgs,
+    #[command(flatten)]
+    pub settings: SettingArgs,
+    /// File or folder of manifests (YAML, JSON) to use instead of an API server; followed live.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["kubeconfig", "master"])]
+    pub manifests: Option<PathBuf>,
+    /// Kubeconfig; without one, the pod's service account.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// URL of the API server; overrides that of the kubeconfig.
+    #[arg(long, value_name = "URL")]
+    pub master: Option<String>,
+    /// Name of this node; default: the host name in lower case.
+    #[arg(long, visible_alias = "node", value_name = "NAME")]
+    pub hostname_override: Option<String>,
+    /// Least time from the end of one sync to the start of the next, such as 1ms or 1s. Overrides the
+    /// configuration.
+    #[arg(long, value_name = "DURATION")]
+    pub min_sync_period: Option<String>,
+    /// Where `shunt dump` reaches the running agent; empty for nowhere.
+    #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
+    pub admin_socket: PathBuf,
+    /// Remove everything that Shunt has put into the kernel, and exit.
+    #[arg(long)]
+    pub cleanup: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CleanupArgs {
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What to print.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum DumpStage {
+    /// What Services mean on this node, whatever the mode.
+    #[default]
+    Table,
+    /// The rules that the mode makes of it.
+    State,
+    /// The operations that lead there from what the kernel holds (offline: from an empty kernel).
+    Plan,
+    /// What the kernel holds.
+    Kernel,
+}
+
+/// How to print it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum DumpOutput {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  shunt dump                                  # what Services mean on this node, from the running agent
+  shunt dump --stage kernel                   # what the kernel holds; needs root, but no agent
+  shunt dump --stage plan                     # what the agent would change now: nothing, if all is well
+  shunt dump --service kube-system/kube-dns --stage state -o json
+  shunt dump --manifests ./manifests --node worker-1 --stage state | nft -c -f -   # no cluster, no root")]
+pub(crate) struct DumpArgs {
+    #[command(flatten)]
+    pub log: LogArgs,
+    #[command(flatten)]
+    pub settings: SettingArgs,
+    /// What to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub stage: DumpStage,
+    /// Only this Service.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub service: Option<String>,
+    /// How to print it.
+    #[arg(short = 'o', long, value_enum, default_value_t)]
+    pub output: DumpOutput,
+    /// File or folder of manifests to compile offline, instead of asking the running agent.
+    #[arg(long, value_name = "PATH", requires = "node")]
+    pub manifests: Option<PathBuf>,
+    /// Name of the node to compile for, with --manifests.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// Where the running agent listens.
+    #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
+    pub admin_socket: PathBuf,
+}

@@ -1,0 +1,88 @@
+//! The addresses of the node's interfaces, by rtnetlink, live.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use futures::channel::mpsc::UnboundedReceiver;
+use futures::{StreamExt, TryStreamExt};
+use netlink_packet_core::NetlinkMessage;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
+use tokio::sync::mpsc;
+
+/// Why addresses cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddressError {
+    /// The netlink socket could not be opened.
+    #[error("cannot open a netlink socket: {0}")]
+    Open(#[from] std::io::Error),
+    /// The kernel refused to list addresses.
+    #[error("cannot list addresses: {0}")]
+    List(#[from] rtnetlink::Error),
+    /// The kernel stopped answering.
+    #[error("the netlink socket was closed")]
+    Closed,
+}
+
+/// Several addresses come and go together: what follows within this time is read once.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// Sends the node's addresses at once and again whenever they change, until the receiver goes away.
+pub async fn watch(tx: mpsc::Sender<BTreeSet<IpAddr>>) -> Result<(), AddressError> {
+    let (connection, handle, mut messages) =
+        new_multicast_connection(&[MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr])?;
+    let connection = tokio::spawn(connection);
+    let result = watch_with(&handle, &mut messages, &tx).await;
+    connection.abort();
+    result
+}
+
+type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, rtnetlink::sys::SocketAddr)>;
+
+async fn watch_with(
+    handle: &Handle,
+    messages: &mut Messages,
+    tx: &mpsc::Sender<BTreeSet<IpAddr>>,
+) -> Result<(), AddressError> {
+    let mut last = None;
+    loop {
+        let now = list(handle).await?;
+        if last.as_ref() != Some(&now) {
+            tracing::debug!(addresses = ?now, "addresses of the node");
+            if tx.send(now.clone()).await.is_err() {
+                return Ok(());
+            }
+            last = Some(now);
+        }
+        if messages.next().await.is_none() {
+            return Err(AddressError::Closed);
+        }
+        tokio::time::sleep(SETTLE).await;
+        while messages.try_recv().is_ok() {}
+    }
+}
+
+async fn list(handle: &Handle) -> Result<BTreeSet<IpAddr>, AddressError> {
+    let mut addresses = BTreeSet::new();
+    let mut messages = handle.address().get().execute();
+    while let Some(message) = messages.try_next().await? {
+        addresses.extend(address_of(&message));
+    }
+    Ok(addresses)
+}
+
+/// The interface's own address. On a point-to-point link `Address` is the peer's and `Local` ours.
+fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+    let mut found = None;
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => return Some(*address),
+            AddressAttribute::Address(address) => found = Some(*address),
+            _ => {}
+        }
+    }
+    found
+}
