@@ -1,21 +1,112 @@
 //! A kernel in memory that refuses what the real one refuses, all or nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nft_netlink::{Expr, Verdict};
 use shunt_core::id::IpFamily;
+use shunt_core::table::Frontend;
 use shunt_mode::{KernelError, Remedy, Transaction, Unsupported};
 
 use crate::kernel::Kernel;
-use crate::layout::{List, SetKey};
+use crate::layout::{Class, Endpoint, List, SetKey};
 use crate::plan::{self, Op};
-use crate::state::State;
+use crate::state::{Held, State};
+
+/// The maps of frontends and endpoints, each with elements of its own. The mirror has one place for
+/// a frontend; the kernel has two while a map is replaced by a larger one.
+#[derive(Clone, Debug, Default)]
+struct Maps {
+    /// Elements as the kernel counts them: added ones at once, deleted ones when it commits.
+    counts: BTreeMap<SetKey, u32>,
+    classes: BTreeMap<(SetKey, Frontend), Class>,
+    slots: BTreeMap<(SetKey, Frontend, List, u32), Endpoint>,
+}
+
+impl Maps {
+    fn start(&mut self) {
+        self.counts.clear();
+        let sets = self.classes.keys().map(|(set, ..)| *set).chain(self.slots.keys().map(|(set, ..)| *set));
+        sets.for_each(|set| *self.counts.entry(set).or_default() += 1);
+    }
+
+    fn count(&mut self, set: SetKey, added: bool) -> Result<(), String> {
+        let count = self.counts.entry(set).or_default();
+        *count += u32::from(added);
+        match set {
+            SetKey::Services(size) | SetKey::Endpoints(size) if *count > size => {
+                Err("Too many open files in system: the map is full".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn carry_out(&mut self, op: &Op) -> Result<(), String> {
+        match op {
+            Op::SetClass { set, frontend, from, to } => {
+                self.count(
+                    *set,
+                    to.is_some() && (from.is_some() || !self.classes.contains_key(&(*set, *frontend))),
+                )?;
+                replace(&mut self.classes, (*set, *frontend), from.is_some(), *to)
+            }
+            Op::SetSlot { set, frontend, list, index, from, to } => {
+                let key = (*set, *frontend, *list, *index);
+                self.count(*set, to.is_some() && (from.is_some() || !self.slots.contains_key(&key)))?;
+                replace(&mut self.slots, key, from.is_some(), *to)
+            }
+            Op::DeleteSet(gone) => {
+                self.classes.retain(|(set, ..), _| set != gone);
+                self.slots.retain(|(set, ..), _| set != gone);
+                Ok(())
+            }
+            Op::DeleteTable(_) => {
+                *self = Self::default();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What an observer finds.
+    fn frontends(&self, family: IpFamily) -> BTreeMap<Frontend, Held> {
+        let mut state = State::empty(family);
+        for ((_, frontend), class) in &self.classes {
+            state.set_class(*frontend, Some(*class));
+        }
+        for ((_, frontend, list, index), endpoint) in &self.slots {
+            state.set_slot(*frontend, *list, *index as usize, Some(*endpoint));
+        }
+        state.frontends
+    }
+}
+
+/// Deletes an element, adds one, or both, as the kernel does.
+fn replace<K: Ord, V: PartialEq>(
+    map: &mut BTreeMap<K, V>,
+    key: K,
+    delete: bool,
+    add: Option<V>,
+) -> Result<(), String> {
+    if delete && map.remove(&key).is_none() {
+        return Err("No such file or directory".to_owned());
+    }
+    match (add, map.get(&key)) {
+        // The same element twice is fine; another one with its key is not.
+        (Some(data), Some(held)) if data != *held => Err("File exists".to_owned()),
+        (Some(data), _) => {
+            map.insert(key, data);
+            Ok(())
+        }
+        (None, _) => Ok(()),
+    }
+}
 
 /// The kernel in memory.
 #[derive(Clone, Debug)]
 pub struct FakeKernel {
     /// What it holds.
-    pub state: State,
+    state: State,
+    maps: Maps,
     /// Commits until one fails with `EIO`; `None` for never.
     pub fail_after: Option<usize>,
     /// Transactions that were carried out.
@@ -27,7 +118,14 @@ pub struct FakeKernel {
 impl FakeKernel {
     /// A kernel without our table.
     pub fn new(family: IpFamily) -> Self {
-        Self { state: State::empty(family), fail_after: None, commits: 0, reads: 0 }
+        Self { state: State::empty(family), maps: Maps::default(), fail_after: None, commits: 0, reads: 0 }
+    }
+}
+
+impl FakeKernel {
+    /// What it holds.
+    pub const fn state(&self) -> &State {
+        &self.state
     }
 }
 
@@ -49,18 +147,25 @@ impl Kernel for FakeKernel {
             *left -= 1;
         }
         let mut next = self.state.clone();
+        let mut maps = self.maps.clone();
+        maps.start();
         for op in &transaction.ops {
             check(&next, op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
+            maps.carry_out(op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
             plan::advance(&mut next, &Transaction { ops: vec![op.clone()] });
         }
+        // Not the kernel's doing: a mirror that is wrong would be refused later, or never be noticed.
+        assert_eq!(next.frontends, maps.frontends(next.family), "the mirror is not what the maps hold");
         check_all(&next).map_err(|why| refused(why, Remedy::Resync))?;
         self.state = next;
+        self.maps = maps;
         self.commits += 1;
         Ok(())
     }
 
     fn delete_table(&mut self) -> Result<(), KernelError> {
         self.state = State::empty(self.state.family);
+        self.maps = Maps::default();
         Ok(())
     }
 }
@@ -103,23 +208,16 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             must(chain.is_none_or(|c| state.chains.contains_key(&c)), "no such chain")
         }
         Op::DeleteClass(class) => must(state.classes.contains(class), missing),
-        Op::SetClass { set, frontend, from, .. } => {
+        Op::SetClass { to: None, set, .. } | Op::SetSlot { to: None, set, .. } => set_exists(set),
+        Op::SetClass { set, .. } => {
             set_exists(set)?;
-            let moves = matches!(set, SetKey::Services(n) if *n < state.services_capacity());
-            let held = state.frontends.get(frontend).and_then(|h| h.class);
-            must(!moves, "written to the smaller of two maps")?;
-            // A frontend that moves to a larger map keeps its class in the mirror.
-            must(held == *from || from.is_none(), missing)
+            let moves = matches!(set, SetKey::Services(n) if Some(*n) < state.services_capacity());
+            must(!moves, "written to the smaller of two maps")
         }
-        Op::SetSlot { set, frontend, list, index, from, .. } => {
+        Op::SetSlot { set, .. } => {
             set_exists(set)?;
-            let moves = matches!(set, SetKey::Endpoints(n) if *n < state.endpoints_capacity());
-            must(!moves, "written to the smaller of two maps")?;
-            let held = state
-                .frontends
-                .get(frontend)
-                .and_then(|h| h.list(*list).get(*index as usize).copied().flatten());
-            must(held == *from || from.is_none(), missing)
+            let moves = matches!(set, SetKey::Endpoints(n) if Some(*n) < state.endpoints_capacity());
+            must(!moves, "written to the smaller of two maps")
         }
         Op::AddAddress(SetKey::NodePortIps, a) => must(!state.node_port_ips.contains(a), exists),
         Op::DeleteAddress(SetKey::NodePortIps, a) => must(state.node_port_ips.contains(a), missing),
@@ -137,8 +235,7 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
     }
 }
 
-/// What must hold after every transaction: rules and maps refer to what exists, and maps hold no more
-/// than they were declared for.
+/// What must hold after every transaction: rules and maps refer to what exists.
 fn check_all(state: &State) -> Result<(), String> {
     for (name, chain) in &state.chains {
         for expr in chain.rules.iter().flat_map(|r| &r.exprs) {
@@ -158,16 +255,11 @@ fn check_all(state: &State) -> Result<(), String> {
         }
     }
     let with_address = || state.frontends.iter().filter(|(f, _)| f.address.is_some());
-    let services = with_address().filter(|(_, h)| h.class.is_some()).count();
     let endpoints: usize = with_address()
         .map(|(_, h)| List::ALL.map(|l| h.list(l).iter().flatten().count()).iter().sum::<usize>())
         .sum();
     if endpoints != state.endpoint_count {
         return Err(format!("{endpoints} endpoints, counted as {}", state.endpoint_count));
-    }
-    let full = |count: usize, capacity: u32| count > capacity as usize;
-    if full(services, state.services_capacity()) || full(endpoints, state.endpoints_capacity()) {
-        return Err("Too many open files in system: a map is full".to_owned());
     }
     let used: BTreeSet<_> = state.frontends.values().filter_map(|h| h.class).collect();
     for class in used {

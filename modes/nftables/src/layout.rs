@@ -246,6 +246,8 @@ impl fmt::Display for ChainKey {
 
 /// A fixed chain.
 pub const SERVICES_CHAIN: &str = "services";
+/// The base chain that masquerades.
+pub const POSTROUTING: &str = "nat-postrouting";
 
 /// Our base chains: name, hook, priority. All are of type nat, which sees the first packet of each
 /// connection and nothing else.
@@ -254,7 +256,7 @@ pub fn base_chains() -> [(&'static str, BaseChain); 3] {
     [
         ("nat-prerouting", nat(Hook::Prerouting, -100)),
         ("nat-output", nat(Hook::Output, -100)),
-        ("nat-postrouting", nat(Hook::Postrouting, 100)),
+        (POSTROUTING, nat(Hook::Postrouting, 100)),
     ]
 }
 

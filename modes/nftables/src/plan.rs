@@ -11,8 +11,8 @@ use shunt_core::table::{Frontend, LocalEndpoint, NodePortMatch};
 use shunt_mode::{Plan, Transaction};
 
 use crate::layout::{
-    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, List, SERVICES_CAPACITY, SERVICES_CHAIN, SetKey, TABLE,
-    base_chains,
+    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, List, POSTROUTING, SERVICES_CAPACITY, SERVICES_CHAIN,
+    SetKey, TABLE, base_chains,
 };
 use crate::render::{Desired, Dispatch};
 use crate::rules::{self, NodePorts, Rule, Skeleton};
@@ -185,6 +185,28 @@ fn replace(
 /// holds the lock of all tables of the network namespace while it commits one.
 pub const TRANSACTION_MAX: usize = 16_384;
 
+/// Classes (with their chains) that are kept although nothing uses them: the next change of a number
+/// of endpoints may want them again, and a restart after such changes has nothing to tidy up.
+const SPARE_CLASSES: usize = 8;
+
+/// Sizes that a plan keeps to. Only tests choose others than the default: small ones, so that plans
+/// of small clusters take many transactions and their maps grow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// See [`TRANSACTION_MAX`].
+    pub transaction: usize,
+    /// Capacity with which the map of frontends starts.
+    pub services: u32,
+    /// Capacity with which the map of endpoints starts.
+    pub endpoints: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { transaction: TRANSACTION_MAX, services: SERVICES_CAPACITY, endpoints: ENDPOINTS_CAPACITY }
+    }
+}
+
 /// Carries out one operation on a state. Pure.
 pub fn advance(state: &mut State, transaction: &Transaction<Op>) {
     for op in &transaction.ops {
@@ -273,8 +295,13 @@ fn advance_one(state: &mut State, op: &Op) {
 /// one transaction; packets are led to our rules only once all frontends are there; what is not
 /// needed any more goes last.
 pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
+    plan_within(observed, desired, &Limits::default())
+}
+
+/// [`plan`] within other limits.
+pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan<Op> {
     if observed.foreign {
-        return rebuild(observed, desired);
+        return rebuild(observed, desired, limits);
     }
     if desired.everything && !desired.active {
         let mut plan = Plan::default();
@@ -283,15 +310,15 @@ pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
         }
         return plan;
     }
-    Planner::new(observed, desired).plan()
+    Planner::new(observed, desired, limits).plan()
 }
 
 /// A table that cannot be mended in place (declared differently, by another version say) is replaced
 /// as a whole, in one transaction.
-fn rebuild(observed: &State, desired: &Desired) -> Plan<Op> {
+fn rebuild(observed: &State, desired: &Desired, limits: &Limits) -> Plan<Op> {
     let empty = State::empty(observed.family);
     let mut ops = vec![Op::DeleteTable(observed.family)];
-    ops.extend(plan(&empty, desired).transactions.into_iter().flat_map(|t| t.ops));
+    ops.extend(plan_within(&empty, desired, limits).transactions.into_iter().flat_map(|t| t.ops));
     let mut plan = Plan::default();
     plan.push(ops);
     plan
@@ -300,6 +327,7 @@ fn rebuild(observed: &State, desired: &Desired) -> Plan<Op> {
 struct Planner<'a> {
     observed: &'a State,
     desired: &'a Desired,
+    limits: &'a Limits,
     skeleton: Skeleton,
     /// What must be there before the frontends change.
     before: Vec<Op>,
@@ -309,31 +337,56 @@ struct Planner<'a> {
     after: Vec<Op>,
     /// Chains that exist or will.
     chains: BTreeSet<ChainKey>,
+    /// Classes that are needed, or kept.
+    classes: BTreeSet<Class>,
+    /// Maps that larger ones replace.
+    replaced: Replaced,
+}
+
+/// Maps that are full, as they are before the plan. Larger ones take over within one transaction.
+#[derive(Clone, Copy, Default)]
+struct Replaced {
+    services: Option<SetKey>,
+    endpoints: Option<SetKey>,
+}
+
+impl Replaced {
+    const fn some(self) -> bool {
+        self.services.is_some() || self.endpoints.is_some()
+    }
+
+    /// The maps that are replaced, as far as they hold this frontend.
+    const fn of(self, frontend: &Frontend) -> Self {
+        if frontend.address.is_some() { self } else { Self { services: None, endpoints: None } }
+    }
 }
 
 impl<'a> Planner<'a> {
-    fn new(observed: &'a State, desired: &'a Desired) -> Self {
+    fn new(observed: &'a State, desired: &'a Desired, limits: &'a Limits) -> Self {
         Self {
             observed,
             desired,
-            skeleton: skeleton(observed, desired),
+            limits,
+            skeleton: skeleton(observed, desired, limits),
             before: Vec::new(),
             frontends: Vec::new(),
             after: Vec::new(),
             chains: BTreeSet::new(),
+            classes: BTreeSet::new(),
+            replaced: Replaced::default(),
         }
     }
 
     fn plan(mut self) -> Plan<Op> {
-        let grown = self.sets();
+        self.sets();
         self.base();
         self.classes();
         for (frontend, dispatch) in &self.desired.frontends {
-            self.frontend(frontend, dispatch.as_ref(), grown);
+            self.frontend(frontend, dispatch.as_ref());
         }
         if self.desired.everything {
             self.vanished_frontends();
-        } else if grown {
+        } else if self.replaced.some() {
             self.move_frontends();
         }
         self.addresses();
@@ -349,23 +402,23 @@ impl<'a> Planner<'a> {
             .map(|set| Op::DeleteSet(*set))
             .collect();
         self.after.extend(stale);
-        self.transactions(grown)
+        self.transactions()
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order. A map that grows is
-    /// filled and put to use in one transaction, for rules and mirror know of one such map only.
-    fn transactions(self, grown: bool) -> Plan<Op> {
+    /// Everything in one transaction if it fits, else bounded ones in order.
+    fn transactions(self) -> Plan<Op> {
+        let whole = self.must_stay_whole();
         let mut plan = Plan::default();
         let mut ops = self.before;
         for frontend in self.frontends {
-            if !grown && !ops.is_empty() && ops.len() + frontend.len() > TRANSACTION_MAX {
+            if !whole && !ops.is_empty() && ops.len() + frontend.len() > self.limits.transaction {
                 plan.push(std::mem::take(&mut ops));
             }
             ops.extend(frontend);
         }
         for op in self.after {
             // Hooks and removals are few except at scale: cut those as well.
-            if !grown && ops.len() >= TRANSACTION_MAX {
+            if !whole && ops.len() >= self.limits.transaction {
                 plan.push(std::mem::take(&mut ops));
             }
             ops.push(op);
@@ -374,22 +427,33 @@ impl<'a> Planner<'a> {
         plan
     }
 
+    /// A map that grows is filled and put to use in one transaction, for rules and mirror know of one
+    /// such map only. Those who set the mark and those who look at it change together.
+    fn must_stay_whole(&self) -> bool {
+        let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
+        let held = self.observed.chains.get(POSTROUTING);
+        self.replaced.some() || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
+    }
+
     fn wanted_sets(&self) -> [SetKey; 11] {
         SetKey::all(self.skeleton.services, self.skeleton.endpoints)
     }
 
-    /// Creates the table and missing sets; true when a sized map is replaced by a larger one.
-    fn sets(&mut self) -> bool {
+    /// Creates the table and missing sets.
+    fn sets(&mut self) {
         if !self.observed.exists {
             self.before.push(Op::AddTable(self.observed.family));
         }
         let missing: Vec<SetKey> =
             self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
         self.before.extend(missing.into_iter().map(Op::AddSet));
-        self.observed.exists
-            && !self.observed.sets.is_empty()
-            && (self.skeleton.services != self.observed.services_capacity()
-                || self.skeleton.endpoints != self.observed.endpoints_capacity())
+        let replaced = |held: Option<u32>, wanted| held.filter(|held| *held != wanted);
+        self.replaced = Replaced {
+            services: replaced(self.observed.services_capacity(), self.skeleton.services)
+                .map(SetKey::Services),
+            endpoints: replaced(self.observed.endpoints_capacity(), self.skeleton.endpoints)
+                .map(SetKey::Endpoints),
+        };
     }
 
     /// Creates `chain` and what it leads to, unless it is there with the right rules.
@@ -416,8 +480,10 @@ impl<'a> Planner<'a> {
 
     fn base(&mut self) {
         self.chain(ChainKey::Reject);
+        // Guards are up before the frontends that they guard, and until the last of those is gone.
+        let loses_guards = !self.skeleton.guards && !self.observed.guards.is_empty();
         let rules = rules::services(&self.skeleton);
-        self.rules(SERVICES_CHAIN, None, rules, false);
+        self.rules(SERVICES_CHAIN, None, rules, loses_guards);
     }
 
     fn classes(&mut self) {
@@ -426,55 +492,55 @@ impl<'a> Planner<'a> {
         if self.skeleton_differs_for_classes() {
             wanted.extend(self.observed.classes.iter().copied());
         }
-        for class in wanted {
+        if self.desired.everything {
+            let spare: Vec<Class> = self.observed.classes.difference(&wanted).copied().collect();
+            if spare.len() <= SPARE_CLASSES {
+                wanted.extend(spare);
+            }
+        }
+        for class in &wanted {
             if let Some(chain) = class.chain() {
                 self.chain(chain);
             }
-            if !self.observed.classes.contains(&class) {
-                self.before.push(Op::AddClass(class));
+            if !self.observed.classes.contains(class) {
+                self.before.push(Op::AddClass(*class));
             }
         }
+        self.classes = wanted;
     }
 
     /// Whether chains of classes that are not in question may have to change as well.
     fn skeleton_differs_for_classes(&self) -> bool {
-        !self.desired.everything && self.skeleton.endpoints != self.observed.endpoints_capacity()
+        !self.desired.everything && Some(self.skeleton.endpoints) != self.observed.endpoints_capacity()
     }
 
-    fn frontend(&mut self, frontend: &Frontend, dispatch: Option<&Dispatch>, grown: bool) {
+    fn frontend(&mut self, frontend: &Frontend, dispatch: Option<&Dispatch>) {
         let nothing = Held::default();
         let held = self.observed.frontends.get(frontend).unwrap_or(&nothing);
         let (services, endpoints) = self.maps_of(frontend);
-        let moved = grown && frontend.address.is_some();
+        // A new map is empty, and what is not wanted any more is taken out of the old one.
+        let replaced = self.replaced.of(frontend);
         let mut ops = Vec::new();
         let mut removals = Vec::new();
         for list in List::ALL {
-            let wanted: Vec<Endpoint> = dispatch
-                .map(|d| d.list(list))
-                .unwrap_or_default()
-                .iter()
-                .map(|t| Endpoint { address: t.address, port: t.port })
-                .collect();
-            for (index, from, to) in edit_slots(held.list(list), &wanted, moved) {
-                let op = Op::SetSlot {
-                    set: endpoints,
-                    frontend: *frontend,
-                    list,
-                    index,
-                    from: if moved { None } else { from },
-                    to,
-                };
-                if to.is_some() {
-                    ops.push(op);
-                } else if !moved {
-                    removals.push(op);
+            let wanted = dispatch.map(|d| endpoints_of(d, list)).unwrap_or_default();
+            let slots = edit_slots(held.list(list), &wanted, replaced.endpoints.is_some());
+            for (index, from, to) in slots {
+                let slot = |set, from| Op::SetSlot { set, frontend: *frontend, list, index, from, to };
+                match (to, replaced.endpoints) {
+                    (Some(_), None) => ops.push(slot(endpoints, from)),
+                    (Some(_), Some(_)) => ops.push(slot(endpoints, None)),
+                    (None, old) => removals.push(slot(old.unwrap_or(endpoints), from)),
                 }
             }
         }
         let to = dispatch.map(|d| d.class);
-        if held.class != to || (moved && to.is_some()) {
-            let from = if moved { None } else { held.class };
-            ops.push(Op::SetClass { set: services, frontend: *frontend, from, to });
+        let class = |set, from| Op::SetClass { set, frontend: *frontend, from, to };
+        match (to, replaced.services) {
+            (Some(_), Some(_)) => ops.push(class(services, None)),
+            (None, Some(old)) if held.class.is_some() => ops.push(class(old, held.class)),
+            (_, None) if held.class != to => ops.push(class(services, held.class)),
+            _ => {}
         }
         ops.extend(removals);
         self.guard(frontend, dispatch, &mut ops);
@@ -524,7 +590,7 @@ impl<'a> Planner<'a> {
             .into_iter()
             .collect();
         for frontend in gone {
-            self.frontend(&frontend, None, false);
+            self.frontend(&frontend, None);
         }
     }
 
@@ -536,7 +602,7 @@ impl<'a> Planner<'a> {
             }
             let (services, endpoints) = self.maps_of(frontend);
             let mut ops = Vec::new();
-            for list in List::ALL {
+            for list in List::ALL.into_iter().filter(|_| self.replaced.endpoints.is_some()) {
                 ops.extend(held.list(list).iter().enumerate().filter(|(_, s)| s.is_some()).map(
                     |(index, slot)| Op::SetSlot {
                         set: endpoints,
@@ -548,7 +614,9 @@ impl<'a> Planner<'a> {
                     },
                 ));
             }
-            ops.push(Op::SetClass { set: services, frontend: *frontend, from: None, to: held.class });
+            if self.replaced.services.is_some() && held.class.is_some() {
+                ops.push(Op::SetClass { set: services, frontend: *frontend, from: None, to: held.class });
+            }
             self.frontends.push(ops);
         }
     }
@@ -574,10 +642,11 @@ impl<'a> Planner<'a> {
             }
         }
         let node_port_ips = self.desired.node_port_ips();
-        for address in observed.node_port_ips.union(&node_port_ips) {
-            let wanted = node_port_ips.contains(address);
-            toggle(&mut self.after, SetKey::NodePortIps, &observed.node_port_ips, *address, wanted);
-        }
+        // The rule that looks at this set may take the place of one that does not.
+        let added = node_port_ips.difference(&observed.node_port_ips);
+        self.before.extend(added.map(|a| Op::AddAddress(SetKey::NodePortIps, *a)));
+        let removed = observed.node_port_ips.difference(&node_port_ips);
+        self.after.extend(removed.map(|a| Op::DeleteAddress(SetKey::NodePortIps, *a)));
         let ranges = &self.desired.service_cidrs;
         self.after.extend(observed.service_cidrs.difference(ranges).map(|r| Op::DeleteServiceCidr(*r)));
         self.after.extend(ranges.difference(&observed.service_cidrs).map(|r| Op::AddServiceCidr(*r)));
@@ -598,15 +667,15 @@ impl<'a> Planner<'a> {
     fn hooks(&mut self) {
         for (name, base) in base_chains() {
             let rules = rules::of_base_chain(&self.skeleton, name);
-            self.rules(name, Some(base), rules, true);
+            // Hairpins are seen to before there are any, and until the last of them is gone.
+            let loses_hairpins = !self.skeleton.hairpins && !self.observed.hairpins.is_empty();
+            self.rules(name, Some(base), rules, name != POSTROUTING || loses_hairpins);
         }
     }
 
-    /// Chains and classes that nothing uses any more, and elements that are not ours.
+    /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
     fn collect_garbage(&mut self) {
-        let used: BTreeSet<Class> =
-            self.desired.frontends.values().flatten().map(|dispatch| dispatch.class).collect();
-        let stale = self.observed.classes.iter().filter(|c| !used.contains(c));
+        let stale = self.observed.classes.difference(&self.classes);
         self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
         self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
@@ -649,21 +718,8 @@ fn edit_slots(
 }
 
 /// What the rules depend on, once the plan is carried out.
-fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
-    let counts = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
-        map.iter()
-            .filter(|(f, _)| f.address.is_some())
-            .filter_map(|(_, d)| d.as_ref())
-            .map(|d| List::ALL.map(|list| d.list(list).len()).iter().sum::<usize>())
-            .fold((0, 0), |(frontends, endpoints), n| (frontends + 1, endpoints + n))
-    };
-    let (frontends, endpoints) = counts(&desired.frontends);
-    let (services, endpoints) = if desired.everything {
-        (frontends, endpoints)
-    } else {
-        // An upper bound: what is replaced is counted twice.
-        (observed.frontends.len() + frontends, observed.endpoint_count + endpoints)
-    };
+fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
+    let (services, endpoints) = room(observed, desired);
     let node_ports = if desired.everything { false } else { keeps_node_ports(observed, desired) };
     let node_ports = node_ports || desired.frontends.iter().any(|(f, d)| f.address.is_none() && d.is_some());
     let some_guard = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
@@ -677,8 +733,8 @@ fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
         family: observed.family,
         local_detector: desired.node.local_detector.clone(),
         mark: 1_u32.wrapping_shl(u32::from(desired.node.masquerade_bit)),
-        services: capacity(observed.services_capacity(), SERVICES_CAPACITY, services),
-        endpoints: capacity(observed.endpoints_capacity(), ENDPOINTS_CAPACITY, endpoints),
+        services: capacity(observed.services_capacity(), limits.services, services),
+        endpoints: capacity(observed.endpoints_capacity(), limits.endpoints, endpoints),
         node_ports: node_ports.then_some(match desired.node.node_ports {
             NodePortMatch::AllLocal => NodePorts::AllLocal,
             NodePortMatch::Addresses(_) => NodePorts::Set,
@@ -689,14 +745,37 @@ fn skeleton(observed: &State, desired: &Desired) -> Skeleton {
     }
 }
 
+/// How many elements the sized maps must have room for. What a transaction deletes makes no room for
+/// what it adds: the kernel counts the former off when it commits and the latter when it is asked.
+fn room(observed: &State, desired: &Desired) -> (usize, usize) {
+    let nothing = Held::default();
+    let with_address = |f: &Frontend| f.address.is_some();
+    let node_ports = observed.frontends.keys().take_while(|f| !with_address(f)).count();
+    let (mut services, mut endpoints) = (observed.frontends.len() - node_ports, observed.endpoint_count);
+    for (frontend, dispatch) in desired.frontends.iter().filter(|(f, _)| with_address(f)) {
+        let Some(dispatch) = dispatch else { continue };
+        let held = observed.frontends.get(frontend).unwrap_or(&nothing);
+        services += usize::from(held.class != Some(dispatch.class));
+        for list in List::ALL {
+            let slots = edit_slots(held.list(list), &endpoints_of(dispatch, list), false);
+            endpoints += slots.iter().filter(|(_, _, to)| to.is_some()).count();
+        }
+    }
+    (services, endpoints)
+}
+
+fn endpoints_of(dispatch: &Dispatch, list: List) -> Vec<Endpoint> {
+    dispatch.list(list).iter().map(|t| Endpoint { address: t.address, port: t.port }).collect()
+}
+
 fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {
     // Node ports have no address and sort first.
     observed.frontends.keys().take_while(|f| f.address.is_none()).any(|f| !desired.frontends.contains_key(f))
 }
 
 /// Keeps a capacity that suffices, else takes the next one that leaves room to grow.
-fn capacity(held: u32, least: u32, count: usize) -> u32 {
-    let mut capacity = held.max(least);
+fn capacity(held: Option<u32>, least: u32, count: usize) -> u32 {
+    let mut capacity = held.unwrap_or(least);
     while (capacity as usize) < count {
         capacity = capacity.saturating_mul(4);
     }

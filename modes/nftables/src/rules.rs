@@ -18,7 +18,7 @@ use nft_netlink::{
 use shunt_core::id::IpFamily;
 use shunt_core::node::LocalDetector;
 
-use crate::layout::{ChainKey, Class, Leg, List, SERVICES_CHAIN, SetKey};
+use crate::layout::{ChainKey, Class, Leg, List, POSTROUTING, SERVICES_CHAIN, SetKey};
 
 /// One rule. Two rules are the same when their expressions are.
 #[derive(Clone, Debug)]
@@ -449,7 +449,7 @@ pub fn services(skeleton: &Skeleton) -> Vec<Rule> {
 
 /// The rules of a base chain.
 pub fn of_base_chain(skeleton: &Skeleton, name: &str) -> Vec<Rule> {
-    if name != "nat-postrouting" {
+    if name != POSTROUTING {
         return vec![Builder::new(skeleton).verdict(Verdict::Goto(SERVICES_CHAIN.to_owned()))];
     }
     let mut rules = Vec::new();

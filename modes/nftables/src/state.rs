@@ -10,8 +10,7 @@ use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, Frontend, LocalEndpoint};
 
 use crate::layout::{
-    self, Class, ENDPOINTS_CAPACITY, Endpoint, KeyReader, LIST_MAX, List, SECOND_LIST_BASE,
-    SERVICES_CAPACITY, SetKey, TABLE, TABLE_COMMENT,
+    self, Class, Endpoint, KeyReader, LIST_MAX, List, SECOND_LIST_BASE, SetKey, TABLE, TABLE_COMMENT,
 };
 use crate::rules::{self, Rule};
 
@@ -112,16 +111,14 @@ impl State {
         }
     }
 
-    /// Capacity of the map of frontends that is in use.
-    pub fn services_capacity(&self) -> u32 {
-        let capacity = |s: &SetKey| if let SetKey::Services(n) = s { Some(*n) } else { None };
-        self.sets.iter().filter_map(capacity).max().unwrap_or(SERVICES_CAPACITY)
+    /// Capacity of the map of frontends that is in use; `None` when there is none.
+    pub fn services_capacity(&self) -> Option<u32> {
+        self.sets.iter().filter_map(|s| if let SetKey::Services(n) = s { Some(*n) } else { None }).max()
     }
 
-    /// Capacity of the map of endpoints that is in use.
-    pub fn endpoints_capacity(&self) -> u32 {
-        let capacity = |s: &SetKey| if let SetKey::Endpoints(n) = s { Some(*n) } else { None };
-        self.sets.iter().filter_map(capacity).max().unwrap_or(ENDPOINTS_CAPACITY)
+    /// Capacity of the map of endpoints that is in use; `None` when there is none.
+    pub fn endpoints_capacity(&self) -> Option<u32> {
+        self.sets.iter().filter_map(|s| if let SetKey::Endpoints(n) = s { Some(*n) } else { None }).max()
     }
 
     /// Whether there are node ports.

@@ -457,12 +457,11 @@ impl ForwardingTable {
         if let (Some(old), Some(new)) = (&old, &new)
             && old.created == new.created
         {
-            for port in &new.ports {
-                if old.ports.contains(port) {
-                    for f in &port.frontends {
-                        change.frontends.remove(&f.frontend);
-                    }
-                }
+            let (same, others) = common_ports(&old.ports, &new.ports);
+            // Two ports of one Service may claim the same frontend, where the API server was not asked.
+            let others: BTreeSet<Frontend> = others.map(|f| f.frontend).collect();
+            for frontend in same.map(|f| f.frontend).filter(|f| !others.contains(f)) {
+                change.frontends.remove(&frontend);
             }
         }
         match new {
@@ -614,6 +613,19 @@ impl ForwardingTable {
             .filter(|c| c.holder == *service || c.loser == *service)
             .collect()
     }
+}
+
+/// The frontends of ports that are the same in the same place, and those of all others.
+fn common_ports<'a>(
+    old: &'a [PortEntry],
+    new: &'a [PortEntry],
+) -> (impl Iterator<Item = &'a FrontendEntry>, impl Iterator<Item = &'a FrontendEntry>) {
+    let same = move |i: usize| matches!((old.get(i), new.get(i)), (Some(o), Some(n)) if o == n);
+    let ports = move |list: &'a [PortEntry], wanted: bool| {
+        let ports = list.iter().enumerate().filter(move |(i, _)| same(*i) == wanted);
+        ports.flat_map(|(_, port)| &port.frontends)
+    };
+    (ports(new, true), ports(old, false).chain(ports(new, false)))
 }
 
 /// Counts one down; true when that was the last one.

@@ -1,0 +1,99 @@
+//! A store, a compiler and one family's kernel, kept together as the agent does: changes gather, a
+//! sync carries out what they touch.
+
+use shunt_core::compile::{Compiler, Context};
+use shunt_core::id::IpFamily;
+use shunt_core::store::Store;
+use shunt_core::table::{Change, ForwardingTable};
+use shunt_mode::{Backend, KernelError, Plan, Transaction};
+
+use crate::random::Step;
+
+/// Objects and the tables made of them, with what changed since each family was last asked.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    /// The objects.
+    pub store: Store,
+    /// The tables.
+    pub compiler: Compiler,
+    pending: [Change; 2],
+}
+
+impl Cluster {
+    /// An empty cluster.
+    pub fn new(context: Context) -> Self {
+        // Tables that a kernel has never seen are looked at as a whole.
+        let pending = [Change::everything(), Change::everything()];
+        Self { store: Store::default(), compiler: Compiler::new(context), pending }
+    }
+
+    /// Takes in one step.
+    pub fn step(&mut self, step: &Step) {
+        let changes = match step {
+            Step::Event(event) => {
+                let dirty = self.store.apply(event.clone());
+                self.compiler.update(&self.store, &dirty)
+            }
+            Step::Config(config) => {
+                let context = Context { config: config.clone(), ..self.compiler.context().clone() };
+                self.compiler.set_context(context, &self.store)
+            }
+            Step::Interfaces(addresses) => {
+                let context =
+                    Context { interface_addresses: addresses.clone(), ..self.compiler.context().clone() };
+                self.compiler.set_context(context, &self.store)
+            }
+        };
+        for (pending, change) in self.pending.iter_mut().zip(changes) {
+            pending.merge(change);
+        }
+    }
+
+    /// The table of a family.
+    pub fn table(&self, family: IpFamily) -> &ForwardingTable {
+        self.compiler.table(family)
+    }
+
+    /// What changed in a family's table since this was last asked.
+    pub fn take_change(&mut self, family: IpFamily) -> Change {
+        std::mem::take(&mut self.pending[family as usize])
+    }
+}
+
+/// One family's kernel and what is believed of it.
+#[derive(Debug)]
+pub struct Synced<B: Backend> {
+    /// The kernel.
+    pub backend: B,
+    /// What it is believed to hold.
+    pub mirror: B::State,
+}
+
+impl<B: Backend> Synced<B> {
+    /// A kernel, looked at once.
+    pub fn adopt(mut backend: B) -> Result<Self, KernelError> {
+        let mirror = backend.observe()?;
+        Ok(Self { backend, mirror })
+    }
+
+    /// Plans with the mode's own limits what a change touches.
+    pub fn plan(&self, table: &ForwardingTable, change: &Change) -> Plan<B::Op> {
+        B::plan(&self.mirror, &B::render(table, change))
+    }
+
+    /// Carries out one transaction.
+    pub fn apply(&mut self, transaction: &Transaction<B::Op>) -> Result<(), KernelError> {
+        self.backend.apply(transaction)?;
+        B::advance(&mut self.mirror, transaction);
+        Ok(())
+    }
+
+    /// Plans and carries out what a change touches; answers the plan.
+    pub fn sync(&mut self, table: &ForwardingTable, change: &Change) -> Result<Plan<B::Op>, KernelError> {
+        let plan = self.plan(table, change);
+        for transaction in &plan.transactions {
+            self.apply(transaction)?;
+        }
+        Ok(plan)
+    }
+}

@@ -1,0 +1,37 @@
+//! What every mode must pass: the trait through which the suites see a mode, random clusters, and a
+//! driver that keeps a kernel up to date as the agent does.
+//!
+//! ```text
+//!   cases, random clusters ──> Store ──> Compiler ──> table ──> core walker ─┐
+//!                                                       │                    = same answer
+//!                                                       └─> mode ──> State ──> mode's walker
+//!                                                             └────> fake kernel, real kernel + packets
+//! ```
+//!
+//! Nothing here knows what a Service means: the cases and the core walker do. Start reading at
+//! [`mode::ModeUnderTest`], then the files in `tests/`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod driver;
+pub mod mode;
+pub mod random;
+
+/// Makes tests for every mode: each test is a function with the mode as its type parameter. A new mode
+/// is one more line here.
+#[macro_export]
+macro_rules! every_mode {
+    ($($test:ident),* $(,)?) => {
+        $crate::for_mode!(nftables, $crate::mode::NftablesMode; $($test),*);
+    };
+}
+
+/// The tests of one mode; see [`every_mode`].
+#[macro_export]
+macro_rules! for_mode {
+    ($module:ident, $mode:ty; $($test:ident),*) => {
+        mod $module {
+            $(#[test] fn $test() { super::$test::<$mode>(); })*
+        }
+    };
+}

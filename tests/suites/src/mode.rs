@@ -1,0 +1,125 @@
+//! How the suites see a mode.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::net::IpAddr;
+
+use shunt_core::id::IpFamily;
+use shunt_core::walk::{Outcome, Packet};
+use shunt_mode::{Backend, KernelError, Mode, Plan};
+use shunt_mode_nftables::Nftables;
+use shunt_mode_nftables::fake::FakeKernel;
+use shunt_mode_nftables::kernel::Netlink;
+use shunt_mode_nftables::plan::{Limits, Op};
+use shunt_mode_nftables::render::Desired;
+use shunt_mode_nftables::state::State;
+
+/// A mode with everything that the suites need of it.
+pub trait ModeUnderTest: 'static {
+    /// What the mode owns in the kernel.
+    type State: Clone + Eq + Debug + std::fmt::Display + Send + Sync + 'static;
+    /// What the kernel should hold.
+    type Desired: Send;
+    /// An operation.
+    type Op: Clone + Debug + std::fmt::Display + Send + 'static;
+    /// The mode over a kernel in memory.
+    type Fake: Backend<State = Self::State, Desired = Self::Desired, Op = Self::Op>;
+    /// The mode over the kernel of the calling thread's network namespace.
+    type Real: Backend<State = Self::State, Desired = Self::Desired, Op = Self::Op>;
+
+    /// Which mode it is.
+    const MODE: Mode = <Self::Fake as Backend>::MODE;
+    /// Most operations in the plan for one changed endpoint of one Service with one frontend.
+    const OPS_PER_ENDPOINT: usize;
+
+    /// The mode over an empty kernel in memory.
+    fn fake(family: IpFamily) -> Self::Fake;
+    /// The mode over the kernel of the calling thread's network namespace.
+    fn real(family: IpFamily) -> Result<Self::Real, KernelError>;
+    /// What the kernel in memory holds, without the reading being counted.
+    fn held(fake: &mut Self::Fake) -> Self::State;
+    /// From now on the kernel in memory refuses every commit after this many.
+    fn fail_after(fake: &mut Self::Fake, commits: Option<usize>);
+    /// How often the kernel in memory was read as a whole.
+    fn reads(fake: &mut Self::Fake) -> usize;
+    /// The plan with limits so small that transactions are split and tables grow.
+    fn plan_tight(observed: &Self::State, desired: &Self::Desired, tightness: u8) -> Plan<Self::Op>;
+    /// Whether an operation only takes away what nothing uses.
+    fn is_garbage(op: &Self::Op) -> bool;
+    /// The mode's own walker.
+    fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
+    /// Text of rules and the like which the kernel does not keep, taken over from `known`.
+    fn annotate(state: &mut Self::State, known: &Self::State);
+    /// What the mode cannot do yet of what a case asks for.
+    fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
+}
+
+/// nftables mode.
+#[derive(Debug)]
+pub struct NftablesMode;
+
+impl ModeUnderTest for NftablesMode {
+    type State = State;
+    type Desired = Desired;
+    type Op = Op;
+    type Fake = Nftables<FakeKernel>;
+    type Real = Nftables<Netlink>;
+
+    const OPS_PER_ENDPOINT: usize = 8;
+
+    fn fake(family: IpFamily) -> Self::Fake {
+        Nftables::new(FakeKernel::new(family))
+    }
+
+    fn real(family: IpFamily) -> Result<Self::Real, KernelError> {
+        Netlink::open(family).map(Nftables::new)
+    }
+
+    fn held(fake: &mut Self::Fake) -> State {
+        fake.kernel().state().clone()
+    }
+
+    fn fail_after(fake: &mut Self::Fake, commits: Option<usize>) {
+        fake.kernel().fail_after = commits;
+    }
+
+    fn reads(fake: &mut Self::Fake) -> usize {
+        fake.kernel().reads
+    }
+
+    fn plan_tight(observed: &State, desired: &Desired, tightness: u8) -> Plan<Op> {
+        let (transaction, services, endpoints) = match tightness {
+            0 => (usize::MAX, 1 << 14, 1 << 16),
+            1 => (1, 1 << 14, 1 << 16),
+            2 => (usize::MAX, 1, 1),
+            3 => (2, 2, 1 << 16),
+            4 => (3, 1 << 14, 2),
+            _ => (5, 3, 4),
+        };
+        shunt_mode_nftables::plan::plan_within(
+            observed,
+            desired,
+            &Limits { transaction, services, endpoints },
+        )
+    }
+
+    fn is_garbage(op: &Op) -> bool {
+        match op {
+            Op::DeleteClass(_) | Op::DeleteChain(_) | Op::DeleteTable(_) => true,
+            Op::SetRules(_, rules) => rules.is_empty(),
+            _ => false,
+        }
+    }
+
+    fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
+        shunt_mode_nftables::trace::trace(state, local, packet)
+    }
+
+    fn annotate(state: &mut State, known: &State) {
+        state.annotate(known);
+    }
+
+    fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
+        None
+    }
+}

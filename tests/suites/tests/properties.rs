@@ -1,0 +1,280 @@
+//! Random clusters and random packets: whatever happens, the mode does what the table says, and on the
+//! way to it never refuses what it should carry.
+//!
+//! `SHUNT_PROPERTY_CASES` sets how many clusters each property tries.
+
+#![allow(missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config as RunnerConfig, TestCaseError, TestRunner};
+use shunt_core::compile::Compiler;
+use shunt_core::id::IpFamily;
+use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Outcome, Packet, walk};
+use shunt_mode::{Backend, rendered};
+use shunt_suites::driver::{Cluster, Synced};
+use shunt_suites::every_mode;
+use shunt_suites::mode::ModeUnderTest;
+use shunt_suites::random::{Packets, context, packets, step, steps};
+
+fn runner(cases: u32) -> TestRunner {
+    let cases = std::env::var("SHUNT_PROPERTY_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(cases);
+    TestRunner::new(RunnerConfig { cases, failure_persistence: None, ..RunnerConfig::default() })
+}
+
+fn check<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
+    if let Err(error) = runner(cases).run(strategy, test) {
+        let text = error.to_string();
+        // The packets say nothing that the message does not.
+        panic!("{}", text.split("\n    Packets(").next().unwrap_or_default());
+    }
+}
+
+fn trace<M: ModeUnderTest>(table: &ForwardingTable, state: &M::State, packet: &Packet) -> Outcome {
+    match M::trace(state, &table.node().local_addresses, packet) {
+        Ok(outcome) => outcome,
+        Err(why) => panic!("{why}\n{table}\n{state}"),
+    }
+}
+
+fn same_answers<M: ModeUnderTest>(
+    table: &ForwardingTable,
+    state: &M::State,
+    packets: &Packets,
+) -> Result<(), TestCaseError> {
+    for packet in packets.aimed(table) {
+        let (want, got) = (walk(table, &packet).outcome, trace::<M>(table, state, &packet));
+        prop_assert_eq!(&got, &want, "{}\n{}\n{}", packet, table, state);
+    }
+    Ok(())
+}
+
+/// What is compiled change by change is what is compiled at once.
+#[test]
+fn incremental_compilation_is_full_compilation() {
+    check(1500, &(context(), steps(1..40)), |(context, steps)| {
+        let mut cluster = Cluster::new(context);
+        for step in &steps {
+            cluster.step(step);
+        }
+        let full = Compiler::full(cluster.compiler.context().clone(), &cluster.store);
+        for family in IpFamily::ALL {
+            prop_assert_eq!(cluster.table(family), full.table(family));
+            prop_assert_eq!(cluster.table(family).to_string(), full.table(family).to_string());
+        }
+        Ok(())
+    });
+}
+
+/// Objects may arrive in any order.
+#[test]
+fn the_order_of_events_means_nothing() {
+    use shunt_suites::random::Step;
+    let strategy = (context(), steps(1..30)).prop_flat_map(|(context, steps)| {
+        // One object each, so that every order ends with the same objects.
+        let mut seen = BTreeSet::new();
+        let steps: Vec<Step> = steps
+            .into_iter()
+            .filter(|step| match step {
+                Step::Event(shunt_core::store::Event::Service(s)) => seen.insert((0, s.name.to_string())),
+                Step::Event(shunt_core::store::Event::Slice(s)) => seen.insert((1, s.name.to_string())),
+                Step::Event(shunt_core::store::Event::Node(_)) => seen.insert((2, String::new())),
+                _ => false,
+            })
+            .collect();
+        (Just(context), Just(steps.clone()), Just(steps).prop_shuffle())
+    });
+    check(500, &strategy, |(context, one, other)| {
+        let [one, other] = [one, other].map(|steps| {
+            let mut cluster = Cluster::new(context.clone());
+            steps.iter().for_each(|step| cluster.step(step));
+            cluster
+        });
+        for family in IpFamily::ALL {
+            prop_assert_eq!(one.table(family), other.table(family));
+        }
+        Ok(())
+    });
+}
+
+/// The mode's walker over what the mode rendered gives the answers of the reference walker.
+fn rendered_state_answers_as_the_table<M: ModeUnderTest>() {
+    let seen: std::cell::RefCell<BTreeMap<&'static str, usize>> = std::cell::RefCell::default();
+    check(600, &(context(), steps(10..60), packets(60)), |(context, steps, packets)| {
+        let mut cluster = Cluster::new(context);
+        steps.iter().for_each(|step| cluster.step(step));
+        for family in IpFamily::ALL {
+            let table = cluster.table(family);
+            same_answers::<M>(table, &rendered::<M::Fake>(table), &packets)?;
+            for packet in packets.aimed(table) {
+                let kind = match walk(table, &packet).outcome {
+                    Outcome::Forward(_) => "forward",
+                    Outcome::Reject => "reject",
+                    Outcome::Drop => "drop",
+                    Outcome::None => "none",
+                };
+                *seen.borrow_mut().entry(kind).or_default() += 1;
+            }
+        }
+        Ok(())
+    });
+    let seen = seen.into_inner();
+    let pairs: usize = seen.values().sum();
+    println!("{pairs} packets: {seen:?}");
+    for kind in ["forward", "reject", "drop", "none"] {
+        assert!(seen.get(kind).is_some_and(|n| n * 50 > pairs), "too few packets end as {kind}: {seen:?}");
+    }
+}
+
+/// Nothing is left to do after a plan was carried out, whatever it started from.
+fn a_plan_leads_from_any_table_to_any_other<M: ModeUnderTest>() {
+    let strategy = (context(), steps(0..40), steps(1..25), packets(24), 0..6_u8);
+    check(400, &strategy, |(context, first, second, packets, tightness)| {
+        let mut cluster = Cluster::new(context);
+        first.iter().for_each(|step| cluster.step(step));
+        let before = cluster.clone();
+        second.iter().for_each(|step| cluster.step(step));
+        for family in IpFamily::ALL {
+            let mut kernel = Synced::adopt(M::fake(family)).unwrap();
+            for cluster in [&before, &cluster] {
+                let table = cluster.table(family);
+                let desired = M::Fake::render(table, &Change::everything());
+                let plan = M::plan_tight(&kernel.mirror, &desired, tightness);
+                for transaction in &plan.transactions {
+                    kernel.apply(transaction).map_err(|e| TestCaseError::fail(format!("{e}\n{plan}")))?;
+                }
+                same_answers::<M>(table, &kernel.mirror, &packets)?;
+                prop_assert_eq!(&M::held(&mut kernel.backend), &kernel.mirror);
+                let again = M::plan_tight(&kernel.mirror, &desired, tightness);
+                prop_assert!(again.is_empty(), "not done after\n{}but still\n{}", plan, again);
+            }
+        }
+        Ok(())
+    });
+}
+
+/// Changes carried out as they come, some of them together, end where one look at everything ends.
+fn incremental_syncs_end_where_a_full_one_does<M: ModeUnderTest>() {
+    let strategy =
+        (context(), proptest::collection::vec((step(), any::<bool>()), 1..40), packets(24), 0..6_u8);
+    check(400, &strategy, |(context, steps, packets, tightness)| {
+        let mut cluster = Cluster::new(context);
+        let mut kernels = IpFamily::ALL.map(|family| Synced::adopt(M::fake(family)).unwrap());
+        let last = steps.len() - 1;
+        for (i, (step, sync)) in steps.iter().enumerate() {
+            cluster.step(step);
+            if !sync && i != last {
+                continue;
+            }
+            for (family, kernel) in IpFamily::ALL.into_iter().zip(&mut kernels) {
+                let change = cluster.take_change(family);
+                if change.is_empty() {
+                    continue;
+                }
+                let table = cluster.table(family);
+                let plan = M::plan_tight(&kernel.mirror, &M::Fake::render(table, &change), tightness);
+                for transaction in &plan.transactions {
+                    kernel
+                        .apply(transaction)
+                        .map_err(|e| TestCaseError::fail(format!("{e}\n{plan}\n{}", kernel.mirror)))?;
+                }
+                same_answers::<M>(table, &kernel.mirror, &packets)?;
+            }
+        }
+        for (family, kernel) in IpFamily::ALL.into_iter().zip(&mut kernels) {
+            prop_assert_eq!(M::reads(&mut kernel.backend), 1, "read again");
+            prop_assert_eq!(&M::held(&mut kernel.backend), &kernel.mirror);
+            let table = cluster.table(family);
+            let everything = M::Fake::render(table, &Change::everything());
+            let rest = M::plan_tight(&kernel.mirror, &everything, tightness);
+            let ops = rest.transactions.iter().flat_map(|t| &t.ops);
+            prop_assert!(ops.clone().all(M::is_garbage), "left undone:\n{}\n{}", rest, kernel.mirror);
+        }
+        Ok(())
+    });
+}
+
+/// Where a packet was carried before and is carried after, it is carried in between, to an endpoint of
+/// either time; what was discarded before and is not carried after is never carried.
+fn every_prefix_of_a_plan_is_safe<M: ModeUnderTest>() {
+    let strategy = (context(), steps(8..50), steps(1..12), packets(48), 0..6_u8, any::<bool>());
+    check(500, &strategy, |(context, first, second, packets, tightness, everything)| {
+        let mut cluster = Cluster::new(context);
+        first.iter().for_each(|step| cluster.step(step));
+        let before = cluster.clone();
+        for family in IpFamily::ALL {
+            cluster.take_change(family);
+        }
+        second.iter().for_each(|step| cluster.step(step));
+        for family in IpFamily::ALL {
+            let old = before.table(family);
+            let mut state = M::Fake::empty(family);
+            let desired = M::Fake::render(old, &Change::everything());
+            for transaction in &M::plan_tight(&state, &desired, tightness).transactions {
+                M::Fake::advance(&mut state, transaction);
+            }
+            let new = cluster.compiler.table(family).clone();
+            let change = cluster.take_change(family);
+            let change = if everything { Change::everything() } else { change };
+            let plan = M::plan_tight(&state, &M::Fake::render(&new, &change), tightness);
+            let start = state.clone();
+            let packets: BTreeSet<Packet> =
+                packets.aimed(old).into_iter().chain(packets.aimed(&new)).collect();
+            for transaction in &plan.transactions {
+                M::Fake::advance(&mut state, transaction);
+                for packet in &packets {
+                    let between = |local: &BTreeSet<IpAddr>| {
+                        M::trace(&state, local, packet).map_err(TestCaseError::fail)
+                    };
+                    // Which addresses are the node's changes on its own; either time will do.
+                    let local = &new.node().local_addresses;
+                    if local != &old.node().local_addresses {
+                        continue;
+                    }
+                    let (was, will, is) =
+                        (walk(old, packet).outcome, walk(&new, packet).outcome, between(local)?);
+                    // A node port that comes while its address goes: the order is nobody's business.
+                    let idle = old.node() != new.node() && (&was, &will) == (&Outcome::None, &Outcome::None);
+                    prop_assert!(
+                        idle || is_safe(&was, &will, &is),
+                        "{}: {}, then {}, but {} in between\nbefore:\n{}\n{}\nplan:\n{}\nnow:\n{}\n{}",
+                        packet,
+                        was,
+                        will,
+                        is,
+                        old,
+                        start,
+                        plan,
+                        new,
+                        state
+                    );
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+fn is_safe(was: &Outcome, will: &Outcome, is: &Outcome) -> bool {
+    match (was, will) {
+        (Outcome::Forward(was), Outcome::Forward(will)) => {
+            let either: BTreeSet<&(SocketAddr, bool)> = was.iter().chain(will).collect();
+            matches!(is, Outcome::Forward(is) if is.iter().all(|endpoint| either.contains(endpoint)))
+        }
+        (Outcome::Drop, Outcome::Drop | Outcome::None | Outcome::Reject) => {
+            !matches!(is, Outcome::Forward(_))
+        }
+        (Outcome::None, Outcome::None) => *is == Outcome::None,
+        _ => true,
+    }
+}
+
+every_mode!(
+    rendered_state_answers_as_the_table,
+    a_plan_leads_from_any_table_to_any_other,
+    incremental_syncs_end_where_a_full_one_does,
+    every_prefix_of_a_plan_is_safe,
+);
