@@ -217,9 +217,7 @@ impl Engine {
                 Update::Event(event) => dirty.merge(self.store.apply(event)),
                 Update::Synced => self.synced = true,
                 Update::Problem(problem) => self.complain(problem.to_string()),
-                Update::Contact(contact) if contact.lost.is_some() => {
-                    tracing::warn!("{contact}; rules stay in place");
-                }
+                // The source logs what it waits for; rules stay in place meanwhile.
                 Update::Contact(contact) => tracing::debug!("{contact}"),
             }
         }
