@@ -14,6 +14,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod driver;
+pub mod faulty;
 pub mod golden;
 pub mod mode;
 pub mod random;

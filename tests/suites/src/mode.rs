@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::net::IpAddr;
 
+use anyhow::{Context as _, Result};
 use shunt_core::id::IpFamily;
 use shunt_core::walk::{Outcome, Packet};
+use shunt_harness::lab::Namespace;
 use shunt_mode::{Backend, KernelError, Mode, Plan};
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::fake::FakeKernel;
@@ -48,8 +50,10 @@ pub trait ModeUnderTest: 'static {
     fn is_garbage(op: &Self::Op) -> bool;
     /// The mode's own walker.
     fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
-    /// Text of rules and the like which the kernel does not keep, taken over from `known`.
-    fn annotate(state: &mut Self::State, known: &Self::State);
+    /// Whether the mode's own tool understands the text of states, without carrying it out.
+    fn check_text(namespace: &Namespace, text: &str) -> Result<()>;
+    /// Everything that the mode's own tools list in a namespace; each installed version must manage.
+    fn list(namespace: &Namespace) -> Result<String>;
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }
@@ -115,8 +119,18 @@ impl ModeUnderTest for NftablesMode {
         shunt_mode_nftables::trace::trace(state, local, packet)
     }
 
-    fn annotate(state: &mut State, known: &State) {
-        state.annotate(known);
+    fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
+        namespace.exec("nft", ["-c", "-f", "-"], text).map(drop)
+    }
+
+    fn list(namespace: &Namespace) -> Result<String> {
+        let binaries = std::env::var("SHUNT_NFT_BINARIES").unwrap_or_else(|_| "nft".to_owned());
+        let mut listed = None;
+        for nft in binaries.split(':') {
+            let text = namespace.exec(nft, ["list", "ruleset"], "")?;
+            listed.get_or_insert(text);
+        }
+        listed.context("SHUNT_NFT_BINARIES names no nft")
     }
 
     fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
