@@ -43,7 +43,10 @@ impl Maps {
     fn carry_out(&mut self, op: &Op) -> Result<(), String> {
         match op {
             Op::SetClass { set, frontend, from, to } => {
-                self.count(*set, to.is_some() && (from.is_some() || !self.classes.contains_key(&(*set, *frontend))))?;
+                self.count(
+                    *set,
+                    to.is_some() && (from.is_some() || !self.classes.contains_key(&(*set, *frontend))),
+                )?;
                 replace(&mut self.classes, (*set, *frontend), from.is_some(), *to)
             }
             Op::SetSlot { set, frontend, list, index, from, to } => {

@@ -185,6 +185,10 @@ fn replace(
 /// holds the lock of all tables of the network namespace while it commits one.
 pub const TRANSACTION_MAX: usize = 16_384;
 
+/// Classes (with their chains) that are kept although nothing uses them: the next change of a number
+/// of endpoints may want them again, and a restart after such changes has nothing to tidy up.
+const SPARE_CLASSES: usize = 8;
+
 /// Sizes that a plan keeps to. Only tests choose others than the default: small ones, so that plans
 /// of small clusters take many transactions and their maps grow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -336,6 +340,8 @@ struct Planner<'a> {
     after: Vec<Op>,
     /// Chains that exist or will.
     chains: BTreeSet<ChainKey>,
+    /// Classes that are needed, or kept.
+    classes: BTreeSet<Class>,
     /// Maps that larger ones replace.
     replaced: Replaced,
 }
@@ -369,6 +375,7 @@ impl<'a> Planner<'a> {
             frontends: Vec::new(),
             after: Vec::new(),
             chains: BTreeSet::new(),
+            classes: BTreeSet::new(),
             replaced: Replaced::default(),
         }
     }
@@ -488,14 +495,21 @@ impl<'a> Planner<'a> {
         if self.skeleton_differs_for_classes() {
             wanted.extend(self.observed.classes.iter().copied());
         }
-        for class in wanted {
+        if self.desired.everything {
+            let spare: Vec<Class> = self.observed.classes.difference(&wanted).copied().collect();
+            if spare.len() <= SPARE_CLASSES {
+                wanted.extend(spare);
+            }
+        }
+        for class in &wanted {
             if let Some(chain) = class.chain() {
                 self.chain(chain);
             }
-            if !self.observed.classes.contains(&class) {
-                self.before.push(Op::AddClass(class));
+            if !self.observed.classes.contains(class) {
+                self.before.push(Op::AddClass(*class));
             }
         }
+        self.classes = wanted;
     }
 
     /// Whether chains of classes that are not in question may have to change as well.
@@ -663,11 +677,9 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Chains and classes that nothing uses any more, and elements that are not ours.
+    /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
     fn collect_garbage(&mut self) {
-        let used: BTreeSet<Class> =
-            self.desired.frontends.values().flatten().map(|dispatch| dispatch.class).collect();
-        let stale = self.observed.classes.iter().filter(|c| !used.contains(c));
+        let stale = self.observed.classes.difference(&self.classes);
         self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
         self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();

@@ -324,6 +324,15 @@ impl State {
         }
         let names: BTreeSet<String> = chains.iter().map(ToString::to_string).collect();
         self.chains.retain(|name, _| names.contains(name));
+        self.service_cidrs.clear();
+        if !self.has_node_ports() {
+            self.node_port_ips.clear();
+        }
+        let empty: Vec<SetKey> =
+            self.sets.iter().filter(|s| self.elements_text(**s).is_empty()).copied().collect();
+        for set in empty {
+            self.sets.remove(&set);
+        }
     }
 
     /// The state for programs: elements of every set, rules of every chain.

@@ -1,5 +1,8 @@
 //! The command line. Flags that kube-proxy has keep its names and meanings.
 
+// Doc comments here are help texts: backticks would be printed.
+#![allow(clippy::doc_markdown)]
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};

@@ -22,8 +22,7 @@ pub(crate) struct DumpRequest {
 }
 
 pub(crate) fn dump(args: &DumpArgs) -> Result<()> {
-    let request =
-        DumpRequest { stage: args.stage, service: args.service.clone(), output: args.output };
+    let request = DumpRequest { stage: args.stage, service: args.service.clone(), output: args.output };
     let text = if let Some(path) = &args.manifests {
         offline(args, path, &request)?
     } else if request.stage == DumpStage::Kernel && request.service.is_none() {
@@ -43,13 +42,13 @@ pub(crate) fn dump(args: &DumpArgs) -> Result<()> {
 }
 
 fn offline(args: &DumpArgs, path: &std::path::Path, request: &DumpRequest) -> Result<String> {
-    let manifests = shunt_watch::read_manifests(path, args.node.as_deref().unwrap_or_default())?;
+    let manifests = shunt_watch::read_manifests(path, args.node.as_deref())?;
     for problem in &manifests.problems {
         tracing::warn!("{problem}");
     }
     let document = match &args.settings.config {
         Some(file) => Some(read_config(file)?),
-        None => manifests.config("KubeProxyConfiguration").cloned(),
+        None => configuration(&manifests).cloned(),
     };
     let settings = Settings::new(&args.settings, document.as_ref())?;
     let mut store = Store::default();
@@ -74,15 +73,20 @@ fn offline(args: &DumpArgs, path: &std::path::Path, request: &DumpRequest) -> Re
 
 /// Reads the first `KubeProxyConfiguration` of a file.
 pub(crate) fn read_config(file: &std::path::Path) -> Result<Value> {
-    let manifests = shunt_watch::read_manifests(file, "")
+    let manifests = shunt_watch::read_manifests(file, None)
         .with_context(|| format!("configuration {}", file.display()))?;
-    match manifests.config("KubeProxyConfiguration") {
+    match configuration(&manifests) {
         Some(document) => Ok(document.clone()),
         None => match manifests.problems.first() {
             Some(problem) => bail!("configuration {}: {problem}", file.display()),
             None => bail!("configuration {}: no document of kind KubeProxyConfiguration", file.display()),
         },
     }
+}
+
+/// The first `KubeProxyConfiguration` among manifests.
+fn configuration(manifests: &shunt_watch::Manifests) -> Option<&Value> {
+    manifests.config.iter().map(|c| &c.value).find(|v| v["kind"] == "KubeProxyConfiguration")
 }
 
 /// Prints what a running agent is asked for.
@@ -121,6 +125,11 @@ fn render(
     let mut texts = Vec::new();
     for family in IpFamily::ALL {
         let table = compiler.table(family);
+        if request.output == DumpOutput::Text
+            && service.as_ref().is_some_and(|name| table.service(name).is_none())
+        {
+            continue;
+        }
         let stage = match request.stage {
             DumpStage::Table => {
                 texts.push(print_table(table, service.as_ref(), request.output));
@@ -169,9 +178,7 @@ fn change_of(table: &ForwardingTable, name: &NamespacedName) -> Change {
             let protocol = port.name.protocol;
             if target.local {
                 let (address, port) = (target.address, target.port);
-                change
-                    .local_endpoints
-                    .insert(shunt_core::table::LocalEndpoint { address, protocol, port });
+                change.local_endpoints.insert(shunt_core::table::LocalEndpoint { address, protocol, port });
             }
         }
     }
@@ -179,8 +186,7 @@ fn change_of(table: &ForwardingTable, name: &NamespacedName) -> Change {
 }
 
 fn print_table(table: &ForwardingTable, service: Option<&NamespacedName>, output: DumpOutput) -> String {
-    let services: Vec<_> =
-        table.services().filter(|s| service.is_none_or(|name| s.name == *name)).collect();
+    let services: Vec<_> = table.services().filter(|s| service.is_none_or(|name| s.name == *name)).collect();
     match (output, service) {
         (DumpOutput::Text, None) => table.to_string(),
         (DumpOutput::Text, Some(_)) => {
@@ -204,9 +210,7 @@ fn print_table(table: &ForwardingTable, service: Option<&NamespacedName>, output
 fn port_json(table: &ForwardingTable, port: &PortEntry) -> Value {
     let targets = |group: Option<&[Target]>| {
         group.map(|g| {
-            g.iter()
-                .map(|t| json!({ "address": t.to_string(), "local": t.local }))
-                .collect::<Vec<_>>()
+            g.iter().map(|t| json!({ "address": t.to_string(), "local": t.local })).collect::<Vec<_>>()
         })
     };
     let frontends: Vec<Value> = port

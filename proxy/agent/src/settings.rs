@@ -102,11 +102,7 @@ impl Settings {
             Some(mode) => mode,
             None => &document.mode,
         };
-        let mode = if named.is_empty() {
-            Mode::Nftables
-        } else {
-            named.parse().context("mode")?
-        };
+        let mode = if named.is_empty() { Mode::Nftables } else { named.parse().context("mode")? };
         let section = match mode {
             Mode::Iptables => &document.iptables,
             Mode::Ipvs => &document.ipvs,
@@ -127,11 +123,8 @@ impl Settings {
                 interface("detectLocal.bridgeInterface", &document.detect_local.bridge_interface)?.into(),
             ),
             "InterfaceNamePrefix" => LocalDetector::InterfaceNamePrefix(
-                interface(
-                    "detectLocal.interfaceNamePrefix",
-                    &document.detect_local.interface_name_prefix,
-                )?
-                .into(),
+                interface("detectLocal.interfaceNamePrefix", &document.detect_local.interface_name_prefix)?
+                    .into(),
             ),
             other => bail!(
                 "detectLocalMode: unknown {other:?}: want ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
@@ -162,9 +155,7 @@ impl Settings {
         let mut config = self.config.clone();
         if self.detect_by_node_cidr {
             config.local_detector = match node {
-                Some(node) if !node.pod_cidrs.is_empty() => {
-                    LocalDetector::Cidr(node.pod_cidrs.clone())
-                }
+                Some(node) if !node.pod_cidrs.is_empty() => LocalDetector::Cidr(node.pod_cidrs.clone()),
                 _ => LocalDetector::None,
             };
         }
@@ -212,8 +203,9 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration> {
     let mut total = 0.0;
     while !rest.is_empty() {
         let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let number: f64 =
-            rest[..digits].parse().with_context(|| format!("{text:?} is no duration: want 30s, 1m30s, 100ms"))?;
+        let number: f64 = rest[..digits]
+            .parse()
+            .with_context(|| format!("{text:?} is no duration: want 30s, 1m30s, 100ms"))?;
         rest = &rest[digits..];
         let letters = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
         let unit = match &rest[..letters] {

@@ -24,7 +24,7 @@ mod convert;
 mod error;
 mod intern;
 mod kind;
-//mod manifests;
+mod manifests;
 mod problem;
 mod wire;
 
@@ -32,7 +32,7 @@ pub use api::{KubeOptions, watch_kube};
 pub use convert::{Converted, Converter};
 pub use error::WatchError;
 pub use kind::Kind;
-//pub use manifests::{ConfigDocument, Manifests, read_manifests, watch_manifests};
+pub use manifests::{ConfigDocument, Manifests, read_manifests, watch_manifests};
 pub use problem::{Contact, Problem};
 
 use shunt_core::store::Event;

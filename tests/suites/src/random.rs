@@ -115,15 +115,14 @@ fn port_name() -> impl Strategy<Value = Arc<str>> {
 fn service() -> impl Strategy<Value = Service> {
     let port = (port_name(), protocol(), select(vec![80_u16, 53]), option::of(select(vec![3001_u16, 3002])))
         .prop_map(|(name, protocol, port, node_port)| ServicePort { name, protocol, port, node_port });
-    let cluster_ips = (option::weighted(0.9, CLUSTER_IPS), option::weighted(0.6, CLUSTER_IPS)).prop_map(
-        |(v4, v6)| {
+    let cluster_ips =
+        (option::weighted(0.9, CLUSTER_IPS), option::weighted(0.6, CLUSTER_IPS)).prop_map(|(v4, v6)| {
             [v4, v6]
                 .iter()
                 .zip(ADDRESSES)
                 .filter_map(|(index, pool)| Some(pool[(*index)?].parse().unwrap()))
                 .collect::<Vec<IpAddr>>()
-        },
-    );
+        });
     let ranges = nets(&[
         "203.0.113.0/25",
         "203.0.113.128/25",
@@ -144,7 +143,13 @@ fn service() -> impl Strategy<Value = Service> {
         (policy(), policy(), any::<bool>()),
     )
         .prop_map(
-            |((name, created, cluster_ips), (external_ips, load_balancer_ips), source_ranges, ports, rest)| {
+            |(
+                (name, created, cluster_ips),
+                (external_ips, load_balancer_ips),
+                source_ranges,
+                ports,
+                rest,
+            )| {
                 let (internal_policy, external_policy, affinity) = rest;
                 Service {
                     name,

@@ -175,8 +175,7 @@ fn incremental_syncs_end_where_a_full_one_does<M: ModeUnderTest>() {
                     continue;
                 }
                 let table = cluster.table(family);
-                let plan =
-                    M::plan_tight(&kernel.mirror, &M::Fake::render(table, &change), tightness);
+                let plan = M::plan_tight(&kernel.mirror, &M::Fake::render(table, &change), tightness);
                 for transaction in &plan.transactions {
                     kernel
                         .apply(transaction)
@@ -242,7 +241,15 @@ fn every_prefix_of_a_plan_is_safe<M: ModeUnderTest>() {
                     prop_assert!(
                         idle || is_safe(&was, &will, &is),
                         "{}: {}, then {}, but {} in between\nbefore:\n{}\n{}\nplan:\n{}\nnow:\n{}\n{}",
-                        packet, was, will, is, old, start, plan, new, state
+                        packet,
+                        was,
+                        will,
+                        is,
+                        old,
+                        start,
+                        plan,
+                        new,
+                        state
                     );
                 }
             }

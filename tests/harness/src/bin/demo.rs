@@ -48,7 +48,9 @@ fn demo_mode(shunt: &Path, examples: &Path, mode: &str) -> Result<()> {
     println!("  client  198.51.100.20  2001:db8:1::20   outside the cluster, routed through the node");
     println!("  node    192.0.2.11     2001:db8::11     worker-1: `shunt run` is started here");
     for (pod, last) in PODS {
-        println!("  {pod}   10.244.1.{last}    fd00:10:244:1::{last}  answers with its name on 8080, 8053, 8090, 8443");
+        println!(
+            "  {pod}   10.244.1.{last}    fd00:10:244:1::{last}  answers with its name on 8080, 8053, 8090, 8443"
+        );
     }
 
     let folder = tempfile::tempdir().context("make a folder for manifests")?;
@@ -70,9 +72,15 @@ fn demo_mode(shunt: &Path, examples: &Path, mode: &str) -> Result<()> {
 
     heading("An EndpointSlice changes: traffic follows");
     let change = examples_slice(&manifests, "pod-c alone", &["10.244.1.13"])?;
-    println!("  web is served by pod-c alone {:.1} ms after the file was written", follow(&lab, change, "pod-c")?);
+    println!(
+        "  web is served by pod-c alone {:.1} ms after the file was written",
+        follow(&lab, change, "pod-c")?
+    );
     let change = examples_slice(&manifests, "pod-a alone", &["10.244.1.11"])?;
-    println!("  web is served by pod-a alone {:.1} ms after the file was written", follow(&lab, change, "pod-a")?);
+    println!(
+        "  web is served by pod-a alone {:.1} ms after the file was written",
+        follow(&lab, change, "pod-a")?
+    );
 
     heading("shunt dump --service demo/web: what the Service means on this node");
     print_indented(&ask(&lab, shunt, &socket, &["--service", "demo/web"])?);
