@@ -227,10 +227,10 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
         Op::DeleteServiceCidr(r) => must(state.service_cidrs.contains(r), missing),
         Op::AddHairpin(h) => must(!state.hairpins.contains(h), exists),
         Op::DeleteHairpin(h) => must(state.hairpins.contains(h), missing),
-        Op::AddGuard(_) => Ok(()),
-        Op::DeleteGuard(f) => must(state.guards.contains_key(f), missing),
-        Op::AddSource(f, r) => must(state.guards.get(f).is_none_or(|g| !g.contains(r)), exists),
-        Op::DeleteSource(f, r) => must(state.guards.get(f).is_some_and(|g| g.contains(r)), missing),
+        Op::AddGuard(f) => must(!state.guarded.contains(f), exists),
+        Op::DeleteGuard(f) => must(state.guarded.contains(f), missing),
+        Op::AddSource(f, r) => must(state.sources.get(f).is_none_or(|g| !g.contains(r)), exists),
+        Op::DeleteSource(f, r) => must(state.sources.get(f).is_some_and(|g| g.contains(r)), missing),
         Op::DeleteStray(stray) => must(state.strays.contains(stray), missing),
     }
 }

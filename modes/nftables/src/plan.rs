@@ -270,17 +270,20 @@ fn advance_one(state: &mut State, op: &Op) {
             state.hairpins.remove(endpoint);
         }
         Op::AddGuard(frontend) => {
-            state.guards.entry(*frontend).or_default();
+            state.guarded.insert(*frontend);
         }
         Op::DeleteGuard(frontend) => {
-            state.guards.remove(frontend);
+            state.guarded.remove(frontend);
         }
         Op::AddSource(frontend, range) => {
-            state.guards.entry(*frontend).or_default().insert(*range);
+            state.sources.entry(*frontend).or_default().insert(*range);
         }
         Op::DeleteSource(frontend, range) => {
-            if let Some(ranges) = state.guards.get_mut(frontend) {
+            if let Some(ranges) = state.sources.get_mut(frontend) {
                 ranges.remove(range);
+                if ranges.is_empty() {
+                    state.sources.remove(frontend);
+                }
             }
         }
         Op::DeleteStray(stray) => {
@@ -481,7 +484,7 @@ impl<'a> Planner<'a> {
     fn base(&mut self) {
         self.chain(ChainKey::Reject);
         // Guards are up before the frontends that they guard, and until the last of those is gone.
-        let loses_guards = !self.skeleton.guards && !self.observed.guards.is_empty();
+        let loses_guards = !self.skeleton.guards && !self.observed.guarded.is_empty();
         let rules = rules::services(&self.skeleton);
         self.rules(SERVICES_CHAIN, None, rules, loses_guards);
     }
@@ -559,7 +562,7 @@ impl<'a> Planner<'a> {
 
     fn guard(&self, frontend: &Frontend, dispatch: Option<&Dispatch>, ops: &mut Vec<Op>) {
         let none = BTreeSet::new();
-        let observed = self.observed.guards.get(frontend);
+        let guarded = self.observed.guarded.contains(frontend);
         let wanted = dispatch.and_then(|d| d.guard.as_deref());
         let mut ranges: BTreeSet<IpNet> = wanted.map(|g| g.ranges.clone()).unwrap_or_default();
         if let (Some(guard), Some(vip)) = (wanted, frontend.address)
@@ -568,10 +571,10 @@ impl<'a> Planner<'a> {
         {
             ranges.insert(IpNet::from(vip));
         }
-        let held = observed.unwrap_or(&none);
+        let held = self.observed.sources.get(frontend).unwrap_or(&none);
         ops.extend(held.difference(&ranges).map(|r| Op::DeleteSource(*frontend, *r)));
         ops.extend(ranges.difference(held).map(|r| Op::AddSource(*frontend, *r)));
-        match (observed.is_some(), wanted.is_some()) {
+        match (guarded, wanted.is_some()) {
             (false, true) => ops.push(Op::AddGuard(*frontend)),
             (true, false) => ops.push(Op::DeleteGuard(*frontend)),
             _ => {}
@@ -583,7 +586,8 @@ impl<'a> Planner<'a> {
             .observed
             .frontends
             .keys()
-            .chain(self.observed.guards.keys())
+            .chain(&self.observed.guarded)
+            .chain(self.observed.sources.keys())
             .filter(|f| !self.desired.frontends.contains_key(f))
             .copied()
             .collect::<BTreeSet<_>>()
@@ -726,7 +730,7 @@ fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
         map.values().flatten().any(|dispatch| dispatch.guard.is_some())
     };
     let guards = some_guard(&desired.frontends)
-        || (!desired.everything && observed.guards.keys().any(|f| !desired.frontends.contains_key(f)));
+        || (!desired.everything && observed.guarded.iter().any(|f| !desired.frontends.contains_key(f)));
     let hairpins = desired.hairpins.values().any(|wanted| *wanted)
         || (!desired.everything && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
     Skeleton {

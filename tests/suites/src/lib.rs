@@ -14,8 +14,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod driver;
+pub mod faulty;
+pub mod golden;
 pub mod mode;
 pub mod random;
+pub mod town;
 
 /// Makes tests for every mode: each test is a function with the mode as its type parameter. A new mode
 /// is one more line here.
