@@ -196,16 +196,28 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
                 .flat_map(|c| &c.rules)
                 .flat_map(|r| &r.exprs)
                 .any(|e| *e == Expr::ImmediateVerdict(target.clone()));
-            let in_map =
-                state.classes.iter().any(|c| c.chain().is_some_and(|chain| chain.to_string() == *name));
+            let in_map = state.classes.iter().any(|c| state.leads_to(*c) == target);
             must(!in_rule && !in_map, "Device or resource busy")
         }
         Op::SetRules(name, _) => must(state.chains.contains_key(name), missing),
-        Op::AddClass(class) => {
+        Op::AddClass(class, chain) => {
             set_exists(&SetKey::Classes)?;
             must(!state.classes.contains(class), exists)?;
-            let chain = class.chain().map(|c| c.to_string());
-            must(chain.is_none_or(|c| state.chains.contains_key(&c)), "no such chain")
+            must(chain.as_ref().is_none_or(|c| state.chains.contains_key(c)), "no such chain")?;
+            // Not the kernel's doing: what is written here must be what is read back.
+            let leads_to = chain.clone().map_or(Verdict::Drop, Verdict::Goto);
+            must(state.leads_to(*class) == leads_to, "not the chain of this class")
+        }
+        Op::SetToken { id, list, number, from, to } => {
+            set_exists(&SetKey::AffinityEndpoints)?;
+            let held = state.affinity.get(id).and_then(|a| a.endpoints.get(&(*list, *number)));
+            check_replace(held, from.as_ref(), to.as_ref())
+        }
+        Op::SetChoice { id, list, index, from, to } => {
+            set_exists(&SetKey::AffinitySlots)?;
+            let slots = state.affinity.get(id).map(|a| &a.slots[*list as usize]);
+            let held = slots.and_then(|s| s.get(*index as usize)).and_then(Option::as_ref);
+            check_replace(held, from.as_ref(), to.as_ref())
         }
         Op::DeleteClass(class) => must(state.classes.contains(class), missing),
         Op::SetClass { to: None, set, .. } | Op::SetSlot { to: None, set, .. } => set_exists(set),
@@ -235,6 +247,15 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
     }
 }
 
+/// An element is deleted, added, or both.
+fn check_replace<T: PartialEq>(held: Option<&T>, from: Option<&T>, to: Option<&T>) -> Result<(), String> {
+    match (held, from, to) {
+        (None, Some(_), _) => Err("No such file or directory".to_owned()),
+        (Some(held), None, Some(to)) if held != to => Err("File exists".to_owned()),
+        _ => Ok(()),
+    }
+}
+
 /// What must hold after every transaction: rules and maps refer to what exists.
 fn check_all(state: &State) -> Result<(), String> {
     for (name, chain) in &state.chains {
@@ -245,12 +266,24 @@ fn check_all(state: &State) -> Result<(), String> {
                 {
                     return Err(format!("{name}: leads to {to}, which does not exist"));
                 }
-                Expr::Lookup { set, .. } | Expr::VerdictMap { set, .. }
+                Expr::Lookup { set, .. } | Expr::VerdictMap { set, .. } | Expr::Dynset { set, .. }
                     if !SetKey::from_name(set).is_some_and(|set| state.sets.contains(&set)) =>
                 {
                     return Err(format!("{name}: refers to set {set}, which does not exist"));
                 }
                 _ => {}
+            }
+        }
+    }
+    for (id, affinity) in &state.affinity {
+        for (list, number) in affinity
+            .slots
+            .iter()
+            .zip(List::ALL)
+            .flat_map(|(slots, list)| slots.iter().flatten().map(move |number| (list, *number)))
+        {
+            if !affinity.endpoints.contains_key(&(list, number)) {
+                return Err(format!("a slot of {id:x} holds {number}, which means nothing"));
             }
         }
     }

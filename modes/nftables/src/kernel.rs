@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 
 use nft_netlink::{
-    Batch, CommitError, Element, ElementData, Error, Rule as WireRule, Set, Socket, TableId, Verdict,
+    Batch, Bytes, CommitError, Element, ElementData, Error, Rule as WireRule, Set, Socket, TableId, Verdict,
 };
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
 
+use crate::affinity;
 use crate::family;
-use crate::layout::{self, Class, SetKey, TABLE, TABLE_COMMENT};
+use crate::layout::{self, List, SetKey, TABLE, TABLE_COMMENT};
 use crate::plan::Op;
 use crate::rules::Rule;
-use crate::state::{Chain, State, Stray, range_elements, ranges_of};
+use crate::state::{State, Stray, range_elements, ranges_of};
 
 /// What the mode needs of a kernel, in the mode's own types.
 pub trait Kernel {
@@ -52,7 +53,7 @@ impl Netlink {
         }
         state.exists = true;
         for chain in self.socket.dump_chains(id)? {
-            state.chains.insert(chain.name, Chain { base: chain.base, rules: Vec::new() });
+            state.add_chain(chain.name, chain.base);
         }
         for rule in self.socket.dump_rules(id, None)? {
             if let Some(chain) = state.chains.get_mut(&rule.chain) {
@@ -82,7 +83,8 @@ impl Netlink {
                 SetKey::Endpoints(n) => Some(n) == endpoints,
                 _ => true,
             };
-            if !in_use {
+            // There may be millions of records; nobody but the rules has any use for them.
+            if !in_use || set == SetKey::Affinity {
                 continue;
             }
             if set == SetKey::ServiceCidrs {
@@ -222,7 +224,16 @@ fn gather(op: &Op, elements: &mut BTreeMap<SetKey, Elements>) {
         Op::SetSlot { set, frontend, list, index, from: Some(_), .. } => {
             delete(*set, Element::new(layout::slot_key(frontend, *list, *index)));
         }
-        Op::DeleteClass(class) => delete(SetKey::Classes, class_element(*class)),
+        Op::SetToken { id, list, number, from: Some(_), .. } => {
+            delete(
+                SetKey::AffinityEndpoints,
+                Element::new(number_key(affinity::token_key(*id, *list, *number))),
+            );
+        }
+        Op::SetChoice { id, list, index, from: Some(_), .. } => {
+            delete(SetKey::AffinitySlots, Element::new(choice_key(*id, *list, *index)));
+        }
+        Op::DeleteClass(class) => delete(SetKey::Classes, Element::new(number_key(class.number()))),
         Op::DeleteAddress(set, address) => {
             delete(*set, Element::new(layout::Key::default().address(*address).done()));
         }
@@ -250,13 +261,26 @@ fn gather(op: &Op, elements: &mut BTreeMap<SetKey, Elements>) {
     match op {
         Op::SetClass { set, frontend, to: Some(class), .. } => {
             let key = layout::frontend_key(frontend).done();
-            add(*set, Element::value(key, layout::Key::default().number(class.number()).done()));
+            add(*set, Element::value(key, number_key(class.number())));
         }
         Op::SetSlot { set, frontend, list, index, to: Some(endpoint), .. } => {
             let key = layout::slot_key(frontend, *list, *index);
             add(*set, Element::value(key, layout::endpoint_data(endpoint)));
         }
-        Op::AddClass(class) => add(SetKey::Classes, class_element(*class)),
+        Op::SetToken { id, list, number, to: Some(endpoint), .. } => {
+            let key = number_key(affinity::token_key(*id, *list, *number));
+            add(SetKey::AffinityEndpoints, Element::value(key, layout::endpoint_data(endpoint)));
+        }
+        Op::SetChoice { id, list, index, to: Some(number), .. } => {
+            let token = number_key(affinity::token(*id, *number));
+            add(SetKey::AffinitySlots, Element::value(choice_key(*id, *list, *index), token));
+        }
+        Op::AddClass(class, chain) => {
+            let leads_to = chain.clone().map_or(Verdict::Drop, Verdict::Goto);
+            let key = number_key(class.number());
+            let element = Element { data: Some(ElementData::Verdict(leads_to)), ..Element::new(key) };
+            add(SetKey::Classes, element);
+        }
         Op::AddAddress(set, address) => {
             add(*set, Element::new(layout::Key::default().address(*address).done()));
         }
@@ -274,10 +298,12 @@ fn gather(op: &Op, elements: &mut BTreeMap<SetKey, Elements>) {
     }
 }
 
-fn class_element(class: Class) -> Element {
-    let key = layout::Key::default().number(class.number()).done();
-    let leads_to = class.chain().map_or(Verdict::Drop, |chain| Verdict::Goto(chain.to_string()));
-    Element { data: Some(ElementData::Verdict(leads_to)), ..Element::new(key) }
+fn number_key(number: u32) -> Bytes {
+    layout::Key::default().number(number).done()
+}
+
+fn choice_key(id: u32, list: List, index: u32) -> Bytes {
+    layout::Key::default().number(affinity::id_part(id)).number(list.base() + index).done()
 }
 
 fn source_element(frontend: &shunt_core::table::Frontend, range: &ipnet::IpNet) -> Element {

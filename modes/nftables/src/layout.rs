@@ -20,6 +20,8 @@ use nft_netlink::{BaseChain, Bytes, ChainType, FieldType, Hook, MapData, Set, Se
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::{Frontend, LocalEndpoint};
 
+use crate::affinity;
+
 /// Name of our tables, one in family `ip` and one in `ip6`.
 pub const TABLE: &str = "shunt";
 /// Comment of our tables.
@@ -101,12 +103,29 @@ pub enum Class {
         /// Endpoints in each list; 0 for a list that no leg uses.
         counts: [u32; 2],
     },
+    /// Send each client to the endpoint that it was sent to before. The first list is that of the
+    /// Cluster policy, the second that of the Local policy.
+    Affinity {
+        /// The Service port.
+        id: u32,
+        /// What happens to packets from local pods, from this node, and from elsewhere.
+        legs: [Leg; 3],
+    },
 }
 
 const REJECT: u32 = 0x0100_0000;
 const DROP: u32 = 0x0200_0000;
 const FIRST_PICK: u32 = 0x03;
 const LEG_CODES: u32 = 5 * 5 * 5;
+const AFFINITY: u32 = 0xfd;
+
+const fn code_of(legs: [Leg; 3]) -> u32 {
+    legs[0].code() * 25 + legs[1].code() * 5 + legs[2].code()
+}
+
+const fn legs_of(code: u32) -> [Leg; 3] {
+    [Leg::from_code(code / 25), Leg::from_code(code / 5 % 5), Leg::from_code(code % 5)]
+}
 
 impl Class {
     /// Most endpoints of each list where a class uses both.
@@ -114,17 +133,18 @@ impl Class {
 
     /// The number that stands for the class in the kernel.
     ///
-    /// Shape: 8 bits of kind, then 24 bits of count, or 12 and 12 where both lists are used.
+    /// Shape: 8 bits of kind, then 24 bits of count, or 12 and 12 where both lists are used, or 17 bits
+    /// of id and 7 bits of legs.
     pub const fn number(self) -> u32 {
         match self {
             Self::Reject => REJECT,
             Self::Drop => DROP,
             Self::Pick { node_port, legs, counts } => {
-                let code = legs[0].code() * 25 + legs[1].code() * 5 + legs[2].code();
-                let kind = FIRST_PICK + code + if node_port { LEG_CODES } else { 0 };
+                let kind = FIRST_PICK + code_of(legs) + if node_port { LEG_CODES } else { 0 };
                 let counts = if counts[1] == 0 { counts[0] } else { (counts[0] << 12) | (counts[1] & 0xfff) };
                 (kind << 24) | (counts & 0x00ff_ffff)
             }
+            Self::Affinity { id, legs } => (AFFINITY << 24) | ((id << 7) & 0x00ff_ff80) | code_of(legs),
         }
     }
 
@@ -136,12 +156,19 @@ impl Class {
             _ => {}
         }
         let kind = number >> 24;
+        if kind == AFFINITY {
+            let (id, code) = ((number >> 7) & 0x1_ffff, number & 0x7f);
+            return if id != 0 && code < LEG_CODES {
+                Some(Self::Affinity { id, legs: legs_of(code) })
+            } else {
+                None
+            };
+        }
         if kind < FIRST_PICK || kind >= FIRST_PICK + 2 * LEG_CODES {
             return None;
         }
         let node_port = kind - FIRST_PICK >= LEG_CODES;
-        let code = (kind - FIRST_PICK) % LEG_CODES;
-        let legs = [Leg::from_code(code / 25), Leg::from_code(code / 5 % 5), Leg::from_code(code % 5)];
+        let legs = legs_of((kind - FIRST_PICK) % LEG_CODES);
         let second = uses(legs, List::Second);
         let low = number & 0x00ff_ffff;
         let counts = if second { [low >> 12, low & 0xfff] } else { [low, 0] };
@@ -152,9 +179,15 @@ impl Class {
     /// How many endpoints of a list the class chooses from.
     pub const fn count(self, list: List) -> u32 {
         match self {
-            Self::Reject | Self::Drop => 0,
+            Self::Reject | Self::Drop | Self::Affinity { .. } => 0,
             Self::Pick { counts, .. } => counts[list as usize],
         }
+    }
+
+    /// Classes of an id, from the first to the last that there may be.
+    pub fn of_id(id: u32) -> std::ops::RangeInclusive<Self> {
+        let last = Leg::Pick { list: List::Second, masquerade: true };
+        Self::Affinity { id, legs: [Leg::Drop; 3] }..=Self::Affinity { id, legs: [last; 3] }
     }
 
     /// The chain that does it; `None` for [`Class::Drop`], which is a verdict of its own.
@@ -169,6 +202,11 @@ impl Class {
                 } else {
                     ChainKey::Class(self)
                 })
+            }
+            Self::Affinity { id, legs } => {
+                let plain = |list| [Leg::Pick { list, masquerade: false }; 3];
+                let list = List::ALL.into_iter().find(|list| legs == plain(*list));
+                Some(list.map_or(ChainKey::Class(self), |list| ChainKey::Affinity { id, list }))
             }
         }
     }
@@ -212,9 +250,18 @@ pub enum ChainKey {
         /// How many there are.
         count: u32,
     },
+    /// Sends a client of a Service port where it was sent before, or chooses and remembers.
+    Affinity {
+        /// The Service port.
+        id: u32,
+        /// The list of endpoints.
+        list: List,
+    },
 }
 
 impl fmt::Display for ChainKey {
+    /// Its name. The chains of a Service port with affinity also carry its name, see
+    /// [`State::chain_name`](crate::state::State::chain_name).
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let prefix = |node_port| if node_port { "node-port-" } else { "" };
         match *self {
@@ -225,6 +272,8 @@ impl fmt::Display for ChainKey {
             Self::Pick { node_port, list: List::Second, count } => {
                 write!(f, "{}pick-here-{count}", prefix(node_port))
             }
+            Self::Affinity { id, list } => f.write_str(&affinity::chain_prefix(id, list)),
+            Self::Class(class @ Class::Affinity { .. }) => write!(f, "class-{:08x}", class.number()),
             Self::Class(class @ Class::Pick { node_port, legs, counts: [first, second] }) => {
                 let prefix = prefix(node_port);
                 let pick = |list, masquerade| Leg::Pick { list, masquerade };
@@ -285,7 +334,18 @@ pub enum SetKey {
     Guarded,
     /// Which sources those are.
     SourceRanges,
+    /// Which endpoint a client of a Service port was sent to. Rules write it; nobody else looks at it.
+    Affinity,
+    /// What the tokens in it mean.
+    AffinityEndpoints,
+    /// Endpoints of Service ports with affinity, by slot.
+    AffinitySlots,
 }
+
+/// How many clients are remembered at most. The kernel takes 65,535 where nothing is said, and has
+/// always cut this number to 16 bits for the first size of the hash table: a multiple of 65,536 starts
+/// small.
+pub const RECORDS_CAPACITY: u32 = 1 << 24;
 
 /// Capacities of the sized sets where they start; they grow fourfold.
 pub const SERVICES_CAPACITY: u32 = 16_384;
@@ -308,6 +368,9 @@ impl fmt::Display for SetKey {
             Self::Hairpin => f.write_str("hairpin"),
             Self::Guarded => f.write_str("guarded"),
             Self::SourceRanges => f.write_str("source-ranges"),
+            Self::Affinity => f.write_str("affinity"),
+            Self::AffinityEndpoints => f.write_str("affinity-endpoints"),
+            Self::AffinitySlots => f.write_str("affinity-slots"),
         }
     }
 }
@@ -327,6 +390,9 @@ impl SetKey {
             Self::Hairpin,
             Self::Guarded,
             Self::SourceRanges,
+            Self::Affinity,
+            Self::AffinityEndpoints,
+            Self::AffinitySlots,
         ];
         let number = |prefix| name.strip_prefix(prefix).and_then(|n: &str| n.parse().ok());
         fixed
@@ -336,7 +402,10 @@ impl SetKey {
             .or_else(|| number("endpoints-").map(Self::Endpoints))
     }
 
-    /// All sets, given the capacities of the sized ones.
+    /// Sets that are there while some Service port has affinity.
+    pub const AFFINITY: [Self; 3] = [Self::Affinity, Self::AffinityEndpoints, Self::AffinitySlots];
+
+    /// All sets but those for affinity, given the capacities of the sized ones.
     pub const fn all(services: u32, endpoints: u32) -> [Self; 11] {
         [
             Self::Services(services),
@@ -382,6 +451,13 @@ impl SetKey {
             Self::SourceRanges => {
                 Set { flags: SetFlags::INTERVAL, ..Set::new(name, with(frontend, address)) }
             }
+            Self::Affinity => Set {
+                flags: SetFlags::DYNAMIC | SetFlags::TIMEOUT,
+                size: Some(RECORDS_CAPACITY),
+                ..Set::map(name, vec![address, FieldType::ClassId], class())
+            },
+            Self::AffinityEndpoints => Set::map(name, vec![FieldType::ClassId], endpoint()),
+            Self::AffinitySlots => Set::map(name, vec![FieldType::ClassId, FieldType::Mark], class()),
         }
     }
 }
@@ -564,6 +640,11 @@ mod tests {
         };
         check(Class::Reject);
         check(Class::Drop);
+        for id in [1, 0x1_ffff] {
+            for code in 0..LEG_CODES {
+                check(Class::Affinity { id, legs: legs_of(code) });
+            }
+        }
         for node_port in [false, true] {
             for a in legs() {
                 for b in legs() {
@@ -585,7 +666,7 @@ mod tests {
 
     #[test]
     fn foreign_numbers_are_no_class() {
-        for number in [0, 1, 0x0100_0001, 0xffff_ffff] {
+        for number in [0, 1, 0x0100_0001, 0xffff_ffff, 0xfd00_0000, 0xfd00_00ff] {
             assert_eq!(Class::from_number(number), None, "{number:x}");
         }
     }
@@ -603,7 +684,7 @@ mod tests {
 
     #[test]
     fn sets_are_found_by_name() {
-        for set in SetKey::all(SERVICES_CAPACITY, 262_144) {
+        for set in SetKey::all(SERVICES_CAPACITY, 262_144).into_iter().chain(SetKey::AFFINITY) {
             assert_eq!(SetKey::from_name(&set.to_string()), Some(set));
         }
         assert_eq!(SetKey::from_name("mine"), None);

@@ -6,8 +6,8 @@
 //!            one lookup          one lookup           one lookup, slot by numgen
 //! ```
 //!
-//! A change of endpoints is a few elements of maps. No chain and no set belongs to a single Service
-//! or endpoint, and nothing is anonymous. Only the tables `ip shunt` and `ip6 shunt` are touched.
+//! A change of endpoints is a few elements of maps. No set belongs to a single Service or endpoint, no
+//! chain but those of Service ports with session affinity ([`affinity`]), and nothing is anonymous. Only the tables `ip shunt` and `ip6 shunt` are touched.
 //! Everything happens in three hooks of type nat, which see the first packet of each connection.
 //!
 //! Start reading at [`layout`], then [`rules`], then [`plan`]. [`kernel`] is the only file that
@@ -15,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod affinity;
 #[cfg(any(test, feature = "testkit"))]
 pub mod fake;
 pub mod kernel;

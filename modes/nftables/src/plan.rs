@@ -10,13 +10,14 @@ use shunt_core::id::IpFamily;
 use shunt_core::table::{Frontend, LocalEndpoint, NodePortMatch};
 use shunt_mode::{Plan, Transaction};
 
+use crate::affinity::{self, Affinity};
 use crate::layout::{
-    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, List, POSTROUTING, SERVICES_CAPACITY, SERVICES_CHAIN,
-    SetKey, TABLE, base_chains,
+    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, Leg, List, POSTROUTING, SERVICES_CAPACITY, SERVICES_CHAIN,
+    SetKey, TABLE, base_chains, uses,
 };
-use crate::render::{Desired, Dispatch};
-use crate::rules::{self, NodePorts, Rule, Skeleton};
-use crate::state::{Chain, Held, State, Stray, class_text, endpoint_text, frontend_text};
+use crate::render::{AffinityPort, Desired, Dispatch};
+use crate::rules::{self, AffinityRules, NodePorts, Rule, Skeleton};
+use crate::state::{Held, State, Stray, choice_text, endpoint_text, frontend_text};
 
 /// One operation on the table.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -35,8 +36,8 @@ pub enum Op {
     DeleteChain(String),
     /// Replace all rules of a chain.
     SetRules(String, Vec<Rule>),
-    /// Add an element to the map of classes.
-    AddClass(Class),
+    /// Add an element to the map of classes: a class and its chain, or none for "drop".
+    AddClass(Class, Option<String>),
     /// Delete an element of the map of classes.
     DeleteClass(Class),
     /// Set, replace or delete the class of a frontend.
@@ -64,6 +65,32 @@ pub enum Op {
         from: Option<Endpoint>,
         /// The endpoint from now on.
         to: Option<Endpoint>,
+    },
+    /// Set, replace or delete what a token means.
+    SetToken {
+        /// The Service port.
+        id: u32,
+        /// The list for which it is asked.
+        list: List,
+        /// The number of the endpoint.
+        number: u32,
+        /// The endpoint until now.
+        from: Option<Endpoint>,
+        /// The endpoint from now on.
+        to: Option<Endpoint>,
+    },
+    /// Set, replace or delete a slot of a Service port with affinity.
+    SetChoice {
+        /// The Service port.
+        id: u32,
+        /// Which of its lists.
+        list: List,
+        /// Position in the list.
+        index: u32,
+        /// Number of the endpoint until now.
+        from: Option<u32>,
+        /// Number of the endpoint from now on.
+        to: Option<u32>,
     },
     /// Add an address to a set of addresses.
     AddAddress(SetKey, IpAddr),
@@ -115,8 +142,9 @@ impl fmt::Display for Op {
                 write!(f, "flush chain {TABLE} {name}")?;
                 rules.iter().try_for_each(|rule| write!(f, "\nadd rule {TABLE} {name} {rule}"))
             }
-            Self::AddClass(class) => {
-                write!(f, "add element {TABLE} classes {{ {class} : {} }}", class_text(*class))
+            Self::AddClass(class, None) => write!(f, "add element {TABLE} classes {{ {class} : drop }}"),
+            Self::AddClass(class, Some(chain)) => {
+                write!(f, "add element {TABLE} classes {{ {class} : goto {chain} }}")
             }
             Self::DeleteClass(class) => write!(f, "delete element {TABLE} classes {{ {class} }}"),
             Self::SetClass { set, frontend, from, to } => {
@@ -126,6 +154,15 @@ impl fmt::Display for Op {
             Self::SetSlot { set, frontend, list, index, from, to } => {
                 let key = format!("{} . {}", frontend_text(frontend), list.base() + index);
                 replace(f, *set, &key, from.is_some(), to.as_ref().map(endpoint_text))
+            }
+            Self::SetToken { id, list, number, from, to } => {
+                let key = affinity::classid(affinity::token_key(*id, *list, *number));
+                replace(f, SetKey::AffinityEndpoints, &key, from.is_some(), to.as_ref().map(endpoint_text))
+            }
+            Self::SetChoice { id, list, index, from, to } => {
+                let key = choice_text(*id, *list, *index, None);
+                let to = to.map(|number| affinity::classid(affinity::token(*id, number)));
+                replace(f, SetKey::AffinitySlots, &key, from.is_some(), to)
             }
             Self::AddAddress(set, address) => write!(f, "add element {TABLE} {set} {{ {address} }}"),
             Self::DeleteAddress(set, address) => {
@@ -221,21 +258,15 @@ fn advance_one(state: &mut State, op: &Op) {
         Op::AddSet(set) => {
             state.sets.insert(*set);
         }
-        Op::DeleteSet(set) => {
-            state.sets.remove(set);
-        }
-        Op::AddChain(name, base) => {
-            state.chains.insert(name.clone(), Chain { base: *base, rules: Vec::new() });
-        }
-        Op::DeleteChain(name) => {
-            state.chains.remove(name);
-        }
+        Op::DeleteSet(set) => state.remove_set(*set),
+        Op::AddChain(name, base) => state.add_chain(name.clone(), *base),
+        Op::DeleteChain(name) => state.remove_chain(name),
         Op::SetRules(name, rules) => {
             if let Some(chain) = state.chains.get_mut(name) {
                 chain.rules.clone_from(rules);
             }
         }
-        Op::AddClass(class) => {
+        Op::AddClass(class, _) => {
             state.classes.insert(*class);
         }
         Op::DeleteClass(class) => {
@@ -244,6 +275,12 @@ fn advance_one(state: &mut State, op: &Op) {
         Op::SetClass { frontend, to, .. } => state.set_class(*frontend, *to),
         Op::SetSlot { frontend, list, index, to, .. } => {
             state.set_slot(*frontend, *list, *index as usize, *to);
+        }
+        Op::SetToken { id, list, number, to, .. } => {
+            state.edit_affinity(*id, |a| a.set_endpoint(*list, *number, *to));
+        }
+        Op::SetChoice { id, list, index, to, .. } => {
+            state.edit_affinity(*id, |a| a.set_slot(*list, *index, *to));
         }
         Op::AddAddress(SetKey::NodePortIps, address) => {
             state.node_port_ips.insert(*address);
@@ -313,7 +350,10 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
         }
         return plan;
     }
-    Planner::new(observed, desired, limits).plan()
+    let ports = desired.affinity.keys().map(|port| &**port);
+    let ids = affinity::assign_ids(ports, &observed.affinity_ids, |id| observed.affinity.contains_key(&id));
+    let with_ids = (!ids.is_empty()).then(|| desired.with_ids(&ids));
+    Planner::new(observed, with_ids.as_ref().unwrap_or(desired), limits, &ids).plan()
 }
 
 /// A table that cannot be mended in place (declared differently, by another version say) is replaced
@@ -344,6 +384,25 @@ struct Planner<'a> {
     classes: BTreeSet<Class>,
     /// Maps that larger ones replace.
     replaced: Replaced,
+    /// Service ports with affinity in question, by id.
+    affinity: BTreeMap<u32, PortPlan<'a>>,
+    /// Chains of those that stay.
+    affinity_chains: BTreeSet<String>,
+}
+
+/// What is planned for a Service port with affinity.
+#[derive(Default)]
+struct PortPlan<'a> {
+    /// What it should get; `None` if none of its frontends gets anything now.
+    wanted: Option<(&'a str, &'a AffinityPort)>,
+    /// Legs of frontends in question as they will be.
+    legs: BTreeSet<[Leg; 3]>,
+    /// Legs of frontends in question as they are, and of how many.
+    given_up: BTreeMap<[Leg; 3], usize>,
+    /// Legs that some frontend will have, in question or not.
+    all_legs: BTreeSet<[Leg; 3]>,
+    /// The change of the port and of its frontends, to stay within one transaction.
+    ops: Vec<Op>,
 }
 
 /// Maps that are full, as they are before the plan. Larger ones take over within one transaction.
@@ -365,8 +424,15 @@ impl Replaced {
 }
 
 impl<'a> Planner<'a> {
-    fn new(observed: &'a State, desired: &'a Desired, limits: &'a Limits) -> Self {
+    fn new(
+        observed: &'a State,
+        desired: &'a Desired,
+        limits: &'a Limits,
+        ids: &BTreeMap<&'a str, u32>,
+    ) -> Self {
         Self {
+            affinity: affinity_in_question(observed, desired, ids),
+            affinity_chains: BTreeSet::new(),
             observed,
             desired,
             limits,
@@ -384,9 +450,12 @@ impl<'a> Planner<'a> {
         self.sets();
         self.base();
         self.classes();
+        self.affinity();
         for (frontend, dispatch) in &self.desired.frontends {
             self.frontend(frontend, dispatch.as_ref());
         }
+        let ports = self.affinity.values_mut().map(|port| std::mem::take(&mut port.ops));
+        self.frontends.extend(ports.filter(|ops| !ops.is_empty()));
         if self.desired.everything {
             self.vanished_frontends();
         } else if self.replaced.some() {
@@ -394,14 +463,16 @@ impl<'a> Planner<'a> {
         }
         self.addresses();
         self.hooks();
+        self.affinity_garbage();
         if self.desired.everything {
             self.collect_garbage();
         }
+        let wanted = self.wanted_sets();
         let stale: Vec<Op> = self
             .observed
             .sets
             .iter()
-            .filter(|set| !self.wanted_sets().contains(set))
+            .filter(|set| !wanted.contains(set))
             .map(|set| Op::DeleteSet(*set))
             .collect();
         self.after.extend(stale);
@@ -438,8 +509,13 @@ impl<'a> Planner<'a> {
         self.replaced.some() || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
     }
 
-    fn wanted_sets(&self) -> [SetKey; 11] {
-        SetKey::all(self.skeleton.services, self.skeleton.endpoints)
+    fn wanted_sets(&self) -> Vec<SetKey> {
+        let mut sets = SetKey::all(self.skeleton.services, self.skeleton.endpoints).to_vec();
+        let not_in_question = || self.observed.affinity.keys().any(|id| !self.affinity.contains_key(id));
+        if self.affinity.values().any(|port| !port.all_legs.is_empty()) || not_in_question() {
+            sets.extend(SetKey::AFFINITY);
+        }
+        sets
     }
 
     /// Creates the table and missing sets.
@@ -471,14 +547,8 @@ impl<'a> Planner<'a> {
     }
 
     fn rules(&mut self, name: &str, base: Option<BaseChain>, rules: Vec<Rule>, after: bool) {
-        let observed = self.observed.chains.get(name);
         let ops = if after { &mut self.after } else { &mut self.before };
-        match observed {
-            Some(chain) if chain.rules == rules => return,
-            Some(_) => {}
-            None => ops.push(Op::AddChain(name.to_owned(), base)),
-        }
-        ops.push(Op::SetRules(name.to_owned(), rules));
+        set_rules(self.observed, ops, name, base, rules);
     }
 
     fn base(&mut self) {
@@ -496,17 +566,19 @@ impl<'a> Planner<'a> {
             wanted.extend(self.observed.classes.iter().copied());
         }
         if self.desired.everything {
-            let spare: Vec<Class> = self.observed.classes.difference(&wanted).copied().collect();
+            let spare = self.observed.classes.difference(&wanted).copied();
+            let spare: Vec<Class> = spare.filter(|c| !matches!(c, Class::Affinity { .. })).collect();
             if spare.len() <= SPARE_CLASSES {
                 wanted.extend(spare);
             }
         }
-        for class in &wanted {
-            if let Some(chain) = class.chain() {
+        for class in wanted.iter().filter(|c| !matches!(c, Class::Affinity { .. })) {
+            let chain = class.chain();
+            if let Some(chain) = chain {
                 self.chain(chain);
             }
             if !self.observed.classes.contains(class) {
-                self.before.push(Op::AddClass(*class));
+                self.before.push(Op::AddClass(*class, chain.map(|c| c.to_string())));
             }
         }
         self.classes = wanted;
@@ -547,8 +619,10 @@ impl<'a> Planner<'a> {
         }
         ops.extend(removals);
         self.guard(frontend, dispatch, &mut ops);
-        if !ops.is_empty() {
-            self.frontends.push(ops);
+        match to {
+            Some(Class::Affinity { id, .. }) => self.affinity.entry(id).or_default().ops.extend(ops),
+            _ if !ops.is_empty() => self.frontends.push(ops),
+            _ => {}
         }
     }
 
@@ -677,6 +751,90 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Everything about Service ports with affinity that comes with their frontends.
+    fn affinity(&mut self) {
+        for (id, port) in &mut self.affinity {
+            let Some((name, wanted)) = port.wanted else { continue };
+            let nothing = Affinity::default();
+            let held = self.observed.affinity.get(id).unwrap_or(&nothing);
+            let lists =
+                port.used_lists().map(|(list, used)| if used { targets(wanted, list) } else { Vec::new() });
+            // The node's own first: they are few, and must not fall off the end.
+            let numbers = held.number(&[&*lists[1], &*lists[0]].concat());
+            let of = AffinityRules { id: *id, protocol: wanted.protocol, timeout: wanted.timeout };
+            for (list, used) in port.used_lists() {
+                if !used {
+                    continue;
+                }
+                let list_numbers: BTreeSet<u32> =
+                    lists[list as usize].iter().filter_map(|e| numbers.get(e)).copied().collect();
+                let chain = affinity::chain_name(*id, list, name);
+                let rules = rules::affinity(&self.skeleton, of, list, list_numbers.len() as u32);
+                set_rules(self.observed, &mut port.ops, &chain, None, rules);
+                self.affinity_chains.insert(chain);
+                let tokens =
+                    lists[list as usize].iter().filter_map(|e| Some((*numbers.get(e)?, *e))).collect();
+                port.ops.extend(edit_tokens(*id, list, held, &tokens));
+                let list_numbers: Vec<u32> = list_numbers.into_iter().collect();
+                let slots = edit_slots(&held.slots[list as usize], &list_numbers, false);
+                let slot = |(index, from, to)| Op::SetChoice { id: *id, list, index, from, to };
+                port.ops.extend(slots.into_iter().map(slot));
+            }
+            let mut classes = Vec::new();
+            for legs in &port.legs {
+                let class = Class::Affinity { id: *id, legs: *legs };
+                let chain = match class.chain() {
+                    Some(ChainKey::Affinity { id, list }) => affinity::chain_name(id, list, name),
+                    other => {
+                        let chain = other.map(|c| c.to_string()).unwrap_or_default();
+                        let rules = rules::affinity_class(&self.skeleton, *id, name, *legs);
+                        set_rules(self.observed, &mut port.ops, &chain, None, rules);
+                        self.affinity_chains.insert(chain.clone());
+                        chain
+                    }
+                };
+                if !self.observed.classes.contains(&class) {
+                    classes.push(Op::AddClass(class, Some(chain)));
+                }
+            }
+            port.ops.extend(classes);
+        }
+    }
+
+    /// What Service ports with affinity do not need any more. Chains and classes are only seen to where
+    /// [`Self::collect_garbage`] does not see to all of them.
+    fn affinity_garbage(&mut self) {
+        let nothing = Affinity::default();
+        for (id, port) in &self.affinity {
+            let held = self.observed.affinity.get(id).unwrap_or(&nothing);
+            let unused = port.used_lists().into_iter().filter(|(_, used)| !used).map(|(list, _)| list);
+            if !self.desired.everything {
+                let mut chains = Vec::new();
+                for class in self.observed.classes.range(Class::of_id(*id)) {
+                    if let Class::Affinity { legs, .. } = class
+                        && !port.all_legs.contains(legs)
+                    {
+                        self.after.push(Op::DeleteClass(*class));
+                        chains.extend(class.chain());
+                    }
+                }
+                // Chains of classes first: they lead to the others.
+                chains.retain(|chain| matches!(chain, ChainKey::Class(_)));
+                chains.extend(unused.clone().map(|list| ChainKey::Affinity { id: *id, list }));
+                let names = chains.iter().map(|chain| self.observed.chain_name(chain));
+                let names: Vec<String> = names.filter(|n| self.observed.chains.contains_key(n)).collect();
+                self.after.extend(names.iter().map(|name| Op::SetRules(name.clone(), Vec::new())));
+                self.after.extend(names.into_iter().map(Op::DeleteChain));
+            }
+            for list in unused {
+                self.after.extend(edit_tokens(*id, list, held, &BTreeMap::new()));
+                let slots = edit_slots(&held.slots[list as usize], &[], false);
+                let slot = |(index, from, to)| Op::SetChoice { id: *id, list, index, from, to };
+                self.after.extend(slots.into_iter().map(slot));
+            }
+        }
+    }
+
     /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
     fn collect_garbage(&mut self) {
         let stale = self.observed.classes.difference(&self.classes);
@@ -684,6 +842,7 @@ impl<'a> Planner<'a> {
         self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
         keep.insert(SERVICES_CHAIN.to_owned());
+        keep.append(&mut self.affinity_chains);
         keep.extend(base_chains().map(|(name, _)| name.to_owned()));
         let stale: Vec<&String> = self.observed.chains.keys().filter(|name| !keep.contains(*name)).collect();
         // Rules first: a chain that another one leads to cannot be deleted.
@@ -692,21 +851,92 @@ impl<'a> Planner<'a> {
     }
 }
 
+impl PortPlan<'_> {
+    /// Both lists, and whether some frontend will use them.
+    fn used_lists(&self) -> [(List, bool); 2] {
+        List::ALL.map(|list| (list, self.all_legs.iter().any(|legs| uses(*legs, list))))
+    }
+}
+
+/// Service ports with affinity that frontends in question have, or will have.
+fn affinity_in_question<'a>(
+    observed: &State,
+    desired: &'a Desired,
+    ids: &BTreeMap<&'a str, u32>,
+) -> BTreeMap<u32, PortPlan<'a>> {
+    let mut ports: BTreeMap<u32, PortPlan<'a>> = BTreeMap::new();
+    for (name, wanted) in &desired.affinity {
+        if let Some(id) = ids.get(&**name) {
+            ports.entry(*id).or_default().wanted = Some((&**name, wanted));
+        }
+    }
+    if ports.is_empty() && observed.affinity.is_empty() {
+        return ports;
+    }
+    for (frontend, dispatch) in &desired.frontends {
+        if let Some(Class::Affinity { id, legs }) = dispatch.as_ref().map(|d| d.class) {
+            ports.entry(id).or_default().legs.insert(legs);
+        }
+        if let Some(Class::Affinity { id, legs }) = observed.frontends.get(frontend).and_then(|h| h.class) {
+            *ports.entry(id).or_default().given_up.entry(legs).or_default() += 1;
+        }
+    }
+    if desired.everything {
+        observed.affinity.keys().for_each(|id| drop(ports.entry(*id).or_default()));
+    }
+    for (id, port) in &mut ports {
+        port.all_legs.clone_from(&port.legs);
+        if let Some(held) = observed.affinity.get(id).filter(|_| !desired.everything) {
+            let left = held.frontends.iter().filter(|(legs, n)| port.given_up.get(*legs) != Some(*n));
+            port.all_legs.extend(left.map(|(legs, _)| *legs));
+        }
+    }
+    ports
+}
+
+fn targets(port: &AffinityPort, list: List) -> Vec<Endpoint> {
+    let targets = port.lists[list as usize].iter();
+    targets.map(|t| Endpoint { address: t.address, port: t.port }).collect()
+}
+
+/// Which tokens to change so that a list knows exactly the wanted ones.
+fn edit_tokens(id: u32, list: List, held: &Affinity, wanted: &BTreeMap<u32, Endpoint>) -> Vec<Op> {
+    let held: BTreeMap<u32, Endpoint> =
+        held.endpoints.range((list, 0)..=(list, u32::MAX)).map(|((_, number), e)| (*number, *e)).collect();
+    let numbers: BTreeSet<u32> = held.keys().chain(wanted.keys()).copied().collect();
+    numbers
+        .into_iter()
+        .map(|number| (number, held.get(&number).copied(), wanted.get(&number).copied()))
+        .filter(|(_, from, to)| from != to)
+        .map(|(number, from, to)| Op::SetToken { id, list, number, from, to })
+        .collect()
+}
+
+/// Creates a chain or changes its rules, unless it is there with the right ones.
+fn set_rules(observed: &State, ops: &mut Vec<Op>, name: &str, base: Option<BaseChain>, rules: Vec<Rule>) {
+    match observed.chains.get(name) {
+        Some(chain) if chain.rules == rules => return,
+        Some(_) => {}
+        None => ops.push(Op::AddChain(name.to_owned(), base)),
+    }
+    ops.push(Op::SetRules(name.to_owned(), rules));
+}
+
 /// Which slots to change so that they hold exactly the wanted endpoints, without holes: endpoints
 /// that stay keep their slots as far as the new number of slots allows. With `all`, every wanted
 /// slot is named, changed or not.
-fn edit_slots(
-    held: &[Option<Endpoint>],
-    wanted: &[Endpoint],
+fn edit_slots<T: Copy + Ord>(
+    held: &[Option<T>],
+    wanted: &[T],
     all: bool,
-) -> Vec<(u32, Option<Endpoint>, Option<Endpoint>)> {
+) -> Vec<(u32, Option<T>, Option<T>)> {
     let count = wanted.len();
     let unchanged = held.len() == count && held.iter().zip(wanted).all(|(h, w)| *h == Some(*w));
     if unchanged && !all {
         return Vec::new();
     }
-    let mut missing: BTreeSet<Endpoint> = wanted.iter().copied().collect();
-    let mut slots: Vec<Option<Endpoint>> = vec![None; count];
+    let mut missing: BTreeSet<T> = wanted.iter().copied().collect();
+    let mut slots: Vec<Option<T>> = vec![None; count];
     for (slot, held) in slots.iter_mut().zip(held) {
         *slot = held.filter(|endpoint| missing.remove(endpoint));
     }

@@ -9,15 +9,17 @@
 //! ```
 
 use std::fmt;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use nft_netlink::{
-    Bytes, CmpOp, CtKey, Expr, FibFlags, FibResult, MetaKey, NatFlags, NatKind, PayloadBase, Register,
-    RejectKind, Verdict,
+    Bytes, CmpOp, CtKey, DynsetOp, Expr, FibFlags, FibResult, MetaKey, NatFlags, NatKind, PayloadBase,
+    Register, RejectKind, Verdict,
 };
-use shunt_core::id::IpFamily;
+use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::node::LocalDetector;
 
+use crate::affinity::{self, ID_MASK, NUMBER_MAX, SECOND_LIST_BIT, classid};
 use crate::layout::{ChainKey, Class, Leg, List, POSTROUTING, SERVICES_CHAIN, SetKey};
 
 /// One rule. Two rules are the same when their expressions are.
@@ -187,6 +189,16 @@ impl<'a> Builder<'a> {
         self.verdict(Verdict::Goto(chain.to_string()))
     }
 
+    /// `(register & mask) ^ xor`
+    fn bitwise(&mut self, at: u8, mask: u32, xor: u32) {
+        self.exprs.push(Expr::Bitwise {
+            sreg: reg(at),
+            dreg: reg(at),
+            mask: Bytes::from(&mask.to_ne_bytes()[..]),
+            xor: Bytes::from(&xor.to_ne_bytes()[..]),
+        });
+    }
+
     /// `daddr @set`.
     fn destination_in(&mut self, set: SetKey) {
         self.load_address(false, 0);
@@ -213,6 +225,20 @@ impl<'a> Builder<'a> {
             self.frontend_text(node_port),
             SetKey::Classes
         ));
+    }
+
+    /// Writes, renews or deletes the record of the packet's source.
+    fn dynset(&mut self, op: DynsetOp, timeout: Option<Duration>) {
+        let at = self.load_address(true, 0);
+        self.load_meta(MetaKey::Priority, at);
+        self.bitwise(at, ID_MASK, 0);
+        self.load_meta(MetaKey::Priority, at + 1);
+        // The kernel wants data even for deleting from a map.
+        let (key, data) = (reg(0), Some(reg(at + 1)));
+        self.exprs.push(Expr::Dynset { set: SetKey::Affinity.to_string(), op, key, data, timeout });
+        let lives = timeout.map(|t| format!(" timeout {}s", t.as_secs())).unwrap_or_default();
+        let (ip, set, mask) = (self.ip(), SetKey::Affinity, classid(ID_MASK));
+        self.say(format!("{op} @{set} {{ {ip} saddr . meta priority & {mask}{lives} : meta priority }}"));
     }
 
     fn mark(&mut self) {
@@ -287,18 +313,30 @@ pub fn of_chain(skeleton: &Skeleton, chain: &ChainKey) -> Vec<Rule> {
     match *chain {
         ChainKey::Reject | ChainKey::Class(Class::Reject | Class::Drop) => vec![reject(skeleton)],
         ChainKey::Pick { node_port, list, count } => pick(skeleton, node_port, list, count),
-        ChainKey::Class(Class::Pick { node_port, legs, counts }) => class(skeleton, node_port, legs, counts),
+        ChainKey::Class(Class::Pick { node_port, legs, counts }) => {
+            let pick = |list| ChainKey::Pick { node_port, list, count: counts[list as usize] }.to_string();
+            class(skeleton, legs, pick)
+        }
+        // These depend on the Service port: see `affinity_class` and `affinity`.
+        ChainKey::Class(Class::Affinity { .. }) | ChainKey::Affinity { .. } => Vec::new(),
     }
 }
 
 /// The chains that the rules of `chain` lead on to.
 pub fn next_chains(chain: &ChainKey) -> Vec<ChainKey> {
-    let ChainKey::Class(Class::Pick { node_port, legs, counts }) = *chain else { return Vec::new() };
+    let ChainKey::Class(class) = *chain else { return Vec::new() };
+    let (legs, chain): (_, &dyn Fn(List) -> ChainKey) = match class {
+        Class::Reject | Class::Drop => return Vec::new(),
+        Class::Pick { node_port, legs, counts } => {
+            (legs, &move |list| ChainKey::Pick { node_port, list, count: counts[list as usize] })
+        }
+        Class::Affinity { id, legs } => (legs, &move |list| ChainKey::Affinity { id, list }),
+    };
     let mut next: Vec<ChainKey> = legs
         .into_iter()
         .filter_map(|leg| match leg {
             Leg::Drop => None,
-            Leg::Pick { list, .. } => Some(ChainKey::Pick { node_port, list, count: counts[list as usize] }),
+            Leg::Pick { list, .. } => Some(chain(list)),
         })
         .collect();
     next.sort_unstable();
@@ -350,7 +388,7 @@ fn pick(skeleton: &Skeleton, node_port: bool, list: List, count: u32) -> Vec<Rul
 }
 
 /// Tells the classes of source apart: pods first, then the node itself, then everything else.
-fn class(skeleton: &Skeleton, node_port: bool, legs: [Leg; 3], counts: [u32; 2]) -> Vec<Rule> {
+fn class(skeleton: &Skeleton, legs: [Leg; 3], chain: impl Fn(List) -> String) -> Vec<Rule> {
     let [pod, node, other] = legs;
     let mut rules = Vec::new();
     let leg = |mut rule: Builder<'_>, leg: Leg| match leg {
@@ -359,7 +397,7 @@ fn class(skeleton: &Skeleton, node_port: bool, legs: [Leg; 3], counts: [u32; 2])
             if masquerade {
                 rule.mark();
             }
-            rule.goto(&ChainKey::Pick { node_port, list, count: counts[list as usize] })
+            rule.verdict(Verdict::Goto(chain(list)))
         }
     };
     if pod != node || pod != other {
@@ -376,6 +414,129 @@ fn class(skeleton: &Skeleton, node_port: bool, legs: [Leg; 3], counts: [u32; 2])
     }
     rules.push(leg(Builder::new(skeleton), other));
     rules
+}
+
+/// The rules of the chain of a class with affinity, where it is not that of the Service port itself.
+pub fn affinity_class(skeleton: &Skeleton, id: u32, port: &str, legs: [Leg; 3]) -> Vec<Rule> {
+    class(skeleton, legs, |list| affinity::chain_name(id, list, port))
+}
+
+/// What the rules of a Service port with affinity depend on, besides the list.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AffinityRules {
+    /// The Service port.
+    pub id: u32,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// How long a client is remembered after its last new connection.
+    pub timeout: Duration,
+}
+
+/// The rules of a Service port with affinity for one list of `count` endpoints.
+///
+/// The token is in `meta priority`, as the class was before. Updating an element gives it new life but
+/// not new data: so a record that leads nowhere is deleted before another one is written. Two lookups of
+/// which the second follows from the first are separate rules, as everywhere.
+pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) -> Vec<Rule> {
+    let mut rules = Vec::new();
+
+    // A miss in the next rule leaves this: the id, and no endpoint.
+    let mut rule = Builder::new(skeleton);
+    let none = affinity::id_part(of.id);
+    rule.exprs.push(Expr::Immediate { dreg: reg(0), data: Bytes::from(&none.to_ne_bytes()[..]) });
+    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
+    rule.say(format!("meta priority set {}", classid(none)));
+    rules.push(rule.done());
+
+    let mut rule = Builder::new(skeleton);
+    let at = rule.load_address(true, 0);
+    rule.load_meta(MetaKey::Priority, at);
+    rule.lookup(SetKey::Affinity, Some(0), false);
+    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
+    let ip = rule.ip();
+    rule.say(format!("meta priority set {ip} saddr . meta priority map @{}", SetKey::Affinity));
+    rules.push(rule.done());
+
+    rules.push(affinity_go(skeleton, of, list, true));
+
+    // What was recalled leads nowhere any more.
+    let mut rule = Builder::new(skeleton);
+    rule.load_meta(MetaKey::Priority, 0);
+    rule.bitwise(0, NUMBER_MAX, 0);
+    rule.compare(CmpOp::Neq, 0, &[0; 4]);
+    rule.say(format!("meta priority & {} != none", classid(NUMBER_MAX)));
+    rule.dynset(DynsetOp::Delete, None);
+    rules.push(rule.done());
+
+    if count > 0 {
+        rules.push(affinity_choose(skeleton, list, count));
+        rules.push(affinity_go(skeleton, of, list, true));
+        // No more clients can be remembered.
+        rules.push(affinity_go(skeleton, of, list, false));
+        // A commit took the chosen endpoint away in between: see `pick`.
+        rules.push(affinity_choose(skeleton, list, count));
+        rules.push(affinity_go(skeleton, of, list, false));
+    }
+    rules.push(Builder::new(skeleton).verdict(Verdict::Drop));
+    rules
+}
+
+/// Translates to the endpoint that the token stands for, if it stands for one, and records it.
+fn affinity_go(skeleton: &Skeleton, of: AffinityRules, list: List, record: bool) -> Rule {
+    let mut rule = Builder::new(skeleton);
+    // Always so: nft wants to see the protocol before a port.
+    rule.load_meta(MetaKey::L4Proto, 0);
+    rule.compare(CmpOp::Eq, 0, &[of.protocol.number()]);
+    rule.say(format!("meta l4proto {}", of.protocol));
+    // The lookup comes first, so that only what leads somewhere is recorded; its registers are those
+    // behind key and data of the record.
+    let at = if record { rule.words() + 2 } else { 0 };
+    rule.load_meta(MetaKey::Priority, at);
+    let mut token = "meta priority".to_owned();
+    if list == List::Second {
+        rule.bitwise(at, !SECOND_LIST_BIT, SECOND_LIST_BIT);
+        token = format!("{token} | {}", classid(SECOND_LIST_BIT));
+    }
+    rule.exprs.push(Expr::Lookup {
+        set: SetKey::AffinityEndpoints.to_string(),
+        sreg: reg(at),
+        dreg: Some(reg(at)),
+        invert: false,
+    });
+    if record {
+        rule.dynset(DynsetOp::Update, Some(of.timeout));
+    }
+    let zero = at + rule.words() + 1;
+    rule.exprs.push(Expr::Immediate { dreg: reg(zero), data: Bytes::from(&[0_u8; 4][..]) });
+    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(zero) });
+    rule.exprs.push(Expr::Nat {
+        kind: NatKind::Dnat,
+        family: crate::family(skeleton.family),
+        addr: reg(at),
+        port: Some(reg(at + rule.words())),
+        flags: NatFlags::default(),
+    });
+    let ip = rule.ip();
+    rule.say(format!("meta priority set none dnat {ip} to {token} map @{}", SetKey::AffinityEndpoints));
+    rule.done()
+}
+
+/// Chooses one of `count` endpoints: its token takes the place of the one that there was.
+fn affinity_choose(skeleton: &Skeleton, list: List, count: u32) -> Rule {
+    let mut rule = Builder::new(skeleton);
+    rule.load_meta(MetaKey::Priority, 0);
+    rule.bitwise(0, ID_MASK, 0);
+    let offset = list.base();
+    rule.exprs.push(Expr::Numgen { dreg: reg(1), modulus: count, offset, random: true });
+    rule.lookup(SetKey::AffinitySlots, Some(0), false);
+    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
+    let offset = if offset == 0 { String::new() } else { format!(" offset {offset}") };
+    rule.say(format!(
+        "meta priority set meta priority & {} . numgen random mod {count}{offset} map @{}",
+        classid(ID_MASK),
+        SetKey::AffinitySlots
+    ));
+    rule.done()
 }
 
 /// The rules of the chain `services`.

@@ -9,8 +9,10 @@ use nft_netlink::{BaseChain, Bytes, Element, ElementData, FieldType, MapData, Se
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, Frontend, LocalEndpoint};
 
+use crate::affinity::{self, Affinity};
 use crate::layout::{
-    self, Class, Endpoint, KeyReader, LIST_MAX, List, SECOND_LIST_BASE, SetKey, TABLE, TABLE_COMMENT,
+    self, ChainKey, Class, Endpoint, KeyReader, LIST_MAX, List, SECOND_LIST_BASE, SetKey, TABLE,
+    TABLE_COMMENT,
 };
 use crate::rules::{self, Rule};
 
@@ -90,6 +92,10 @@ pub struct State {
     pub strays: BTreeSet<Stray>,
     /// Endpoints in the sized map, holes not counted.
     pub endpoint_count: usize,
+    /// What there is for Service ports with session affinity, by id.
+    pub affinity: BTreeMap<u32, Affinity>,
+    /// Their ids by name, as the names of chains say.
+    pub affinity_ids: BTreeMap<String, u32>,
 }
 
 impl State {
@@ -111,6 +117,8 @@ impl State {
             sources: BTreeMap::new(),
             strays: BTreeSet::new(),
             endpoint_count: 0,
+            affinity: BTreeMap::new(),
+            affinity_ids: BTreeMap::new(),
         }
     }
 
@@ -132,8 +140,90 @@ impl State {
 
     /// Sets or clears the class of a frontend.
     pub fn set_class(&mut self, frontend: Frontend, class: Option<Class>) {
-        self.frontends.entry(frontend).or_default().class = class;
+        let held = &mut self.frontends.entry(frontend).or_default().class;
+        let before = std::mem::replace(held, class);
         self.forget_if_empty(&frontend);
+        if before != class {
+            if let Some(Class::Affinity { id, legs }) = before {
+                self.edit_affinity(id, |a| a.discount_frontend(legs));
+            }
+            if let Some(Class::Affinity { id, legs }) = class {
+                self.edit_affinity(id, |a| a.count_frontend(legs));
+            }
+        }
+    }
+
+    /// Adds a chain without rules.
+    pub fn add_chain(&mut self, name: String, base: Option<BaseChain>) {
+        if let Some((id, port)) = affinity::read_chain_name(&name)
+            && !self.chains.contains_key(&name)
+        {
+            // Somebody may have made more than one: the smallest id counts, whatever the order.
+            let known = self.affinity_ids.entry(port.to_owned()).or_insert(id);
+            *known = id.min(*known);
+            self.edit_affinity(id, |a| a.chains += 1);
+        }
+        self.chains.insert(name, Chain { base, rules: Vec::new() });
+    }
+
+    /// Removes a chain.
+    pub fn remove_chain(&mut self, name: &str) {
+        if self.chains.remove(name).is_none() {
+            return;
+        }
+        let Some((id, port)) = affinity::read_chain_name(name) else { return };
+        self.edit_affinity(id, |a| a.chains -= 1);
+        let is_left =
+            |id| List::ALL.into_iter().any(|l| self.chains.contains_key(&affinity::chain_name(id, l, port)));
+        if self.affinity_ids.get(port) != Some(&id) || is_left(id) {
+            return;
+        }
+        match self.affinity.keys().copied().find(|id| is_left(*id)) {
+            Some(other) => drop(self.affinity_ids.insert(port.to_owned(), other)),
+            None => drop(self.affinity_ids.remove(port)),
+        }
+    }
+
+    /// Changes what there is for an id.
+    pub fn edit_affinity(&mut self, id: u32, edit: impl FnOnce(&mut Affinity)) {
+        let affinity = self.affinity.entry(id).or_default();
+        edit(affinity);
+        if affinity.is_empty() {
+            self.affinity.remove(&id);
+        }
+    }
+
+    /// Removes a set with its elements, as far as they are not those of a frontend.
+    pub fn remove_set(&mut self, set: SetKey) {
+        self.sets.remove(&set);
+        let ids: Vec<u32> = match set {
+            SetKey::AffinityEndpoints | SetKey::AffinitySlots => self.affinity.keys().copied().collect(),
+            _ => Vec::new(),
+        };
+        for id in ids {
+            self.edit_affinity(id, |a| match set {
+                SetKey::AffinityEndpoints => a.endpoints.clear(),
+                _ => a.slots = Default::default(),
+            });
+        }
+    }
+
+    /// The name of a chain. One that belongs to a Service port with affinity carries the name of that
+    /// too, as far as the chain exists.
+    pub fn chain_name(&self, chain: &ChainKey) -> String {
+        let name = chain.to_string();
+        if matches!(chain, ChainKey::Affinity { .. }) {
+            let mut from = self.chains.range(name.clone()..);
+            if let Some((found, _)) = from.next().filter(|(found, _)| found.starts_with(&name)) {
+                return found.clone();
+            }
+        }
+        name
+    }
+
+    /// Where a class leads.
+    pub fn leads_to(&self, class: Class) -> Verdict {
+        class.chain().map_or(Verdict::Drop, |chain| Verdict::Goto(self.chain_name(&chain)))
     }
 
     /// Sets or clears a slot of a frontend.
@@ -207,8 +297,7 @@ impl State {
             }
             SetKey::Classes => {
                 let class = Class::from_number(key.number()?)?;
-                let leads_to = class.chain().map_or(Verdict::Drop, |c| Verdict::Goto(c.to_string()));
-                if element.data != Some(ElementData::Verdict(leads_to)) {
+                if element.data != Some(ElementData::Verdict(self.leads_to(class))) {
                     return None;
                 }
                 self.classes.insert(class);
@@ -239,6 +328,22 @@ impl State {
                 let range = range_between(from, to)?;
                 self.sources.entry(frontend).or_default().insert(range);
             }
+            SetKey::AffinityEndpoints => {
+                let (id, list, number) = affinity::read_token_key(key.number()?)?;
+                let endpoint = value?.endpoint(family)?;
+                self.edit_affinity(id, |a| a.set_endpoint(list, number, Some(endpoint)));
+            }
+            SetKey::AffinitySlots => {
+                let id = affinity::read_id_part(key.number()?)?;
+                let (list, index) = list_of_slot(key.number()?);
+                let (of, base, number) = affinity::read_token_key(value?.number()?)?;
+                if of != id || base != List::First || index >= affinity::NUMBER_MAX {
+                    return None;
+                }
+                self.edit_affinity(id, |a| a.set_slot(list, index, Some(number)));
+            }
+            // Records are nobody's business but the kernel's.
+            SetKey::Affinity => {}
             SetKey::ServiceCidrs => return None,
         }
         Some(())
@@ -266,11 +371,7 @@ impl State {
             }
             SetKey::Classes => {
                 let class = Class::from_number(reader.number()?)?;
-                self.classes.contains(&class).then(|| {
-                    ElementData::Verdict(
-                        class.chain().map_or(Verdict::Drop, |c| Verdict::Goto(c.to_string())),
-                    )
-                })
+                self.classes.contains(&class).then(|| ElementData::Verdict(self.leads_to(class)))
             }
             SetKey::NodePortIps => self.node_port_ips.contains(&reader.address(family)?).then_some(found),
             SetKey::ClusterIps => self.cluster_ips.contains(&reader.address(family)?).then_some(found),
@@ -290,6 +391,19 @@ impl State {
                 let source = reader.address(family)?;
                 ranges.iter().any(|r| r.contains(&source)).then_some(found)
             }
+            SetKey::AffinityEndpoints => {
+                let (id, list, number) = affinity::read_token_key(reader.number()?)?;
+                let endpoint = self.affinity.get(&id)?.endpoints.get(&(list, number))?;
+                Some(value(layout::endpoint_data(endpoint)))
+            }
+            SetKey::AffinitySlots => {
+                let id = affinity::read_id_part(reader.number()?)?;
+                let (list, index) = list_of_slot(reader.number()?);
+                let number = *self.affinity.get(&id)?.slots[list as usize].get(index as usize)?;
+                Some(value(layout::Key::default().number(affinity::token(id, number?)).done()))
+            }
+            // Not part of the state.
+            SetKey::Affinity => None,
         }
     }
 
@@ -322,7 +436,13 @@ impl State {
             chains.extend(rules::next_chains(&chain));
             chains.insert(chain);
         }
-        let names: BTreeSet<String> = chains.iter().map(ToString::to_string).collect();
+        let names: BTreeSet<String> = chains.iter().map(|chain| self.chain_name(chain)).collect();
+        let ids: BTreeSet<u32> = classes
+            .iter()
+            .filter_map(|class| if let Class::Affinity { id, .. } = class { Some(*id) } else { None })
+            .collect();
+        self.affinity.retain(|id, _| ids.contains(id));
+        self.affinity_ids.retain(|_, id| ids.contains(id));
         self.chains.retain(|name, _| names.contains(name));
         self.service_cidrs.clear();
         if !self.has_node_ports() {
@@ -330,7 +450,7 @@ impl State {
         }
         let empty: Vec<SetKey> =
             self.sets.iter().filter(|s| self.elements_text(**s).is_empty()).copied().collect();
-        for set in empty {
+        for set in empty.into_iter().filter(|set| *set != SetKey::Affinity || ids.is_empty()) {
             self.sets.remove(&set);
         }
     }
@@ -355,6 +475,12 @@ impl State {
             "chains": chains,
         })
     }
+}
+
+/// List and index of a slot's number.
+const fn list_of_slot(slot: u32) -> (List, u32) {
+    let list = if slot >= SECOND_LIST_BASE { List::Second } else { List::First };
+    (list, slot - list.base())
 }
 
 /// The range from `from` to `to`, if it is one prefix.
@@ -445,8 +571,11 @@ pub(crate) fn endpoint_text(endpoint: &Endpoint) -> String {
 }
 
 /// Where a class leads, in nft's words.
-pub(crate) fn class_text(class: Class) -> String {
-    class.chain().map_or_else(|| "drop".to_owned(), |chain| format!("goto {chain}"))
+pub(crate) fn verdict_text(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::Goto(chain) => format!("goto {chain}"),
+        other => other.to_string(),
+    }
 }
 
 impl State {
@@ -468,7 +597,9 @@ impl State {
                     })
                 })
                 .collect(),
-            SetKey::Classes => self.classes.iter().map(|c| format!("{c} : {}", class_text(*c))).collect(),
+            SetKey::Classes => {
+                self.classes.iter().map(|c| format!("{c} : {}", verdict_text(&self.leads_to(*c)))).collect()
+            }
             SetKey::NodePortIps => self.node_port_ips.iter().map(ToString::to_string).collect(),
             SetKey::ClusterIps => self.cluster_ips.iter().map(ToString::to_string).collect(),
             SetKey::ServiceCidrs => self.service_cidrs.iter().map(ToString::to_string).collect(),
@@ -483,7 +614,36 @@ impl State {
                 .iter()
                 .flat_map(|(f, ranges)| ranges.iter().map(|r| format!("{} . {r}", frontend_text(f))))
                 .collect(),
+            SetKey::Affinity => Vec::new(),
+            SetKey::AffinityEndpoints => self
+                .affinity
+                .iter()
+                .flat_map(|(id, a)| {
+                    a.endpoints.iter().map(|((list, number), endpoint)| {
+                        let key = affinity::classid(affinity::token_key(*id, *list, *number));
+                        format!("{key} : {}", endpoint_text(endpoint))
+                    })
+                })
+                .collect(),
+            SetKey::AffinitySlots => self
+                .affinity
+                .iter()
+                .flat_map(|(id, a)| List::ALL.map(|list| (*id, list, &a.slots[list as usize])))
+                .flat_map(|(id, list, slots)| {
+                    let with_number = slots.iter().zip(0_u32..).filter_map(|(n, i)| Some(((*n)?, i)));
+                    with_number.map(move |(number, index)| choice_text(id, list, index, Some(number)))
+                })
+                .collect(),
         }
+    }
+}
+
+/// A slot of a Service port with affinity as an element in nft's words; without data for `None`.
+pub(crate) fn choice_text(id: u32, list: List, index: u32, number: Option<u32>) -> String {
+    let key = format!("{} . {}", affinity::classid(affinity::id_part(id)), list.base() + index);
+    match number {
+        Some(number) => format!("{key} : {}", affinity::classid(affinity::token(id, number))),
+        None => key,
     }
 }
 
@@ -494,6 +654,9 @@ fn declaration_text(set: &Set, ip: &str) -> String {
         let words: Vec<String> = fields.iter().map(ToString::to_string).collect();
         words.join(" . ")
     };
+    if set.key == [FieldType::ClassId, FieldType::Mark] {
+        return "typeof meta priority . numgen random mod 65536 : meta priority".to_owned();
+    }
     if set.key.last() == Some(&FieldType::Mark) {
         let address = if set.key.len() == 4 { format!("{ip} daddr . ") } else { String::new() };
         return format!(
@@ -524,6 +687,9 @@ impl fmt::Display for State {
             writeln!(f, "\t{word} {set} {{\n\t\t{}", declaration_text(&declaration, ip))?;
             if declaration.flags.contains(SetFlags::INTERVAL) {
                 writeln!(f, "\t\tflags interval")?;
+            }
+            if declaration.flags.contains(SetFlags::DYNAMIC) {
+                writeln!(f, "\t\tflags dynamic,timeout")?;
             }
             if let Some(size) = declaration.size {
                 writeln!(f, "\t\tsize {size}")?;

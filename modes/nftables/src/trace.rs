@@ -6,12 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use nft_netlink::{
-    CmpOp, CtKey, ElementData, Expr, FibFlags, FibResult, MetaKey, NatKind, PayloadBase, Register, Verdict,
+    CmpOp, CtKey, DynsetOp, ElementData, Expr, FibFlags, FibResult, MetaKey, NatKind, PayloadBase, Register,
+    Verdict,
 };
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::walk::{Outcome, Packet};
 
-use crate::layout::{KeyReader, SetKey};
+use crate::affinity;
+use crate::layout::{Key, KeyReader, SetKey};
 use crate::state::State;
 
 /// Where the packet is and what it carries.
@@ -27,7 +29,13 @@ struct Walker<'a> {
     mark: u32,
     priority: u32,
     translated: bool,
+    records: &'a Records,
+    /// What became of the record of the packet's source: its id, and the token that it holds now.
+    record: Option<(u32, Option<u32>)>,
 }
+
+/// Which endpoints clients were sent to: what the map `affinity` holds, by source and id.
+pub type Records = BTreeMap<(IpAddr, u32), u32>;
 
 /// How a rule or chain ended.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -57,6 +65,21 @@ const JUMPS_MAX: usize = 16;
 /// When the rules are not such as we write: unknown expressions, or random choices with outcomes of
 /// different kinds.
 pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
+    trace_client(state, local, packet, &Records::new()).map(|(outcome, _)| outcome)
+}
+
+/// [`trace`] for a client with a history. Answers also what is remembered of the client where it is sent
+/// to an endpoint: the token, if any.
+///
+/// # Errors
+/// As [`trace`]; also when one endpoint may be remembered in several ways.
+pub fn trace_client(
+    state: &State,
+    local: &BTreeSet<IpAddr>,
+    packet: &Packet,
+    records: &Records,
+) -> Result<(Outcome, BTreeMap<SocketAddr, Option<u32>>), String> {
+    let mut remembered: BTreeMap<SocketAddr, Option<u32>> = BTreeMap::new();
     let walker = Walker {
         state,
         local,
@@ -68,6 +91,8 @@ pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result
         mark: 0,
         priority: 0,
         translated: false,
+        records,
+        record: None,
     };
     let mut endpoints: BTreeMap<SocketAddr, bool> = BTreeMap::new();
     let mut others: BTreeSet<Outcome> = BTreeSet::new();
@@ -80,6 +105,10 @@ pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result
                 after.translated = true;
                 if after.priority != 0 {
                     return Err(format!("{packet}: leaves with priority {:#x}", after.priority));
+                }
+                let token = after.record.and_then(|(_, token)| token);
+                if remembered.insert(to, token).is_some_and(|other| other != token) {
+                    return Err(format!("{packet}: {to} remembered in different ways"));
                 }
                 let masquerade = after
                     .base_chain("nat-postrouting")
@@ -103,9 +132,9 @@ pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result
         }
     }
     match (endpoints.is_empty(), others.pop_first(), others.is_empty()) {
-        (false, None, _) => Ok(Outcome::Forward(endpoints.into_iter().collect())),
-        (true, Some(only), true) => Ok(only),
-        (true, None, _) => Ok(Outcome::None),
+        (false, None, _) => Ok((Outcome::Forward(endpoints.into_iter().collect()), remembered)),
+        (true, Some(only), true) => Ok((only, remembered)),
+        (true, None, _) => Ok((Outcome::None, remembered)),
         (_, other, _) => Err(format!("{packet}: sometimes {other:?}, sometimes {endpoints:?}")),
     }
 }
@@ -249,13 +278,52 @@ impl<'a> Evaluation<'a> {
         vec![(End::Continue, self.walker)]
     }
 
-    fn lookup(&self, set: &str, sreg: Register) -> Result<Option<ElementData>, String> {
+    /// The set of this name and the key for it.
+    fn key(&self, set: &str, sreg: Register) -> Result<(SetKey, &[u8]), String> {
         let key = SetKey::from_name(set).ok_or_else(|| format!("no set {set}"))?;
         if !self.walker.state.sets.contains(&key) {
             return Err(format!("no set {set}"));
         }
         let len = key.declaration(self.walker.state.family).key_len();
-        Ok(self.walker.state.lookup(key, self.read(sreg, len)))
+        Ok((key, self.read(sreg, len)))
+    }
+
+    fn lookup(&self, set: &str, sreg: Register) -> Result<Option<ElementData>, String> {
+        let (set, key) = self.key(set, sreg)?;
+        if set == SetKey::Affinity {
+            let token = self.record(key)?.1;
+            return Ok(token.map(|t| ElementData::Value(Key::default().number(t).done())));
+        }
+        Ok(self.walker.state.lookup(set, key))
+    }
+
+    /// Id and token of the record with this key.
+    fn record(&self, key: &[u8]) -> Result<(u32, Option<u32>), String> {
+        let mut reader = KeyReader::new(key);
+        let source = reader.address(self.walker.state.family);
+        let id = reader.number().and_then(affinity::read_id_part);
+        match (source, id) {
+            (Some(source), Some(id)) if source == self.walker.source => match self.walker.record {
+                Some((of, token)) if of == id => Ok((id, token)),
+                _ => Ok((id, self.walker.records.get(&(source, id)).copied())),
+            },
+            _ => Err(format!("record of {source:?} for {id:?}")),
+        }
+    }
+
+    fn dynset(&mut self, set: &str, op: DynsetOp, key: Register, data: Register) -> Result<(), String> {
+        let (set, key) = self.key(set, key)?;
+        if set != SetKey::Affinity {
+            return Err(format!("{op} @{set}"));
+        }
+        let (id, held) = self.record(key)?;
+        let token = match op {
+            DynsetOp::Delete => None,
+            // An element that exists keeps its data.
+            DynsetOp::Add | DynsetOp::Update => held.or(Some(self.number(data))),
+        };
+        self.walker.record = Some((id, token));
+        Ok(())
     }
 
     /// Evaluates one expression: `Some(Continue)` when the rule does not match.
@@ -338,6 +406,7 @@ impl<'a> Evaluation<'a> {
             Expr::Masquerade { .. } => return Ok(Some(End::Masqueraded)),
             Expr::Reject(_) => return Ok(Some(End::Reject)),
             Expr::Counter(_) => {}
+            Expr::Dynset { set, op, key, data: Some(data), .. } => self.dynset(set, *op, *key, *data)?,
             other => return Err(format!("expression {other}")),
         }
         Ok(None)
