@@ -827,10 +827,10 @@ impl<'a> Planner<'a> {
                 self.after.extend(names.into_iter().map(Op::DeleteChain));
             }
             for list in unused {
-                self.after.extend(edit_tokens(*id, list, held, &BTreeMap::new()));
                 let slots = edit_slots(&held.slots[list as usize], &[], false);
                 let slot = |(index, from, to)| Op::SetChoice { id: *id, list, index, from, to };
                 self.after.extend(slots.into_iter().map(slot));
+                self.after.extend(edit_tokens(*id, list, held, &BTreeMap::new()));
             }
         }
     }
@@ -882,7 +882,9 @@ fn affinity_in_question<'a>(
         }
     }
     if desired.everything {
-        observed.affinity.keys().for_each(|id| drop(ports.entry(*id).or_default()));
+        for id in observed.affinity.keys() {
+            ports.entry(*id).or_default();
+        }
     }
     for (id, port) in &mut ports {
         port.all_legs.clone_from(&port.legs);

@@ -139,8 +139,13 @@ fn service() -> impl Strategy<Value = Service> {
         (name("svc", 4), 0..3_i64, cluster_ips),
         (some_of(addresses(EXTERNAL_IPS)), some_of(addresses(VIPS))),
         prop_oneof![2 => Just(Vec::new()), 1 => some_of(ranges)],
-        vec(port, 1..3),
-        (policy(), policy(), any::<bool>()),
+        // The API server lets no name appear twice.
+        vec(port, 1..3).prop_map(|mut ports| {
+            let mut seen = BTreeSet::new();
+            ports.retain(|p| seen.insert((p.name.clone(), p.protocol)));
+            ports
+        }),
+        (policy(), policy(), option::weighted(0.5, select(vec![10_u64, 10_800]))),
     )
         .prop_map(
             |(
@@ -161,7 +166,7 @@ fn service() -> impl Strategy<Value = Service> {
                     ports,
                     internal_policy,
                     external_policy,
-                    affinity: affinity.then(|| Duration::from_hours(3)),
+                    affinity: affinity.map(Duration::from_secs),
                     health_check_node_port: None,
                 }
             },
