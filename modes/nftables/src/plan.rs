@@ -384,6 +384,9 @@ struct Planner<'a> {
     classes: BTreeSet<Class>,
     /// Maps that larger ones replace.
     replaced: Replaced,
+    /// Whether a chain that tells classes of source apart changes: the classes of the frontends that
+    /// lead to it change with it, or packets are taken for somebody else's in between.
+    sources_change: bool,
     /// Service ports with affinity in question, by id.
     affinity: BTreeMap<u32, PortPlan<'a>>,
     /// Chains of those that stay.
@@ -443,6 +446,7 @@ impl<'a> Planner<'a> {
             chains: BTreeSet::new(),
             classes: BTreeSet::new(),
             replaced: Replaced::default(),
+            sources_change: false,
         }
     }
 
@@ -502,11 +506,12 @@ impl<'a> Planner<'a> {
     }
 
     /// A map that grows is filled and put to use in one transaction, for rules and mirror know of one
-    /// such map only. Those who set the mark and those who look at it change together.
+    /// such map only. Those who set the mark and those who look at it change together, and so do those
+    /// who tell sources apart and those who say which of them matter.
     fn must_stay_whole(&self) -> bool {
         let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
         let held = self.observed.chains.get(POSTROUTING);
-        self.replaced.some() || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
+        self.replaced.some() || self.sources_change || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
     }
 
     fn wanted_sets(&self) -> Vec<SetKey> {
@@ -543,7 +548,9 @@ impl<'a> Planner<'a> {
         for next in rules::next_chains(&chain) {
             self.chain(next);
         }
-        self.rules(&chain.to_string(), None, rules::of_chain(&self.skeleton, &chain), false);
+        let (name, rules) = (chain.to_string(), rules::of_chain(&self.skeleton, &chain));
+        self.sources_change |= matches!(chain, ChainKey::Class(_)) && differs(self.observed, &name, &rules);
+        self.rules(&name, None, rules, false);
     }
 
     fn rules(&mut self, name: &str, base: Option<BaseChain>, rules: Vec<Rule>, after: bool) {
@@ -788,6 +795,7 @@ impl<'a> Planner<'a> {
                     other => {
                         let chain = other.map(|c| c.to_string()).unwrap_or_default();
                         let rules = rules::affinity_class(&self.skeleton, *id, name, *legs);
+                        self.sources_change |= differs(self.observed, &chain, &rules);
                         set_rules(self.observed, &mut port.ops, &chain, None, rules);
                         self.affinity_chains.insert(chain.clone());
                         chain
@@ -912,6 +920,11 @@ fn edit_tokens(id: u32, list: List, held: &Affinity, wanted: &BTreeMap<u32, Endp
         .filter(|(_, from, to)| from != to)
         .map(|(number, from, to)| Op::SetToken { id, list, number, from, to })
         .collect()
+}
+
+/// Whether a chain exists with other rules.
+fn differs(observed: &State, name: &str, rules: &[Rule]) -> bool {
+    observed.chains.get(name).is_some_and(|chain| chain.rules != rules)
 }
 
 /// Creates a chain or changes its rules, unless it is there with the right ones.
