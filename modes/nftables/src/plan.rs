@@ -458,8 +458,14 @@ impl<'a> Planner<'a> {
         for (frontend, dispatch) in &self.desired.frontends {
             self.frontend(frontend, dispatch.as_ref());
         }
+        let moves = self.a_frontend_moves();
         let ports = self.affinity.values_mut().map(|port| std::mem::take(&mut port.ops));
-        self.frontends.extend(ports.filter(|ops| !ops.is_empty()));
+        let ports = ports.filter(|ops| !ops.is_empty());
+        if moves {
+            self.frontends.push(ports.flatten().collect());
+        } else {
+            self.frontends.extend(ports);
+        }
         if self.desired.everything {
             self.vanished_frontends();
         } else if self.replaced.some() {
@@ -807,6 +813,18 @@ impl<'a> Planner<'a> {
             }
             port.ops.extend(classes);
         }
+    }
+
+    /// Whether a frontend goes from one Service port with affinity to another, which happens when two
+    /// Services claim it. Then neither must change before the frontend is where it belongs.
+    fn a_frontend_moves(&self) -> bool {
+        let id_of = |class| if let Some(Class::Affinity { id, .. }) = class { Some(id) } else { None };
+        !self.affinity.is_empty()
+            && self.desired.frontends.iter().any(|(frontend, dispatch)| {
+                let held = id_of(self.observed.frontends.get(frontend).and_then(|held| held.class));
+                let wanted = id_of(dispatch.as_ref().map(|d| d.class));
+                held.is_some() && wanted.is_some() && held != wanted
+            })
     }
 
     /// What Service ports with affinity do not need any more. Chains and classes are only seen to where
