@@ -517,7 +517,9 @@ impl<'a> Planner<'a> {
     fn must_stay_whole(&self) -> bool {
         let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
         let held = self.observed.chains.get(POSTROUTING);
-        self.replaced.some() || self.sources_change || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
+        self.replaced.some()
+            || self.sources_change
+            || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
     }
 
     fn wanted_sets(&self) -> Vec<SetKey> {

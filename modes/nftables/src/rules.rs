@@ -448,15 +448,7 @@ pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) 
     rule.say(format!("meta priority set {}", classid(none)));
     rules.push(rule.done());
 
-    let mut rule = Builder::new(skeleton);
-    let at = rule.load_address(true, 0);
-    rule.load_meta(MetaKey::Priority, at);
-    rule.lookup(SetKey::Affinity, Some(0), false);
-    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
-    let ip = rule.ip();
-    rule.say(format!("meta priority set {ip} saddr . meta priority map @{}", SetKey::Affinity));
-    rules.push(rule.done());
-
+    rules.push(affinity_recall(skeleton, false));
     rules.push(affinity_go(skeleton, of, list, true));
 
     // What was recalled leads nowhere any more.
@@ -470,8 +462,12 @@ pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) 
 
     if count > 0 {
         rules.push(affinity_choose(skeleton, list, count));
-        rules.push(affinity_go(skeleton, of, list, true));
-        // No more clients can be remembered.
+        // Another connection of the client may be here at the same time: what one of them has recorded
+        // counts for both. If no more clients can be remembered, the choice stands.
+        let mut rule = Builder::new(skeleton);
+        rule.dynset(DynsetOp::Update, Some(of.timeout));
+        rules.push(rule.done());
+        rules.push(affinity_recall(skeleton, true));
         rules.push(affinity_go(skeleton, of, list, false));
         // A commit took the chosen endpoint away in between: see `pick`.
         rules.push(affinity_choose(skeleton, list, count));
@@ -481,7 +477,24 @@ pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) 
     rules
 }
 
-/// Translates to the endpoint that the token stands for, if it stands for one, and records it.
+/// Takes the token from the record of the packet's source, if there is one. Without a choice so far,
+/// what is there already is just the id.
+fn affinity_recall(skeleton: &Skeleton, chosen: bool) -> Rule {
+    let mut rule = Builder::new(skeleton);
+    let at = rule.load_address(true, 0);
+    rule.load_meta(MetaKey::Priority, at);
+    if chosen {
+        rule.bitwise(at, ID_MASK, 0);
+    }
+    rule.lookup(SetKey::Affinity, Some(0), false);
+    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
+    let mask = if chosen { format!(" & {}", classid(ID_MASK)) } else { String::new() };
+    let ip = rule.ip();
+    rule.say(format!("meta priority set {ip} saddr . meta priority{mask} map @{}", SetKey::Affinity));
+    rule.done()
+}
+
+/// Translates to the endpoint that the token stands for, if it stands for one, and renews the record.
 fn affinity_go(skeleton: &Skeleton, of: AffinityRules, list: List, record: bool) -> Rule {
     let mut rule = Builder::new(skeleton);
     // Always so: nft wants to see the protocol before a port.

@@ -56,6 +56,10 @@ pub trait ModeUnderTest: 'static {
     fn list(namespace: &Namespace) -> Result<String>;
     /// Ways to damage what the mode made of a case: the case, and a script for nft.
     fn damages() -> &'static [(&'static str, &'static str)];
+    /// How many clients of Services with session affinity the kernel remembers.
+    fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
+    /// Makes the kernel remember so many clients more, at addresses that nobody has.
+    fn add_affinity_records(namespace: &Namespace, family: IpFamily, count: usize) -> Result<()>;
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }
@@ -71,7 +75,7 @@ impl ModeUnderTest for NftablesMode {
     type Fake = Nftables<FakeKernel>;
     type Real = Nftables<Netlink>;
 
-    const OPS_PER_ENDPOINT: usize = 8;
+    const OPS_PER_ENDPOINT: usize = 12;
 
     fn fake(family: IpFamily) -> Self::Fake {
         Nftables::new(FakeKernel::new(family))
@@ -171,6 +175,25 @@ impl ModeUnderTest for NftablesMode {
             ("006-nodeport-v6-primary", "flush map ip6 shunt endpoints"),
             ("006-nodeport-v6-primary", "flush chain ip6 shunt services"),
         ]
+    }
+
+    fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize> {
+        let ip = if family == IpFamily::V4 { "ip" } else { "ip6" };
+        let text = namespace.exec("nft", ["list", "map", ip, "shunt", "affinity"], "")?;
+        Ok(text.matches(" expires ").count())
+    }
+
+    fn add_affinity_records(namespace: &Namespace, family: IpFamily, count: usize) -> Result<()> {
+        let ip = if family == IpFamily::V4 { "ip" } else { "ip6" };
+        let element = |n: usize| {
+            let address = match family {
+                IpFamily::V4 => format!("11.{}.{}.{}", n >> 16, (n >> 8) & 255, n & 255),
+                IpFamily::V6 => format!("2a00::{n:x}"),
+            };
+            format!("{address} . 1:4000 timeout 1h : 1:4001")
+        };
+        let elements: Vec<String> = (0..count).map(element).collect();
+        namespace.nft(&format!("add element {ip} shunt affinity {{ {} }}", elements.join(", ")))
     }
 
     fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
