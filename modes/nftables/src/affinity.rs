@@ -1,7 +1,7 @@
 //! Session affinity: which client goes to which endpoint, kept by the kernel.
 //!
 //! ```text
-//!   affinity           : address . id    -> token             written by rules; elements expire
+//!   affinity           : id . address    -> token             written by rules; elements expire
 //!   affinity-endpoints : token           -> address . port    what a token means now
 //!   affinity-slots     : id . slot       -> token             for choosing
 //! ```
@@ -84,16 +84,16 @@ fn favourite(port: &str) -> u32 {
 /// one. A port is left out when there is none.
 pub fn assign_ids<'a>(
     ports: impl Iterator<Item = &'a str> + Clone,
-    held: &BTreeMap<String, u32>,
+    held: impl Fn(&str) -> Option<u32>,
     in_use: impl Fn(u32) -> bool,
 ) -> BTreeMap<&'a str, u32> {
     let mut ids = BTreeMap::new();
     let mut taken = BTreeSet::new();
     for port in ports.clone() {
-        if let Some(id) = held.get(port)
-            && taken.insert(*id)
+        if let Some(id) = held(port)
+            && taken.insert(id)
         {
-            ids.insert(port, *id);
+            ids.insert(port, id);
         }
     }
     for port in ports {
@@ -327,14 +327,14 @@ mod tests {
     #[test]
     fn ids_are_kept_and_never_shared() {
         let names = ["a", "b", "c"];
-        let fresh = assign_ids(names.into_iter(), &BTreeMap::new(), |_| false);
-        assert_eq!(fresh, assign_ids(["c", "a", "b"].into_iter(), &BTreeMap::new(), |_| false));
+        let fresh = assign_ids(names.into_iter(), |_| None, |_| false);
+        assert_eq!(fresh, assign_ids(["c", "a", "b"].into_iter(), |_| None, |_| false));
         let busy = fresh["a"];
-        let other = assign_ids(["a"].into_iter(), &BTreeMap::new(), |id| id == busy);
+        let other = assign_ids(["a"].into_iter(), |_| None, |id| id == busy);
         assert_ne!(other["a"], busy);
         // Somebody made two chains with one id.
-        let held = BTreeMap::from([("a".to_owned(), 7), ("b".to_owned(), 7), ("c".to_owned(), 9)]);
-        let ids = assign_ids(names.into_iter(), &held, |id| [7, 9].contains(&id));
+        let held = BTreeMap::from([("a", 7), ("b", 7), ("c", 9)]);
+        let ids = assign_ids(names.into_iter(), |port| held.get(port).copied(), |id| [7, 9].contains(&id));
         assert_eq!((ids["a"], ids["c"]), (7, 9));
         assert!(![0, 7, 9].contains(&ids["b"]));
     }

@@ -454,7 +454,8 @@ impl SetKey {
             Self::Affinity => Set {
                 flags: SetFlags::DYNAMIC | SetFlags::TIMEOUT,
                 size: Some(RECORDS_CAPACITY),
-                ..Set::map(name, vec![address, FieldType::ClassId], class())
+                // The other way round nft 1.0.6 cannot read the text of the rules.
+                ..Set::map(name, vec![FieldType::ClassId, address], class())
             },
             Self::AffinityEndpoints => Set::map(name, vec![FieldType::ClassId], endpoint()),
             Self::AffinitySlots => Set::map(name, vec![FieldType::ClassId, FieldType::Mark], class()),

@@ -351,7 +351,8 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
         return plan;
     }
     let ports = desired.affinity.keys().map(|port| &**port);
-    let ids = affinity::assign_ids(ports, &observed.affinity_ids, |id| observed.affinity.contains_key(&id));
+    let in_use = |id| observed.affinity.contains_key(&id);
+    let ids = affinity::assign_ids(ports, |port| observed.affinity_id(port), in_use);
     let with_ids = (!ids.is_empty()).then(|| desired.with_ids(&ids));
     Planner::new(observed, with_ids.as_ref().unwrap_or(desired), limits, &ids).plan()
 }

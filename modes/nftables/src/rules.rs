@@ -229,16 +229,16 @@ impl<'a> Builder<'a> {
 
     /// Writes, renews or deletes the record of the packet's source.
     fn dynset(&mut self, op: DynsetOp, timeout: Option<Duration>) {
-        let at = self.load_address(true, 0);
+        let at = self.load_meta(MetaKey::Priority, 0);
+        self.bitwise(0, ID_MASK, 0);
+        let at = self.load_address(true, at);
         self.load_meta(MetaKey::Priority, at);
-        self.bitwise(at, ID_MASK, 0);
-        self.load_meta(MetaKey::Priority, at + 1);
         // The kernel wants data even for deleting from a map.
-        let (key, data) = (reg(0), Some(reg(at + 1)));
+        let (key, data) = (reg(0), Some(reg(at)));
         self.exprs.push(Expr::Dynset { set: SetKey::Affinity.to_string(), op, key, data, timeout });
         let lives = timeout.map(|t| format!(" timeout {}s", t.as_secs())).unwrap_or_default();
         let (ip, set, mask) = (self.ip(), SetKey::Affinity, classid(ID_MASK));
-        self.say(format!("{op} @{set} {{ {ip} saddr . meta priority & {mask}{lives} : meta priority }}"));
+        self.say(format!("{op} @{set} {{ meta priority & {mask} . {ip} saddr{lives} : meta priority }}"));
     }
 
     fn mark(&mut self) {
@@ -438,17 +438,7 @@ pub struct AffinityRules {
 /// not new data: so a record that leads nowhere is deleted before another one is written. Two lookups of
 /// which the second follows from the first are separate rules, as everywhere.
 pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) -> Vec<Rule> {
-    let mut rules = Vec::new();
-
-    // A miss in the next rule leaves this: the id, and no endpoint.
-    let mut rule = Builder::new(skeleton);
-    let none = affinity::id_part(of.id);
-    rule.exprs.push(Expr::Immediate { dreg: reg(0), data: Bytes::from(&none.to_ne_bytes()[..]) });
-    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
-    rule.say(format!("meta priority set {}", classid(none)));
-    rules.push(rule.done());
-
-    rules.push(affinity_recall(skeleton, false));
+    let mut rules = affinity_recall(skeleton, of.id).to_vec();
     rules.push(affinity_go(skeleton, of, list, true));
 
     // What was recalled leads nowhere any more.
@@ -463,13 +453,13 @@ pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) 
     if count > 0 {
         rules.push(affinity_choose(skeleton, list, count));
         // Another connection of the client may be here at the same time: what one of them has recorded
-        // counts for both. If no more clients can be remembered, the choice stands.
+        // counts for both.
         let mut rule = Builder::new(skeleton);
         rule.dynset(DynsetOp::Update, Some(of.timeout));
         rules.push(rule.done());
-        rules.push(affinity_recall(skeleton, true));
+        rules.extend(affinity_recall(skeleton, of.id));
         rules.push(affinity_go(skeleton, of, list, false));
-        // A commit took the chosen endpoint away in between: see `pick`.
+        // No more clients can be remembered, or a commit took the chosen endpoint away: see `pick`.
         rules.push(affinity_choose(skeleton, list, count));
         rules.push(affinity_go(skeleton, of, list, false));
     }
@@ -477,21 +467,22 @@ pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) 
     rules
 }
 
-/// Takes the token from the record of the packet's source, if there is one. Without a choice so far,
-/// what is there already is just the id.
-fn affinity_recall(skeleton: &Skeleton, chosen: bool) -> Rule {
-    let mut rule = Builder::new(skeleton);
-    let at = rule.load_address(true, 0);
-    rule.load_meta(MetaKey::Priority, at);
-    if chosen {
-        rule.bitwise(at, ID_MASK, 0);
-    }
-    rule.lookup(SetKey::Affinity, Some(0), false);
-    rule.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
-    let mask = if chosen { format!(" & {}", classid(ID_MASK)) } else { String::new() };
-    let ip = rule.ip();
-    rule.say(format!("meta priority set {ip} saddr . meta priority{mask} map @{}", SetKey::Affinity));
-    rule.done()
+/// Takes the token from the record of the packet's source. Without one, the id is left, and no endpoint.
+fn affinity_recall(skeleton: &Skeleton, id: u32) -> [Rule; 2] {
+    let mut start = Builder::new(skeleton);
+    let none = affinity::id_part(id);
+    start.exprs.push(Expr::Immediate { dreg: reg(0), data: Bytes::from(&none.to_ne_bytes()[..]) });
+    start.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
+    start.say(format!("meta priority set {}", classid(none)));
+
+    let mut recall = Builder::new(skeleton);
+    let at = recall.load_meta(MetaKey::Priority, 0);
+    recall.load_address(true, at);
+    recall.lookup(SetKey::Affinity, Some(0), false);
+    recall.exprs.push(Expr::MetaSet { key: MetaKey::Priority, sreg: reg(0) });
+    let ip = recall.ip();
+    recall.say(format!("meta priority set meta priority . {ip} saddr map @{}", SetKey::Affinity));
+    [start.done(), recall.done()]
 }
 
 /// Translates to the endpoint that the token stands for, if it stands for one, and renews the record.

@@ -94,8 +94,8 @@ pub struct State {
     pub endpoint_count: usize,
     /// What there is for Service ports with session affinity, by id.
     pub affinity: BTreeMap<u32, Affinity>,
-    /// Their ids by name, as the names of chains say.
-    pub affinity_ids: BTreeMap<String, u32>,
+    /// Their ids by name, as the names of chains say. More than one only if somebody made chains by hand.
+    pub affinity_ids: BTreeMap<String, BTreeSet<u32>>,
 }
 
 impl State {
@@ -158,9 +158,7 @@ impl State {
         if let Some((id, port)) = affinity::read_chain_name(&name)
             && !self.chains.contains_key(&name)
         {
-            // Somebody may have made more than one: the smallest id counts, whatever the order.
-            let known = self.affinity_ids.entry(port.to_owned()).or_insert(id);
-            *known = id.min(*known);
+            self.affinity_ids.entry(port.to_owned()).or_default().insert(id);
             self.edit_affinity(id, |a| a.chains += 1);
         }
         self.chains.insert(name, Chain { base, rules: Vec::new() });
@@ -173,15 +171,23 @@ impl State {
         }
         let Some((id, port)) = affinity::read_chain_name(name) else { return };
         self.edit_affinity(id, |a| a.chains -= 1);
-        let is_left =
-            |id| List::ALL.into_iter().any(|l| self.chains.contains_key(&affinity::chain_name(id, l, port)));
-        if self.affinity_ids.get(port) != Some(&id) || is_left(id) {
+        let mut names = List::ALL.map(|list| affinity::chain_name(id, list, port)).into_iter();
+        if names.any(|name| self.chains.contains_key(&name)) {
             return;
         }
-        match self.affinity.keys().copied().find(|id| is_left(*id)) {
-            Some(other) => drop(self.affinity_ids.insert(port.to_owned(), other)),
-            None => drop(self.affinity_ids.remove(port)),
+        if let Some(ids) = self.affinity_ids.get_mut(port) {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.affinity_ids.remove(port);
+            }
         }
+    }
+
+    /// The id of a Service port with affinity. Of several it is the one that is in use.
+    pub fn affinity_id(&self, port: &str) -> Option<u32> {
+        let used = |id: &u32| self.affinity.get(id).is_some_and(|a| !a.frontends.is_empty());
+        let ids = self.affinity_ids.get(port)?;
+        ids.iter().copied().find(used).or_else(|| ids.first().copied())
     }
 
     /// Changes what there is for an id.
@@ -442,7 +448,7 @@ impl State {
             .filter_map(|class| if let Class::Affinity { id, .. } = class { Some(*id) } else { None })
             .collect();
         self.affinity.retain(|id, _| ids.contains(id));
-        self.affinity_ids.retain(|_, id| ids.contains(id));
+        self.affinity_ids.retain(|_, of| of.iter().any(|id| ids.contains(id)));
         self.chains.retain(|name, _| names.contains(name));
         self.service_cidrs.clear();
         if !self.has_node_ports() {

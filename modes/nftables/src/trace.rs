@@ -300,8 +300,8 @@ impl<'a> Evaluation<'a> {
     /// Id and token of the record with this key.
     fn record(&self, key: &[u8]) -> Result<(u32, Option<u32>), String> {
         let mut reader = KeyReader::new(key);
-        let source = reader.address(self.walker.state.family);
         let id = reader.number().and_then(affinity::read_id_part);
+        let source = reader.address(self.walker.state.family);
         match (source, id) {
             (Some(source), Some(id)) if source == self.walker.source => match self.walker.record {
                 Some((of, token)) if of == id => Ok((id, token)),

@@ -173,6 +173,14 @@ impl ModeUnderTest for NftablesMode {
                 "add element ip shunt source-ranges { 1.2.3.4 . tcp . 80 . 9.9.9.0-9.9.9.77 }",
             ),
             ("006-nodeport-v6-primary", "flush map ip6 shunt endpoints"),
+            ("041-session-affinity", "flush map ip shunt affinity-endpoints"),
+            ("041-session-affinity", "flush map ip shunt affinity-slots"),
+            ("041-session-affinity", "flush map ip shunt classes"),
+            ("041-session-affinity", "add element ip shunt affinity-endpoints { 1:4001 : 9.9.9.9 . 9 }"),
+            ("041-session-affinity", "add element ip shunt affinity-endpoints { 9:9 : 9.9.9.9 . 9 }"),
+            ("041-session-affinity", "add chain ip shunt affinity-00001-ns/other/tcp"),
+            ("041-session-affinity", "add chain ip shunt affinity-00001-ns1/svc1/p80/tcp"),
+            ("041-session-affinity", "add chain ip shunt affinity-here-1ffff-ns1/svc1/p80/tcp"),
             ("006-nodeport-v6-primary", "flush chain ip6 shunt services"),
         ]
     }
@@ -190,7 +198,7 @@ impl ModeUnderTest for NftablesMode {
                 IpFamily::V4 => format!("11.{}.{}.{}", n >> 16, (n >> 8) & 255, n & 255),
                 IpFamily::V6 => format!("2a00::{n:x}"),
             };
-            format!("{address} . 1:4000 timeout 1h : 1:4001")
+            format!("1:4000 . {address} timeout 1h : 1:4001")
         };
         let elements: Vec<String> = (0..count).map(element).collect();
         namespace.nft(&format!("add element {ip} shunt affinity {{ {} }}", elements.join(", ")))

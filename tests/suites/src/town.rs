@@ -96,8 +96,9 @@ impl Town {
         (packet.source_kind == SourceKind::Loopback).then_some("no case needs loopback yet")
     }
 
-    /// Sends a packet until it is clear what becomes of it; an error says what is not as expected.
-    pub fn send(&self, packet: &CasePacket) -> Result<()> {
+    /// Sends a packet until it is clear what becomes of it; an error says what is not as expected. With
+    /// `affinity`, all go to one and the same of the endpoints.
+    pub fn send(&self, packet: &CasePacket, affinity: bool) -> Result<()> {
         let (source, destination) = (packet.packet.source, packet.packet.destination);
         let on_node = matches!(packet.source_kind, SourceKind::Node | SourceKind::LbVip);
         let namespace = if on_node { self.lab.node() } else { self.home(source)? };
@@ -110,12 +111,17 @@ impl Town {
                 let wanted: BTreeSet<SocketAddr> = endpoints.iter().map(|(e, _)| *e).collect();
                 let mut reached = BTreeSet::new();
                 let mut sent = 0;
-                while reached != wanted && sent < PROBES_MAX {
+                let most = if affinity { 8 } else { PROBES_MAX };
+                while reached != wanted && sent < most {
                     let count = if wanted.len() == 1 { 1 } else { 4 * wanted.len() };
                     sent += count;
                     for seen in namespace.probe_all(vec![probe.clone(); count])? {
                         reached.insert(self.judge_answer(packet, endpoints, &seen)?);
                     }
+                }
+                if affinity {
+                    ensure!(reached.len() == 1, "one client reached {reached:?}");
+                    return Ok(());
                 }
                 ensure!(reached == wanted, "reached only {reached:?} of {wanted:?} in {sent} tries");
             }

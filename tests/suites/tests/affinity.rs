@@ -47,7 +47,7 @@ fn id_of(table: &ForwardingTable, state: &State, packet: &Packet) -> Option<u32>
     match (walked.reason, walked.outcome) {
         (Reason::Frontend { service, frontend, .. }, Outcome::Forward(_)) => {
             table.frontend(&frontend)?.0.affinity?;
-            state.affinity_ids.get(&port_label(&service)).copied()
+            state.affinity_id(&port_label(&service))
         }
         _ => None,
     }

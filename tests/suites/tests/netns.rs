@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 use shunt_core::id::IpFamily;
-use shunt_core::table::Change;
+use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Packet, Reason, walk};
 use shunt_harness::cases::{self, Case, SourceKind};
 use shunt_harness::lab::{Lab, Namespace, require_kernel};
 use shunt_mode::{Backend, rendered};
@@ -59,6 +60,15 @@ fn check_adoption<M: ModeUnderTest>(
     Ok(())
 }
 
+fn has_affinity(table: &ForwardingTable, packet: &Packet) -> bool {
+    match walk(table, packet).reason {
+        Reason::Frontend { frontend, .. } => {
+            table.frontend(&frontend).is_some_and(|(p, _)| p.affinity.is_some())
+        }
+        _ => false,
+    }
+}
+
 fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
     let town = Town::build(case)?;
     let node = town.lab.node();
@@ -98,7 +108,8 @@ fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
                 // Such a packet is only sent by a node that has the address.
                 town.lab.add_node_address(vip)?;
             }
-            let sent = town.send(packet);
+            let table = run.cluster.table(IpFamily::of(packet.packet.destination));
+            let sent = town.send(packet, has_affinity(table, &packet.packet));
             if let Some(vip) = vip {
                 town.lab.remove_node_address(vip)?;
             }
