@@ -153,11 +153,7 @@ pub fn topology(candidates: &[Candidate], node: &str, zone: Option<&str>) -> Top
 
 /// Why each candidate is not chosen under a policy, in the order of the candidates; `None` for those
 /// that are.
-pub fn left_out(
-    candidates: &[Candidate],
-    policy: TrafficPolicy,
-    context: &Context,
-) -> Vec<Option<LeftOut>> {
+pub fn left_out(candidates: &[Candidate], policy: TrafficPolicy, context: &Context) -> Vec<Option<LeftOut>> {
     match policy {
         TrafficPolicy::Cluster => candidates.iter().map(cluster_filter(candidates, context)).collect(),
         TrafficPolicy::Local => candidates.iter().map(local_filter(candidates)).collect(),

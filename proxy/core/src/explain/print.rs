@@ -133,10 +133,9 @@ impl Matched {
             }
             Ruling::NoEndpoints if self.left_out.is_empty() => Some("the Service has no endpoint".to_owned()),
             Ruling::NoEndpoints => Some("no endpoint of the Service is usable".to_owned()),
-            Ruling::NoLocalEndpoints => Some(format!(
-                "no endpoint on this node is usable, and {} is Local",
-                policy_field(self.kind)
-            )),
+            Ruling::NoLocalEndpoints => {
+                Some(format!("no endpoint on this node is usable, and {} is Local", policy_field(self.kind)))
+            }
             Ruling::Forward { .. } => None,
         }
     }
@@ -207,7 +206,9 @@ impl Explanation {
         let detector = match &self.detector {
             LocalDetector::None => None,
             LocalDetector::Cidr(ranges) => Some(("inside", "outside of", List(ranges).to_string())),
-            LocalDetector::BridgeInterface(name) => Some(("came in by", "did not come in by", name.to_string())),
+            LocalDetector::BridgeInterface(name) => {
+                Some(("came in by", "did not come in by", name.to_string()))
+            }
             LocalDetector::InterfaceNamePrefix(name) => {
                 Some(("came in by", "did not come in by", format!("{name}*")))
             }
@@ -265,7 +266,10 @@ impl fmt::Display for Explanation {
         if let (Some(timeout), Ruling::Forward { .. }) = (matched.affinity, &matched.ruling) {
             line(
                 "affinity",
-                &format!("a client that was given an endpoint in the last {} s gets it again", timeout.as_secs()),
+                &format!(
+                    "a client that was given an endpoint in the last {} s gets it again",
+                    timeout.as_secs()
+                ),
             )?;
         }
         Ok(())
