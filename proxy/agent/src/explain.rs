@@ -21,7 +21,6 @@ use crate::admin::{self, Request};
 use crate::cli::{DumpOutput, ExplainArgs, SettingArgs};
 use crate::offline::Offline;
 use crate::questions::{Asked, Expect, Question, of_arguments};
-use crate::settings::Settings;
 
 /// Exit status when answers differ from each other or from what was expected.
 const DIFFER: u8 = 3;
