@@ -52,7 +52,8 @@ pub trait ModeUnderTest: 'static {
     fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
     /// Whether the mode's own tool understands the text of states, without carrying it out.
     fn check_text(namespace: &Namespace, text: &str) -> Result<()>;
-    /// Everything that the mode's own tools list in a namespace; each installed version must manage.
+    /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
+    /// find nothing of ours that a tool could trip over.
     fn list(namespace: &Namespace) -> Result<String>;
     /// Ways to damage what the mode made of a case: the case, and a script for nft.
     fn damages() -> &'static [(&'static str, &'static str)];
@@ -130,6 +131,18 @@ impl ModeUnderTest for NftablesMode {
         let mut listed = None;
         for nft in binaries.split(':') {
             let text = namespace.exec(nft, ["list", "ruleset"], "")?;
+            for family in ["ip", "ip6"] {
+                let ours = format!("\n{text}").contains(&format!("\ntable {family} shunt {{"));
+                let ours = if ours {
+                    namespace.exec(nft, ["-s", "list", "table", family, "shunt"], "")?
+                } else {
+                    String::new()
+                };
+                let rules =
+                    ours.lines().filter(|line| line.starts_with("\t\t") && !line.contains("elements"));
+                let mut sets = rules.filter(|line| line.contains('{'));
+                anyhow::ensure!(sets.next().is_none(), "{nft} finds an anonymous set in\n{ours}");
+            }
             listed.get_or_insert(text);
         }
         listed.context("SHUNT_NFT_BINARIES names no nft")
