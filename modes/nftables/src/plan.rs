@@ -394,8 +394,10 @@ impl<'a> Planner<'a> {
         }
         self.addresses();
         self.hooks();
-        if self.desired.everything {
-            self.collect_garbage();
+        let mut garbage = if self.desired.everything { self.garbage() } else { Vec::new() };
+        if self.replaced.some() {
+            // Chains that nothing uses hold on to the old maps.
+            self.after.append(&mut garbage);
         }
         let stale: Vec<Op> = self
             .observed
@@ -405,11 +407,12 @@ impl<'a> Planner<'a> {
             .map(|set| Op::DeleteSet(*set))
             .collect();
         self.after.extend(stale);
-        self.transactions()
+        self.transactions(garbage)
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order.
-    fn transactions(self) -> Plan<Op> {
+    /// Everything in one transaction if it fits, else bounded ones in order. Garbage goes apart: a packet
+    /// that was told its class before the first commit must not find the class gone.
+    fn transactions(self, garbage: Vec<Op>) -> Plan<Op> {
         let whole = self.must_stay_whole();
         let mut plan = Plan::default();
         let mut ops = self.before;
@@ -427,6 +430,10 @@ impl<'a> Planner<'a> {
             ops.push(op);
         }
         plan.push(ops);
+        let mut garbage = garbage.into_iter().peekable();
+        while garbage.peek().is_some() {
+            plan.push(garbage.by_ref().take(self.limits.transaction).collect());
+        }
         plan
     }
 
@@ -446,6 +453,10 @@ impl<'a> Planner<'a> {
     fn sets(&mut self) {
         if !self.observed.exists {
             self.before.push(Op::AddTable(self.observed.family));
+        }
+        if self.desired.everything {
+            // They may sit where elements of ours belong.
+            self.before.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         }
         let missing: Vec<SetKey> =
             self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
@@ -677,18 +688,18 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
-    fn collect_garbage(&mut self) {
+    /// Chains and classes that nothing uses any more, some spare ones excepted.
+    fn garbage(&self) -> Vec<Op> {
         let stale = self.observed.classes.difference(&self.classes);
-        self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
-        self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
+        let mut garbage: Vec<Op> = stale.map(|class| Op::DeleteClass(*class)).collect();
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
         keep.insert(SERVICES_CHAIN.to_owned());
         keep.extend(base_chains().map(|(name, _)| name.to_owned()));
         let stale: Vec<&String> = self.observed.chains.keys().filter(|name| !keep.contains(*name)).collect();
         // Rules first: a chain that another one leads to cannot be deleted.
-        self.after.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
-        self.after.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
+        garbage.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage
     }
 }
 

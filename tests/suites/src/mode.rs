@@ -173,6 +173,10 @@ impl ModeUnderTest for NftablesMode {
             ("008-etp-local", "add element ip shunt hairpin { 9.9.9.9 . 8.8.8.8 . tcp . 80 }"),
             ("008-etp-local", "add element ip shunt service-cidrs { 9.9.9.3-9.9.9.77 }"),
             ("008-etp-local", "add element ip shunt classes { 77:1 : drop }"),
+            (
+                "001-no-endpoints-reject",
+                "delete element ip shunt classes { 100:0 }; add element ip shunt classes { 100:0 : drop }",
+            ),
             ("008-etp-local", "add element ip shunt guarded { 1.2.3.4 . tcp . 80 }"),
             ("008-etp-local", "delete set ip shunt guarded"),
             ("003-loadbalancer-source-ranges", "flush set ip shunt guarded"),
