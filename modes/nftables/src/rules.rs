@@ -42,8 +42,8 @@ impl fmt::Display for Rule {
         if !self.text.is_empty() {
             return f.write_str(&self.text);
         }
-        f.write_str("# unknown to this version of shunt:")?;
-        self.exprs.iter().try_for_each(|e| write!(f, " {e}"))
+        let exprs: Vec<String> = self.exprs.iter().map(ToString::to_string).collect();
+        f.write_str(&exprs.join(" "))
     }
 }
 

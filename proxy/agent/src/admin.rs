@@ -88,19 +88,31 @@ async fn serve(stream: UnixStream, tx: mpsc::Sender<Asked>) -> Result<()> {
     Ok(())
 }
 
+/// Why the running agent did not answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AskError {
+    #[error(
+        "no running agent at {0}: start `shunt run`, name its --admin-socket, or use --manifests PATH --node NAME"
+    )]
+    NoAgent(String),
+    #[error("the running agent hung up: {0}")]
+    Broken(#[from] std::io::Error),
+    #[error("cannot understand the running agent: {0}")]
+    Malformed(#[from] serde_json::Error),
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// Asks the running agent.
-pub(crate) fn ask(path: &Path, request: &DumpRequest) -> Result<String> {
-    let mut stream = StdUnixStream::connect(path).with_context(|| {
-        format!(
-            "no running agent at {}: start `shunt run`, name its --admin-socket, or use --manifests PATH --node NAME",
-            path.display()
-        )
-    })?;
+pub(crate) fn ask(path: &Path, request: &DumpRequest) -> Result<String, AskError> {
+    let Ok(mut stream) = StdUnixStream::connect(path) else {
+        return Err(AskError::NoAgent(path.display().to_string()));
+    };
     writeln!(stream, "{}", serde_json::to_string(request)?)?;
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line)?;
-    match serde_json::from_str(&line).context("the agent's answer")? {
+    match serde_json::from_str(&line)? {
         Answer::Ok(text) => Ok(text),
-        Answer::Error(error) => bail!("{error}"),
+        Answer::Error(error) => Err(AskError::Refused(error)),
     }
 }

@@ -9,7 +9,7 @@ use shunt_core::store::Store;
 use shunt_core::table::{Change, ForwardingTable, PortEntry, SourceClass, Target};
 use shunt_mode::driver::{Driver, Output, Stage};
 
-use crate::admin;
+use crate::admin::{self, AskError};
 use crate::cli::{DumpArgs, DumpOutput, DumpStage};
 use crate::settings::Settings;
 
@@ -25,20 +25,28 @@ pub(crate) fn dump(args: &DumpArgs) -> Result<()> {
     let request = DumpRequest { stage: args.stage, service: args.service.clone(), output: args.output };
     let text = if let Some(path) = &args.manifests {
         offline(args, path, &request)?
-    } else if request.stage == DumpStage::Kernel && request.service.is_none() {
-        let mode = Settings::new(&args.settings, None)?.mode;
-        let mut texts = Vec::new();
-        for family in IpFamily::ALL {
-            let empty = ForwardingTable::new(family);
-            let mut driver = shunt_modes::open(mode, family)?;
-            texts.push(driver.dump(&empty, Stage::Kernel, None, output(request.output))?);
-        }
-        join(&texts, request.output)?
     } else {
-        admin::ask(&args.admin_socket, &request)?
+        match admin::ask(&args.admin_socket, &request) {
+            // Without an agent the kernel still answers for itself, in its own words.
+            Err(AskError::NoAgent(_)) if request.stage == DumpStage::Kernel && request.service.is_none() => {
+                kernel(args, request.output)?
+            }
+            answer => answer?,
+        }
     };
     print!("{text}");
     Ok(())
+}
+
+/// What the kernel of this network namespace holds.
+fn kernel(args: &DumpArgs, format: DumpOutput) -> Result<String> {
+    let mode = Settings::new(&args.settings, None)?.mode;
+    let mut texts = Vec::new();
+    for family in IpFamily::ALL {
+        let mut driver = shunt_modes::open(mode, family)?;
+        texts.push(driver.dump(&ForwardingTable::new(family), Stage::Kernel, None, output(format))?);
+    }
+    join(&texts, format)
 }
 
 fn offline(args: &DumpArgs, path: &std::path::Path, request: &DumpRequest) -> Result<String> {

@@ -14,7 +14,17 @@ pub(crate) fn start(args: &LogArgs) {
         4..=5 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
+    // Libraries speak up at the highest verbosity only.
+    let others = if args.verbosity < 8 { LevelFilter::WARN } else { level };
+    let ours = ["shunt", "shunt_watch", "shunt_node", "shunt_mode", "shunt_modes", "shunt_mode_nftables"];
+    let filter = EnvFilter::builder().with_default_directive(others.into()).from_env_lossy();
+    let filter = if std::env::var_os(EnvFilter::DEFAULT_ENV).is_some() {
+        filter
+    } else {
+        ours.iter()
+            .filter_map(|name| format!("{name}={level}").parse().ok())
+            .fold(filter, EnvFilter::add_directive)
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

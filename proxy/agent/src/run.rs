@@ -217,9 +217,7 @@ impl Engine {
                 Update::Event(event) => dirty.merge(self.store.apply(event)),
                 Update::Synced => self.synced = true,
                 Update::Problem(problem) => self.complain(problem.to_string()),
-                Update::Contact(contact) if contact.lost.is_some() => {
-                    tracing::warn!("{contact}; rules stay in place");
-                }
+                // The source logs what it waits for; rules stay in place meanwhile.
                 Update::Contact(contact) => tracing::debug!("{contact}"),
             }
         }
@@ -294,17 +292,17 @@ impl Engine {
         for conflict in conflicts {
             self.complain(conflict);
         }
-        self.changed(changes);
+        self.changed(&changes);
     }
 
     fn refresh_context(&mut self) {
         let context = self.context();
         let Some(compiler) = &mut self.compiler else { return };
         let changes = compiler.set_context(context, &self.store);
-        self.changed(changes);
+        self.changed(&changes);
     }
 
-    fn changed(&mut self, changes: [Change; 2]) {
+    fn changed(&mut self, changes: &[Change; 2]) {
         let now = Instant::now();
         for family in &mut self.families {
             family.sync.changed(changes[family.driver.family() as usize].clone(), now);

@@ -7,9 +7,11 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::marker::PhantomData;
 use std::ops::Deref;
 
-use serde::de::{Error, IgnoredAny, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_path_to_error::{Path, Segment};
@@ -53,6 +55,28 @@ fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> R
     Ok(Option::deserialize(d)?.unwrap_or_default())
 }
 
+/// Null is the same as absent, and an empty list is no object: serde would read a struct from the
+/// elements of a list, and `spec: []` as a `spec` without fields.
+fn fields<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> Result<T, D::Error> {
+    struct Fields<T>(PhantomData<T>);
+    impl<'de, T: Default + Deserialize<'de>> Visitor<'de> for Fields<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_unit<E: Error>(self) -> Result<T, E> {
+            Ok(T::default())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    d.deserialize_any(Fields(PhantomData))
+}
+
 /// A key whose presence is all that counts, whatever its value.
 fn present<'de, D: Deserializer<'de>>(d: D) -> Result<bool, D::Error> {
     IgnoredAny::deserialize(d).map(|_| true)
@@ -76,9 +100,9 @@ pub(crate) struct Meta<'a> {
     pub(crate) creation_timestamp: Option<Text<'a>>,
     #[serde(borrow)]
     pub(crate) deletion_timestamp: Option<Text<'a>>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) labels: Labels<'a>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) annotations: Annotations<'a>,
 }
 
@@ -110,7 +134,7 @@ pub(crate) struct Annotations<'a> {
 #[derive(Deserialize, Default, Debug)]
 #[serde(default)]
 pub(crate) struct AnyObject<'a> {
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) metadata: Meta<'a>,
 }
 
@@ -118,11 +142,11 @@ pub(crate) struct AnyObject<'a> {
 #[derive(Deserialize, Default, Debug)]
 #[serde(default)]
 pub(crate) struct Service<'a> {
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) metadata: Meta<'a>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) spec: ServiceSpec<'a>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) status: ServiceStatus<'a>,
 }
 
@@ -184,7 +208,7 @@ pub(crate) struct ClientIp {
 #[derive(Deserialize, Default, Debug)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct ServiceStatus<'a> {
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) load_balancer: LoadBalancer<'a>,
 }
 
@@ -210,7 +234,7 @@ pub(crate) struct Ingress<'a> {
 #[derive(Deserialize, Default, Debug)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Slice<'a> {
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) metadata: Meta<'a>,
     #[serde(borrow, deserialize_with = "nullable")]
     pub(crate) address_type: Text<'a>,
@@ -278,11 +302,11 @@ pub(crate) struct Named<'a> {
 #[derive(Deserialize, Default, Debug)]
 #[serde(default)]
 pub(crate) struct Node<'a> {
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) metadata: Meta<'a>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) spec: NodeSpec<'a>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) status: NodeStatus<'a>,
 }
 
@@ -328,9 +352,9 @@ pub(crate) struct NodeAddress<'a> {
 #[derive(Deserialize, Default, Debug)]
 #[serde(default)]
 pub(crate) struct ServiceCidr<'a> {
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) metadata: Meta<'a>,
-    #[serde(borrow, deserialize_with = "nullable")]
+    #[serde(borrow, deserialize_with = "fields")]
     pub(crate) spec: ServiceCidrSpec<'a>,
 }
 

@@ -1,5 +1,5 @@
 //! The Kubernetes source against the fake API server, in good times and bad.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
@@ -226,7 +226,7 @@ async fn one_bad_object_spoils_only_itself() {
                 .replace('\n', "")
                 .as_str(),
         );
-        server.put_raw(Resource::Services, "ns", "zz", r#"[1,2]"#);
+        server.put_raw(Resource::Services, "ns", "zz", "[1,2]");
         let mut source = Source::kube(options(&server));
         source.synced().await;
         assert!(source.has("a") && source.has("b") && !source.has("bad"));
@@ -299,7 +299,7 @@ async fn failing_servers_are_left_alone() {
     let server = full_server().await;
     server.set_fault(&Fault::Status { code: 500, retry_after: None });
     let mut source = Source::kube(options(&server));
-    tokio::time::sleep(Duration::from_millis(1000)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     let counts = server.counts(Resource::Services);
     let requests = counts.lists + counts.watches;
     // 10, 20, 40, 80, 160, 200, 200, ... ms, each halved at the luckiest.

@@ -1,5 +1,5 @@
 //! The source that reads files: one-shot and live.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
@@ -41,7 +41,7 @@ fn live(path: &Path) -> Source {
     Source::of(|tx| watch_manifests(path, "me".to_owned(), tx))
 }
 
-/// As `kubectl apply` of a ConfigMap, editors and other careful writers do it.
+/// As `kubectl apply` of a `ConfigMap`, editors and other careful writers do it.
 fn replace(path: &Path, text: &str) {
     let new = path.with_extension("tmp");
     fs::write(&new, text).unwrap();

@@ -20,7 +20,8 @@ impl Converter {
                 match parse_ip(&address.address) {
                     Some(ip) => addresses.push(ip),
                     None => {
-                        report.add(format!("status.addresses[{i}].address"), not_an_address(&address.address))
+                        report
+                            .add(format!("status.addresses[{i}].address"), not_an_address(&address.address));
                     }
                 }
             }

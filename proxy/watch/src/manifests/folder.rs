@@ -285,7 +285,7 @@ impl Folder {
     }
 }
 
-/// Manifests below a folder. Hidden files are editors' and the inner works of ConfigMap volumes,
+/// Manifests below a folder. Hidden files are editors' and the inner works of `ConfigMap` volumes,
 /// whose visible names are symbolic links.
 fn list(folder: &Path, depth: usize, found: &mut Signature) -> io::Result<()> {
     for entry in std::fs::read_dir(folder)? {

@@ -1,5 +1,5 @@
 //! What the tests of both sources share.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::panic)]
 
 use std::time::Duration;
 
@@ -104,9 +104,8 @@ impl Source {
     /// Receives until `wanted`.
     pub async fn until(&mut self, what: &str, wanted: impl Fn(&Self) -> bool) {
         while !wanted(self) {
-            if self.receive(PATIENCE).await.is_none() {
-                panic!("waited for {what}; so far: {:#?}", self.log);
-            }
+            let more = self.receive(PATIENCE).await.is_some();
+            assert!(more, "waited for {what}; so far: {:#?}", self.log);
         }
     }
 
