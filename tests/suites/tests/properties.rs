@@ -3,7 +3,8 @@
 //!
 //! `SHUNT_PROPERTY_CASES` sets how many clusters each property tries.
 
-#![allow(missing_docs)]
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -67,7 +68,6 @@ fn incremental_compilation_is_full_compilation() {
         let full = Compiler::full(cluster.compiler.context().clone(), &cluster.store);
         for family in IpFamily::ALL {
             prop_assert_eq!(cluster.table(family), full.table(family));
-            prop_assert_eq!(cluster.table(family).to_string(), full.table(family).to_string());
         }
         Ok(())
     });
@@ -93,7 +93,7 @@ fn the_order_of_events_means_nothing() {
     check(500, &strategy, |(context, one, other)| {
         let [one, other] = [one, other].map(|steps| {
             let mut cluster = Cluster::new(context.clone());
-            steps.iter().for_each(|step| cluster.step(step));
+            cluster.steps(&steps);
             cluster
         });
         for family in IpFamily::ALL {
@@ -108,7 +108,7 @@ fn rendered_state_answers_as_the_table<M: ModeUnderTest>() {
     let seen: std::cell::RefCell<BTreeMap<&'static str, usize>> = std::cell::RefCell::default();
     check(600, &(context(), steps(10..60), packets(60)), |(context, steps, packets)| {
         let mut cluster = Cluster::new(context);
-        steps.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&steps);
         for family in IpFamily::ALL {
             let table = cluster.table(family);
             same_answers::<M>(table, &rendered::<M::Fake>(table), &packets)?;
@@ -137,9 +137,9 @@ fn a_plan_leads_from_any_table_to_any_other<M: ModeUnderTest>() {
     let strategy = (context(), steps(0..40), steps(1..25), packets(24), 0..6_u8);
     check(400, &strategy, |(context, first, second, packets, tightness)| {
         let mut cluster = Cluster::new(context);
-        first.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&first);
         let before = cluster.clone();
-        second.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&second);
         for family in IpFamily::ALL {
             let mut kernel = Synced::adopt(M::fake(family)).unwrap();
             for cluster in [&before, &cluster] {
@@ -206,12 +206,12 @@ fn every_prefix_of_a_plan_is_safe<M: ModeUnderTest>() {
     let strategy = (context(), steps(8..50), steps(1..12), packets(48), 0..6_u8, any::<bool>());
     check(500, &strategy, |(context, first, second, packets, tightness, everything)| {
         let mut cluster = Cluster::new(context);
-        first.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&first);
         let before = cluster.clone();
         for family in IpFamily::ALL {
             cluster.take_change(family);
         }
-        second.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&second);
         for family in IpFamily::ALL {
             let old = before.table(family);
             let mut state = M::Fake::empty(family);
