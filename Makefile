@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 # What tests, demo and benches use besides Rust, as Debian packages.
-PACKAGES := iproute2 nftables util-linux
+PACKAGES := gcc iproute2 nftables util-linux
 SHUNT := target/debug/shunt
 
 .PHONY: help demo test lint bench ebpf image deps build
@@ -15,7 +15,8 @@ demo: deps ## Shows Shunt at work: a node, a client and three pods in network na
 	target/debug/shunt-demo $(SHUNT) examples
 
 test: deps ## Runs all tests (needs root for those in network namespaces)
-	SHUNT_REQUIRE_KERNEL=1 $(CARGO) test --workspace
+	second=$$(tests/fetch-nft target/nft-1.1.3) && \
+	SHUNT_REQUIRE_KERNEL=1 SHUNT_NFT_BINARIES="nft:$$second" $(CARGO) test --workspace
 
 lint: ## Formatting, clippy, licences and the direction of dependencies
 	$(CARGO) fmt --all --check
