@@ -4,6 +4,7 @@ CARGO ?= cargo
 # What tests, demo and benches use besides Rust, as Debian packages.
 PACKAGES := gcc iproute2 nftables util-linux
 SHUNT := target/debug/shunt
+TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 
 .PHONY: help demo test lint bench ebpf image deps build
 
@@ -31,9 +32,9 @@ bench: deps ## Measures speed and memory at 10,000 Services (see benches/README.
 ebpf: ## Rebuilds the eBPF programs
 	@echo "This version has no eBPF programs: there is nothing to build."
 
-image: ## Builds the container image (needs docker, podman or buildah)
-	$(CARGO) build --release -p shunt
-	deploy/build-image target/release/shunt
+image: ## Builds the container image, target/shunt-image.tar (an OCI archive; no engine needed)
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p shunt --target $(TARGET)
+	deploy/build-image target/$(TARGET)/release/shunt target/shunt-image.tar
 
 deps:
 	@missing=""; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
