@@ -270,17 +270,20 @@ fn advance_one(state: &mut State, op: &Op) {
             state.hairpins.remove(endpoint);
         }
         Op::AddGuard(frontend) => {
-            state.guards.entry(*frontend).or_default();
+            state.guarded.insert(*frontend);
         }
         Op::DeleteGuard(frontend) => {
-            state.guards.remove(frontend);
+            state.guarded.remove(frontend);
         }
         Op::AddSource(frontend, range) => {
-            state.guards.entry(*frontend).or_default().insert(*range);
+            state.sources.entry(*frontend).or_default().insert(*range);
         }
         Op::DeleteSource(frontend, range) => {
-            if let Some(ranges) = state.guards.get_mut(frontend) {
+            if let Some(ranges) = state.sources.get_mut(frontend) {
                 ranges.remove(range);
+                if ranges.is_empty() {
+                    state.sources.remove(frontend);
+                }
             }
         }
         Op::DeleteStray(stray) => {
@@ -391,8 +394,10 @@ impl<'a> Planner<'a> {
         }
         self.addresses();
         self.hooks();
-        if self.desired.everything {
-            self.collect_garbage();
+        let mut garbage = if self.desired.everything { self.garbage() } else { Vec::new() };
+        if self.replaced.some() {
+            // Chains that nothing uses hold on to the old maps.
+            self.after.append(&mut garbage);
         }
         let stale: Vec<Op> = self
             .observed
@@ -402,11 +407,12 @@ impl<'a> Planner<'a> {
             .map(|set| Op::DeleteSet(*set))
             .collect();
         self.after.extend(stale);
-        self.transactions()
+        self.transactions(garbage)
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order.
-    fn transactions(self) -> Plan<Op> {
+    /// Everything in one transaction if it fits, else bounded ones in order. Garbage goes apart: a packet
+    /// that was told its class before the first commit must not find the class gone.
+    fn transactions(self, garbage: Vec<Op>) -> Plan<Op> {
         let whole = self.must_stay_whole();
         let mut plan = Plan::default();
         let mut ops = self.before;
@@ -424,6 +430,10 @@ impl<'a> Planner<'a> {
             ops.push(op);
         }
         plan.push(ops);
+        let mut garbage = garbage.into_iter().peekable();
+        while garbage.peek().is_some() {
+            plan.push(garbage.by_ref().take(self.limits.transaction).collect());
+        }
         plan
     }
 
@@ -443,6 +453,10 @@ impl<'a> Planner<'a> {
     fn sets(&mut self) {
         if !self.observed.exists {
             self.before.push(Op::AddTable(self.observed.family));
+        }
+        if self.desired.everything {
+            // They may sit where elements of ours belong.
+            self.before.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         }
         let missing: Vec<SetKey> =
             self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
@@ -481,7 +495,7 @@ impl<'a> Planner<'a> {
     fn base(&mut self) {
         self.chain(ChainKey::Reject);
         // Guards are up before the frontends that they guard, and until the last of those is gone.
-        let loses_guards = !self.skeleton.guards && !self.observed.guards.is_empty();
+        let loses_guards = !self.skeleton.guards && !self.observed.guarded.is_empty();
         let rules = rules::services(&self.skeleton);
         self.rules(SERVICES_CHAIN, None, rules, loses_guards);
     }
@@ -559,7 +573,7 @@ impl<'a> Planner<'a> {
 
     fn guard(&self, frontend: &Frontend, dispatch: Option<&Dispatch>, ops: &mut Vec<Op>) {
         let none = BTreeSet::new();
-        let observed = self.observed.guards.get(frontend);
+        let guarded = self.observed.guarded.contains(frontend);
         let wanted = dispatch.and_then(|d| d.guard.as_deref());
         let mut ranges: BTreeSet<IpNet> = wanted.map(|g| g.ranges.clone()).unwrap_or_default();
         if let (Some(guard), Some(vip)) = (wanted, frontend.address)
@@ -568,10 +582,10 @@ impl<'a> Planner<'a> {
         {
             ranges.insert(IpNet::from(vip));
         }
-        let held = observed.unwrap_or(&none);
+        let held = self.observed.sources.get(frontend).unwrap_or(&none);
         ops.extend(held.difference(&ranges).map(|r| Op::DeleteSource(*frontend, *r)));
         ops.extend(ranges.difference(held).map(|r| Op::AddSource(*frontend, *r)));
-        match (observed.is_some(), wanted.is_some()) {
+        match (guarded, wanted.is_some()) {
             (false, true) => ops.push(Op::AddGuard(*frontend)),
             (true, false) => ops.push(Op::DeleteGuard(*frontend)),
             _ => {}
@@ -583,7 +597,8 @@ impl<'a> Planner<'a> {
             .observed
             .frontends
             .keys()
-            .chain(self.observed.guards.keys())
+            .chain(&self.observed.guarded)
+            .chain(self.observed.sources.keys())
             .filter(|f| !self.desired.frontends.contains_key(f))
             .copied()
             .collect::<BTreeSet<_>>()
@@ -673,18 +688,18 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
-    fn collect_garbage(&mut self) {
+    /// Chains and classes that nothing uses any more, some spare ones excepted.
+    fn garbage(&self) -> Vec<Op> {
         let stale = self.observed.classes.difference(&self.classes);
-        self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
-        self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
+        let mut garbage: Vec<Op> = stale.map(|class| Op::DeleteClass(*class)).collect();
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
         keep.insert(SERVICES_CHAIN.to_owned());
         keep.extend(base_chains().map(|(name, _)| name.to_owned()));
         let stale: Vec<&String> = self.observed.chains.keys().filter(|name| !keep.contains(*name)).collect();
         // Rules first: a chain that another one leads to cannot be deleted.
-        self.after.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
-        self.after.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
+        garbage.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage
     }
 }
 
@@ -726,7 +741,7 @@ fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
         map.values().flatten().any(|dispatch| dispatch.guard.is_some())
     };
     let guards = some_guard(&desired.frontends)
-        || (!desired.everything && observed.guards.keys().any(|f| !desired.frontends.contains_key(f)));
+        || (!desired.everything && observed.guarded.iter().any(|f| !desired.frontends.contains_key(f)));
     let hairpins = desired.hairpins.values().any(|wanted| *wanted)
         || (!desired.everything && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
     Skeleton {
