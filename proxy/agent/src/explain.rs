@@ -160,8 +160,12 @@ fn answer(
     mut trace: impl FnMut(&ForwardingTable, &[Packet]) -> Result<Traces>,
 ) -> Result<Answers> {
     let packet = |(i, question): (usize, &Question)| {
-        let name = || question.name.clone().unwrap_or_else(|| format!("[{i}]"));
-        question.packet(compiler).with_context(|| format!("packet {}", name()))
+        let packet = question.packet(compiler);
+        match &question.name {
+            Some(name) => packet.with_context(|| format!("packet {name}")),
+            None if questions.len() > 1 => packet.with_context(|| format!("packet [{i}]")),
+            None => packet,
+        }
     };
     let packets: Vec<Packet> = questions.iter().enumerate().map(packet).collect::<Result<_>>()?;
     let mut traces: BTreeMap<usize, std::result::Result<Outcome, String>> = BTreeMap::new();
