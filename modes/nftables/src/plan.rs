@@ -306,7 +306,7 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
     if observed.foreign {
         return rebuild(observed, desired, limits);
     }
-    if desired.everything && !desired.active {
+    if !desired.active {
         let mut plan = Plan::default();
         if observed.exists {
             plan.push(vec![Op::DeleteTable(observed.family)]);
