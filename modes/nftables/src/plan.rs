@@ -306,7 +306,7 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
     if observed.foreign {
         return rebuild(observed, desired, limits);
     }
-    if desired.everything && !desired.active {
+    if !desired.active {
         let mut plan = Plan::default();
         if observed.exists {
             plan.push(vec![Op::DeleteTable(observed.family)]);
@@ -342,6 +342,8 @@ struct Planner<'a> {
     chains: BTreeSet<ChainKey>,
     /// Classes that are needed, or kept.
     classes: BTreeSet<Class>,
+    /// Whether a chain of a class gets other rules than it has.
+    rewritten: bool,
     /// Maps that larger ones replace.
     replaced: Replaced,
 }
@@ -376,6 +378,7 @@ impl<'a> Planner<'a> {
             after: Vec::new(),
             chains: BTreeSet::new(),
             classes: BTreeSet::new(),
+            rewritten: false,
             replaced: Replaced::default(),
         }
     }
@@ -438,11 +441,14 @@ impl<'a> Planner<'a> {
     }
 
     /// A map that grows is filled and put to use in one transaction, for rules and mirror know of one
-    /// such map only. Those who set the mark and those who look at it change together.
+    /// such map only. Those who set the mark and those who look at it change together. Chains that tell
+    /// sources apart in another way change together with the classes of the frontends.
     fn must_stay_whole(&self) -> bool {
         let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
         let held = self.observed.chains.get(POSTROUTING);
-        self.replaced.some() || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
+        self.replaced.some()
+            || self.rewritten
+            || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
     }
 
     fn wanted_sets(&self) -> [SetKey; 11] {
@@ -478,7 +484,9 @@ impl<'a> Planner<'a> {
         for next in rules::next_chains(&chain) {
             self.chain(next);
         }
-        self.rules(&chain.to_string(), None, rules::of_chain(&self.skeleton, &chain), false);
+        let (name, rules) = (chain.to_string(), rules::of_chain(&self.skeleton, &chain));
+        self.rewritten |= self.observed.chains.get(&name).is_some_and(|held| held.rules != rules);
+        self.rules(&name, None, rules, false);
     }
 
     fn rules(&mut self, name: &str, base: Option<BaseChain>, rules: Vec<Rule>, after: bool) {

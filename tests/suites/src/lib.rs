@@ -18,6 +18,7 @@ pub mod driver;
 pub mod faulty;
 pub mod golden;
 pub mod mode;
+pub mod objects;
 pub mod random;
 pub mod town;
 
