@@ -1,7 +1,8 @@
 //! Random clusters and random packets: whatever happens, the mode does what the table says, and on the
 //! way to it never refuses what it should carry.
 //!
-//! `SHUNT_PROPERTY_CASES` sets how many clusters each property tries.
+//! `SHUNT_PROPERTY_CASES` sets how many clusters each property tries, `SHUNT_PROPERTY_SEED` which: a
+//! number, or `random`. Without it they are always the same, so that a red run is the change's doing.
 
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
@@ -10,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config as RunnerConfig, TestCaseError, TestRunner};
+use proptest::test_runner::{Config as RunnerConfig, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use shunt_core::compile::{Compiler, Context};
 use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
 use shunt_core::explain::{Cause, Ruling, Source, explain};
@@ -28,7 +29,14 @@ use shunt_suites::random::{NODE, Packets, Step, context, packets, step, steps};
 
 fn runner(cases: u32) -> TestRunner {
     let cases = std::env::var("SHUNT_PROPERTY_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(cases);
-    TestRunner::new(RunnerConfig { cases, failure_persistence: None, ..RunnerConfig::default() })
+    let config = RunnerConfig { cases, failure_persistence: None, ..RunnerConfig::default() };
+    let mut seed = [0; 32];
+    match std::env::var("SHUNT_PROPERTY_SEED").as_deref() {
+        Ok("random") => return TestRunner::new(config),
+        Ok(number) => seed[..8].copy_from_slice(&number.parse::<u64>().unwrap().to_le_bytes()),
+        Err(_) => {}
+    }
+    TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
 }
 
 fn check<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
