@@ -17,6 +17,7 @@ pub mod endpoint;
 pub mod id;
 pub mod node;
 pub mod service;
+pub mod stale;
 pub mod store;
 pub mod table;
 pub mod walk;
