@@ -25,7 +25,7 @@ pub use flow::{Flow, FlowFilter, Tuple};
 pub use serving::{Endpoints, Serving};
 
 use crate::id::{IpFamily, Protocol, ServicePortName};
-use crate::table::{ForwardingTable, Frontend, NodePortMatch};
+use crate::table::{ForwardingTable, Frontend};
 
 /// Whether flows of a protocol outlive their endpoint.
 pub const fn is_cleaned(protocol: Protocol) -> bool {
@@ -171,12 +171,7 @@ impl StaleFlows {
         if self.node_ports.is_empty() {
             return;
         }
-        let node = table.node();
-        let addresses = match &node.node_ports {
-            NodePortMatch::AllLocal => &node.local_addresses,
-            NodePortMatch::Addresses(addresses) => addresses,
-        };
-        self.node_addresses = addresses.iter().copied().filter(|a| node.serves_node_ports(*a)).collect();
+        self.node_addresses = table.node().node_port_addresses();
         for (protocol, port) in self.node_ports.keys() {
             for address in &self.node_addresses {
                 let exact = Frontend { address: Some(*address), protocol: *protocol, port: *port };
