@@ -13,6 +13,7 @@
 mod admin;
 mod cli;
 mod dump;
+mod flows;
 mod logging;
 mod run;
 mod settings;
