@@ -221,35 +221,31 @@ impl StaleFlows {
                 by_address.entry((*protocol, *address)).or_default().insert(*port);
             }
         }
+        let filter = |protocol: &Protocol, address, port| FlowFilter {
+            family: self.family,
+            protocol: *protocol,
+            address,
+            port,
+        };
         let one = |ports: &BTreeSet<u16>| ports.first().copied().filter(|_| ports.len() == 1);
-        let filters: Vec<FlowFilter> = by_address
-            .iter()
-            .map(|((protocol, address), ports)| FlowFilter {
-                family: self.family,
-                protocol: *protocol,
-                address: Some(*address),
-                port: one(ports),
-            })
-            .collect();
-        if filters.len() <= most {
-            return filters;
+        // The kernel's filter compares IPv6 addresses the wrong way round, from 5.8 to 6.18 at least:
+        // it leaves out exactly what is asked for. There ports must do.
+        if self.family == IpFamily::V4 && by_address.len() <= most {
+            return by_address
+                .iter()
+                .map(|((protocol, address), ports)| filter(protocol, Some(*address), one(ports)))
+                .collect();
         }
         let protocols: BTreeSet<Protocol> = by_address.keys().map(|(protocol, _)| *protocol).collect();
         let ports: BTreeSet<(Protocol, u16)> = by_address
             .iter()
             .flat_map(|((protocol, _), ports)| ports.iter().map(|port| (*protocol, *port)))
             .collect();
-        let whole = |protocol: &Protocol, port| FlowFilter {
-            family: self.family,
-            protocol: *protocol,
-            address: None,
-            port,
-        };
         // Many addresses, few ports: a node port on a node with many addresses, or DNS everywhere.
         if ports.len() <= most {
-            return ports.iter().map(|(protocol, port)| whole(protocol, Some(*port))).collect();
+            return ports.iter().map(|(protocol, port)| filter(protocol, None, Some(*port))).collect();
         }
-        protocols.iter().map(|protocol| whole(protocol, None)).collect()
+        protocols.iter().map(|protocol| filter(protocol, None, None)).collect()
     }
 }
 

@@ -251,6 +251,20 @@ fn few_filters_are_exact_and_many_are_one() {
 }
 
 #[test]
+fn ipv6_is_not_filtered_by_address() {
+    let frontend =
+        |address: &str, port| Frontend { address: Some(ip(address)), protocol: Protocol::Udp, port };
+    let texts = |frontends: &[Frontend]| -> Vec<String> {
+        let scope = Scope::Frontends(frontends.iter().copied().collect());
+        let stale = StaleFlows::new(&ForwardingTable::new(IpFamily::V6), &Serving::new(IpFamily::V6), &scope);
+        stale.filters(2).iter().map(ToString::to_string).collect()
+    };
+    let frontends = [frontend("fd00::1", 53), frontend("fd00::2", 53), frontend("fd00::2", 54)];
+    assert_eq!(texts(&frontends[..2]), ["IPv6 udp to *:53"]);
+    assert_eq!(texts(&frontends), ["IPv6 udp to *:53", "IPv6 udp to *:54"]);
+}
+
+#[test]
 fn scopes_add_up() {
     let frontend = |port| Frontend { address: None, protocol: Protocol::Udp, port };
     let mut scope = Scope::default();

@@ -153,6 +153,7 @@ impl Netlink {
 impl Conntrack for Netlink {
     fn dump(&mut self, filter: &FlowFilter, each: &mut dyn FnMut(Flow)) -> Result<Dump, ConntrackError> {
         let fail = |errno: Errno| refusal(format!("list flows {filter}"), errno as i32);
+        let filter = &wire::what_the_kernel_can(filter);
         match self.try_dump(filter, true, each)? {
             Ok(dump) => Ok(dump),
             // Kernels before 5.8 ignore filters; others may know filters, but not this one.

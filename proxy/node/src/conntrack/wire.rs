@@ -46,6 +46,12 @@ const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 
+/// What of a filter the kernel gets right. It compares IPv6 addresses the wrong way round
+/// (`ctnetlink_filter_match_tuple`, 5.8 to 6.18 at least), and so leaves out what was asked for.
+pub(super) fn what_the_kernel_can(filter: &FlowFilter) -> FlowFilter {
+    FlowFilter { address: filter.address.filter(IpAddr::is_ipv4), ..*filter }
+}
+
 /// Appends a request for flows. Without `filter_in_kernel` only the family is asked for.
 pub(super) fn dump(buf: &mut Vec<u8>, sequence: u32, filter: &FlowFilter, filter_in_kernel: bool) {
     message(buf, GET, NLM_F_REQUEST | NLM_F_DUMP, sequence, filter.family, |buf| {
