@@ -184,7 +184,9 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
         Op::AddTable(_) => must(!state.exists, exists),
         Op::DeleteTable(_) => must(state.exists || state.foreign, missing),
         Op::AddSet(set) => must(!state.sets.contains(set), exists),
-        Op::DeleteSet(set) => set_exists(set),
+        Op::DeleteSet(set) | Op::SetClass { to: None, set, .. } | Op::SetSlot { to: None, set, .. } => {
+            set_exists(set)
+        }
         Op::AddChain(name, _) => must(!state.chains.contains_key(name), exists),
         Op::DeleteChain(name) => {
             let Some(chain) = state.chains.get(name) else { return must(false, missing) };
@@ -208,7 +210,6 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             must(chain.is_none_or(|c| state.chains.contains_key(&c)), "no such chain")
         }
         Op::DeleteClass(class) => must(state.classes.contains(class), missing),
-        Op::SetClass { to: None, set, .. } | Op::SetSlot { to: None, set, .. } => set_exists(set),
         Op::SetClass { set, .. } => {
             set_exists(set)?;
             let moves = matches!(set, SetKey::Services(n) if Some(*n) < state.services_capacity());
@@ -227,10 +228,10 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
         Op::DeleteServiceCidr(r) => must(state.service_cidrs.contains(r), missing),
         Op::AddHairpin(h) => must(!state.hairpins.contains(h), exists),
         Op::DeleteHairpin(h) => must(state.hairpins.contains(h), missing),
-        Op::AddGuard(_) => Ok(()),
-        Op::DeleteGuard(f) => must(state.guards.contains_key(f), missing),
-        Op::AddSource(f, r) => must(state.guards.get(f).is_none_or(|g| !g.contains(r)), exists),
-        Op::DeleteSource(f, r) => must(state.guards.get(f).is_some_and(|g| g.contains(r)), missing),
+        Op::AddGuard(f) => must(!state.guarded.contains(f), exists),
+        Op::DeleteGuard(f) => must(state.guarded.contains(f), missing),
+        Op::AddSource(f, r) => must(state.sources.get(f).is_none_or(|g| !g.contains(r)), exists),
+        Op::DeleteSource(f, r) => must(state.sources.get(f).is_some_and(|g| g.contains(r)), missing),
         Op::DeleteStray(stray) => must(state.strays.contains(stray), missing),
     }
 }

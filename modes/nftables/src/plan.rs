@@ -270,17 +270,20 @@ fn advance_one(state: &mut State, op: &Op) {
             state.hairpins.remove(endpoint);
         }
         Op::AddGuard(frontend) => {
-            state.guards.entry(*frontend).or_default();
+            state.guarded.insert(*frontend);
         }
         Op::DeleteGuard(frontend) => {
-            state.guards.remove(frontend);
+            state.guarded.remove(frontend);
         }
         Op::AddSource(frontend, range) => {
-            state.guards.entry(*frontend).or_default().insert(*range);
+            state.sources.entry(*frontend).or_default().insert(*range);
         }
         Op::DeleteSource(frontend, range) => {
-            if let Some(ranges) = state.guards.get_mut(frontend) {
+            if let Some(ranges) = state.sources.get_mut(frontend) {
                 ranges.remove(range);
+                if ranges.is_empty() {
+                    state.sources.remove(frontend);
+                }
             }
         }
         Op::DeleteStray(stray) => {
@@ -303,7 +306,7 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
     if observed.foreign {
         return rebuild(observed, desired, limits);
     }
-    if desired.everything && !desired.active {
+    if !desired.active {
         let mut plan = Plan::default();
         if observed.exists {
             plan.push(vec![Op::DeleteTable(observed.family)]);
@@ -339,6 +342,8 @@ struct Planner<'a> {
     chains: BTreeSet<ChainKey>,
     /// Classes that are needed, or kept.
     classes: BTreeSet<Class>,
+    /// Whether a chain of a class gets other rules than it has.
+    rewritten: bool,
     /// Maps that larger ones replace.
     replaced: Replaced,
 }
@@ -373,6 +378,7 @@ impl<'a> Planner<'a> {
             after: Vec::new(),
             chains: BTreeSet::new(),
             classes: BTreeSet::new(),
+            rewritten: false,
             replaced: Replaced::default(),
         }
     }
@@ -391,8 +397,10 @@ impl<'a> Planner<'a> {
         }
         self.addresses();
         self.hooks();
-        if self.desired.everything {
-            self.collect_garbage();
+        let mut garbage = if self.desired.everything { self.garbage() } else { Vec::new() };
+        if self.replaced.some() {
+            // Chains that nothing uses hold on to the old maps.
+            self.after.append(&mut garbage);
         }
         let stale: Vec<Op> = self
             .observed
@@ -402,11 +410,12 @@ impl<'a> Planner<'a> {
             .map(|set| Op::DeleteSet(*set))
             .collect();
         self.after.extend(stale);
-        self.transactions()
+        self.transactions(garbage)
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order.
-    fn transactions(self) -> Plan<Op> {
+    /// Everything in one transaction if it fits, else bounded ones in order. Garbage goes apart: a packet
+    /// that was told its class before the first commit must not find the class gone.
+    fn transactions(self, garbage: Vec<Op>) -> Plan<Op> {
         let whole = self.must_stay_whole();
         let mut plan = Plan::default();
         let mut ops = self.before;
@@ -424,15 +433,22 @@ impl<'a> Planner<'a> {
             ops.push(op);
         }
         plan.push(ops);
+        let mut garbage = garbage.into_iter().peekable();
+        while garbage.peek().is_some() {
+            plan.push(garbage.by_ref().take(self.limits.transaction).collect());
+        }
         plan
     }
 
     /// A map that grows is filled and put to use in one transaction, for rules and mirror know of one
-    /// such map only. Those who set the mark and those who look at it change together.
+    /// such map only. Those who set the mark and those who look at it change together. Chains that tell
+    /// sources apart in another way change together with the classes of the frontends.
     fn must_stay_whole(&self) -> bool {
         let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
         let held = self.observed.chains.get(POSTROUTING);
-        self.replaced.some() || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
+        self.replaced.some()
+            || self.rewritten
+            || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
     }
 
     fn wanted_sets(&self) -> [SetKey; 11] {
@@ -443,6 +459,10 @@ impl<'a> Planner<'a> {
     fn sets(&mut self) {
         if !self.observed.exists {
             self.before.push(Op::AddTable(self.observed.family));
+        }
+        if self.desired.everything {
+            // They may sit where elements of ours belong.
+            self.before.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         }
         let missing: Vec<SetKey> =
             self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
@@ -464,7 +484,9 @@ impl<'a> Planner<'a> {
         for next in rules::next_chains(&chain) {
             self.chain(next);
         }
-        self.rules(&chain.to_string(), None, rules::of_chain(&self.skeleton, &chain), false);
+        let (name, rules) = (chain.to_string(), rules::of_chain(&self.skeleton, &chain));
+        self.rewritten |= self.observed.chains.get(&name).is_some_and(|held| held.rules != rules);
+        self.rules(&name, None, rules, false);
     }
 
     fn rules(&mut self, name: &str, base: Option<BaseChain>, rules: Vec<Rule>, after: bool) {
@@ -481,7 +503,7 @@ impl<'a> Planner<'a> {
     fn base(&mut self) {
         self.chain(ChainKey::Reject);
         // Guards are up before the frontends that they guard, and until the last of those is gone.
-        let loses_guards = !self.skeleton.guards && !self.observed.guards.is_empty();
+        let loses_guards = !self.skeleton.guards && !self.observed.guarded.is_empty();
         let rules = rules::services(&self.skeleton);
         self.rules(SERVICES_CHAIN, None, rules, loses_guards);
     }
@@ -559,7 +581,7 @@ impl<'a> Planner<'a> {
 
     fn guard(&self, frontend: &Frontend, dispatch: Option<&Dispatch>, ops: &mut Vec<Op>) {
         let none = BTreeSet::new();
-        let observed = self.observed.guards.get(frontend);
+        let guarded = self.observed.guarded.contains(frontend);
         let wanted = dispatch.and_then(|d| d.guard.as_deref());
         let mut ranges: BTreeSet<IpNet> = wanted.map(|g| g.ranges.clone()).unwrap_or_default();
         if let (Some(guard), Some(vip)) = (wanted, frontend.address)
@@ -568,10 +590,10 @@ impl<'a> Planner<'a> {
         {
             ranges.insert(IpNet::from(vip));
         }
-        let held = observed.unwrap_or(&none);
+        let held = self.observed.sources.get(frontend).unwrap_or(&none);
         ops.extend(held.difference(&ranges).map(|r| Op::DeleteSource(*frontend, *r)));
         ops.extend(ranges.difference(held).map(|r| Op::AddSource(*frontend, *r)));
-        match (observed.is_some(), wanted.is_some()) {
+        match (guarded, wanted.is_some()) {
             (false, true) => ops.push(Op::AddGuard(*frontend)),
             (true, false) => ops.push(Op::DeleteGuard(*frontend)),
             _ => {}
@@ -583,7 +605,8 @@ impl<'a> Planner<'a> {
             .observed
             .frontends
             .keys()
-            .chain(self.observed.guards.keys())
+            .chain(&self.observed.guarded)
+            .chain(self.observed.sources.keys())
             .filter(|f| !self.desired.frontends.contains_key(f))
             .copied()
             .collect::<BTreeSet<_>>()
@@ -673,18 +696,18 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
-    fn collect_garbage(&mut self) {
+    /// Chains and classes that nothing uses any more, some spare ones excepted.
+    fn garbage(&self) -> Vec<Op> {
         let stale = self.observed.classes.difference(&self.classes);
-        self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
-        self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
+        let mut garbage: Vec<Op> = stale.map(|class| Op::DeleteClass(*class)).collect();
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
         keep.insert(SERVICES_CHAIN.to_owned());
         keep.extend(base_chains().map(|(name, _)| name.to_owned()));
         let stale: Vec<&String> = self.observed.chains.keys().filter(|name| !keep.contains(*name)).collect();
         // Rules first: a chain that another one leads to cannot be deleted.
-        self.after.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
-        self.after.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
+        garbage.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage
     }
 }
 
@@ -726,7 +749,7 @@ fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
         map.values().flatten().any(|dispatch| dispatch.guard.is_some())
     };
     let guards = some_guard(&desired.frontends)
-        || (!desired.everything && observed.guards.keys().any(|f| !desired.frontends.contains_key(f)));
+        || (!desired.everything && observed.guarded.iter().any(|f| !desired.frontends.contains_key(f)));
     let hairpins = desired.hairpins.values().any(|wanted| *wanted)
         || (!desired.everything && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
     Skeleton {

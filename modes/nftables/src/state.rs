@@ -82,8 +82,10 @@ pub struct State {
     pub service_cidrs: BTreeSet<IpNet>,
     /// Local endpoints.
     pub hairpins: BTreeSet<LocalEndpoint>,
-    /// Allowed sources of guarded frontends.
-    pub guards: BTreeMap<Frontend, BTreeSet<IpNet>>,
+    /// Frontends that only allowed sources may use.
+    pub guarded: BTreeSet<Frontend>,
+    /// Which sources those are.
+    pub sources: BTreeMap<Frontend, BTreeSet<IpNet>>,
     /// Elements that mean nothing to us.
     pub strays: BTreeSet<Stray>,
     /// Endpoints in the sized map, holes not counted.
@@ -105,7 +107,8 @@ impl State {
             cluster_ips: BTreeSet::new(),
             service_cidrs: BTreeSet::new(),
             hairpins: BTreeSet::new(),
-            guards: BTreeMap::new(),
+            guarded: BTreeSet::new(),
+            sources: BTreeMap::new(),
             strays: BTreeSet::new(),
             endpoint_count: 0,
         }
@@ -225,7 +228,7 @@ impl State {
                 self.hairpins.insert(LocalEndpoint { address, protocol, port });
             }
             SetKey::Guarded => {
-                self.guards.entry(key.frontend(Some(family))?).or_default();
+                self.guarded.insert(key.frontend(Some(family))?);
             }
             SetKey::SourceRanges => {
                 let frontend = key.frontend(Some(family))?;
@@ -234,7 +237,7 @@ impl State {
                 end.frontend(Some(family))?;
                 let to = end.address(family)?;
                 let range = range_between(from, to)?;
-                self.guards.entry(frontend).or_default().insert(range);
+                self.sources.entry(frontend).or_default().insert(range);
             }
             SetKey::ServiceCidrs => return None,
         }
@@ -281,9 +284,9 @@ impl State {
                 let hairpin = LocalEndpoint { address, protocol, port };
                 (source == address && self.hairpins.contains(&hairpin)).then_some(found)
             }
-            SetKey::Guarded => self.guards.contains_key(&reader.frontend(Some(family))?).then_some(found),
+            SetKey::Guarded => self.guarded.contains(&reader.frontend(Some(family))?).then_some(found),
             SetKey::SourceRanges => {
-                let ranges = self.guards.get(&reader.frontend(Some(family))?)?;
+                let ranges = self.sources.get(&reader.frontend(Some(family))?)?;
                 let source = reader.address(family)?;
                 ranges.iter().any(|r| r.contains(&source)).then_some(found)
             }
@@ -307,7 +310,8 @@ impl State {
     /// Leaves only what a change touches, and the chains that it leads to.
     pub fn restrict(&mut self, only: &Change) {
         self.frontends.retain(|f, _| only.frontends.contains(f));
-        self.guards.retain(|f, _| only.frontends.contains(f));
+        self.guarded.retain(|f| only.frontends.contains(f));
+        self.sources.retain(|f, _| only.frontends.contains(f));
         self.cluster_ips.retain(|a| only.cluster_ips.contains(a));
         self.hairpins.retain(|e| only.local_endpoints.contains(e));
         self.strays.clear();
@@ -473,9 +477,9 @@ impl State {
                 .iter()
                 .map(|h| format!("{0} . {0} . {1} . {2}", h.address, h.protocol, h.port))
                 .collect(),
-            SetKey::Guarded => self.guards.keys().map(frontend_text).collect(),
+            SetKey::Guarded => self.guarded.iter().map(frontend_text).collect(),
             SetKey::SourceRanges => self
-                .guards
+                .sources
                 .iter()
                 .flat_map(|(f, ranges)| ranges.iter().map(|r| format!("{} . {r}", frontend_text(f))))
                 .collect(),

@@ -125,7 +125,7 @@ pub(crate) struct RunArgs {
     pub min_sync_period: Option<String>,
     /// Where `shunt dump` reaches the running agent; empty for nowhere.
     #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
-    pub admin_socket: PathBuf,
+    pub admin_socket: String,
     /// Remove everything that Shunt has put into the kernel, and exit.
     #[arg(long)]
     pub cleanup: bool,

@@ -68,8 +68,8 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     let (addresses_tx, mut addresses) = mpsc::channel(1);
     let watcher = tokio::spawn(shunt_node::addresses::watch(addresses_tx));
     let (asked_tx, mut asked) = mpsc::channel(1);
-    if !args.admin_socket.as_os_str().is_empty()
-        && let Err(error) = admin::listen(&args.admin_socket, asked_tx.clone())
+    if !args.admin_socket.is_empty()
+        && let Err(error) = admin::listen(args.admin_socket.as_ref(), asked_tx.clone())
     {
         tracing::warn!("{error:#}: `shunt dump` cannot reach this agent");
     }
@@ -120,7 +120,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     source.abort();
     watcher.abort();
     drop(asked_tx);
-    if !args.admin_socket.as_os_str().is_empty() {
+    if !args.admin_socket.is_empty() {
         let _ = std::fs::remove_file(&args.admin_socket);
     }
     Ok(())

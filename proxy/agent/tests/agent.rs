@@ -364,6 +364,7 @@ fn errors_say_what_where_and_what_to_do() -> Result<()> {
         (&["run", "--config", config], "clusterCIDR: \"10.0.0.0/40\" is no CIDR"),
         (&["run", "--config", "/nowhere"], "/nowhere"),
         (&["dump", "--manifests", "/nowhere", "--node", "n"], "/nowhere"),
+        (&["run", "--config", "/nowhere", "--admin-socket", ""], "/nowhere"),
     ] {
         let output = offline(arguments)?;
         let error = String::from_utf8(output.stderr)?;

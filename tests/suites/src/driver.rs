@@ -5,7 +5,8 @@ use shunt_core::compile::{Compiler, Context};
 use shunt_core::id::IpFamily;
 use shunt_core::store::Store;
 use shunt_core::table::{Change, ForwardingTable};
-use shunt_mode::{Backend, KernelError, Plan, Transaction};
+use shunt_harness::cases::{self, Case};
+use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction};
 
 use crate::random::Step;
 
@@ -49,6 +50,13 @@ impl Cluster {
         }
     }
 
+    /// Takes in steps, one after the other.
+    pub fn steps(&mut self, steps: &[Step]) {
+        for step in steps {
+            self.step(step);
+        }
+    }
+
     /// The table of a family.
     pub fn table(&self, family: IpFamily) -> &ForwardingTable {
         self.compiler.table(family)
@@ -57,6 +65,37 @@ impl Cluster {
     /// What changed in a family's table since this was last asked.
     pub fn take_change(&mut self, family: IpFamily) -> Change {
         std::mem::take(&mut self.pending[family as usize])
+    }
+}
+
+/// A case's cluster, step after step.
+#[derive(Debug)]
+pub struct CaseRun<'a> {
+    /// The case.
+    pub case: &'a Case,
+    /// The cluster as it is after the steps taken so far.
+    pub cluster: Cluster,
+    mode: Mode,
+    taken: usize,
+}
+
+impl<'a> CaseRun<'a> {
+    /// The case before its first step, with the settings that it has for a mode.
+    pub fn new(case: &'a Case, mode: Mode) -> Self {
+        let context = Context::new(cases::NODE, case.steps[0].config(mode).unwrap());
+        Self { case, cluster: Cluster::new(context), mode, taken: 0 }
+    }
+
+    /// Takes the next step, if there is one.
+    pub fn next_step(&mut self) -> Option<&'a cases::Step> {
+        let step = self.case.steps.get(self.taken)?;
+        let before = self.taken.checked_sub(1).map(|i| &self.case.steps[i]);
+        self.taken += 1;
+        self.cluster.step(&Step::Config(step.config(self.mode).unwrap()));
+        for event in step.events_since(before) {
+            self.cluster.step(&Step::Event(event));
+        }
+        Some(step)
     }
 }
 

@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::net::IpAddr;
 
+use anyhow::{Context as _, Result};
 use shunt_core::id::IpFamily;
 use shunt_core::walk::{Outcome, Packet};
+use shunt_harness::lab::Namespace;
 use shunt_mode::{Backend, KernelError, Mode, Plan};
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::fake::FakeKernel;
@@ -48,8 +50,13 @@ pub trait ModeUnderTest: 'static {
     fn is_garbage(op: &Self::Op) -> bool;
     /// The mode's own walker.
     fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
-    /// Text of rules and the like which the kernel does not keep, taken over from `known`.
-    fn annotate(state: &mut Self::State, known: &Self::State);
+    /// Whether the mode's own tool understands the text of states, without carrying it out.
+    fn check_text(namespace: &Namespace, text: &str) -> Result<()>;
+    /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
+    /// find nothing of ours that a tool could trip over.
+    fn list(namespace: &Namespace) -> Result<String>;
+    /// Ways to damage what the mode made of a case: the case, and a script for nft.
+    fn damages() -> &'static [(&'static str, &'static str)];
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }
@@ -115,8 +122,72 @@ impl ModeUnderTest for NftablesMode {
         shunt_mode_nftables::trace::trace(state, local, packet)
     }
 
-    fn annotate(state: &mut State, known: &State) {
-        state.annotate(known);
+    fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
+        namespace.exec("nft", ["-c", "-f", "-"], text).map(drop)
+    }
+
+    fn list(namespace: &Namespace) -> Result<String> {
+        let binaries = std::env::var("SHUNT_NFT_BINARIES").unwrap_or_else(|_| "nft".to_owned());
+        let mut listed = None;
+        for nft in binaries.split(':') {
+            let text = namespace.exec(nft, ["list", "ruleset"], "")?;
+            for family in ["ip", "ip6"] {
+                let ours = format!("\n{text}").contains(&format!("\ntable {family} shunt {{"));
+                let ours = if ours {
+                    namespace.exec(nft, ["-s", "list", "table", family, "shunt"], "")?
+                } else {
+                    String::new()
+                };
+                let rules =
+                    ours.lines().filter(|line| line.starts_with("\t\t") && !line.contains("elements"));
+                let mut sets = rules.filter(|line| line.contains('{'));
+                anyhow::ensure!(sets.next().is_none(), "{nft} finds an anonymous set in\n{ours}");
+            }
+            listed.get_or_insert(text);
+        }
+        listed.context("SHUNT_NFT_BINARIES names no nft")
+    }
+
+    fn damages() -> &'static [(&'static str, &'static str)] {
+        &[
+            ("008-etp-local", "delete table ip shunt"),
+            ("008-etp-local", "flush map ip shunt services"),
+            ("008-etp-local", "flush map ip shunt endpoints"),
+            ("008-etp-local", "flush map ip shunt node-ports"),
+            ("008-etp-local", "flush map ip shunt node-port-endpoints"),
+            ("008-etp-local", "flush map ip shunt classes"),
+            ("008-etp-local", "flush set ip shunt node-port-ips"),
+            ("008-etp-local", "flush set ip shunt cluster-ips"),
+            ("008-etp-local", "flush set ip shunt hairpin"),
+            ("008-etp-local", "flush set ip shunt service-cidrs"),
+            ("008-etp-local", "flush chain ip shunt services"),
+            ("008-etp-local", "flush chain ip shunt nat-prerouting"),
+            ("008-etp-local", "flush chain ip shunt nat-postrouting"),
+            ("008-etp-local", "flush chain ip shunt pick-2"),
+            ("008-etp-local", "insert rule ip shunt services drop"),
+            ("008-etp-local", "add chain ip shunt mine; add rule ip shunt mine drop"),
+            ("008-etp-local", "add set ip shunt mine { type ipv4_addr; }"),
+            ("008-etp-local", "add element ip shunt services { 9.9.9.9 . tcp . 80 : 100:0 }"),
+            ("008-etp-local", "add element ip shunt services { 9.9.9.9 . tcp . 80 : 77:1 }"),
+            ("008-etp-local", "add element ip shunt cluster-ips { 9.9.9.9 }"),
+            ("008-etp-local", "add element ip shunt hairpin { 9.9.9.9 . 8.8.8.8 . tcp . 80 }"),
+            ("008-etp-local", "add element ip shunt service-cidrs { 9.9.9.3-9.9.9.77 }"),
+            ("008-etp-local", "add element ip shunt classes { 77:1 : drop }"),
+            (
+                "001-no-endpoints-reject",
+                "delete element ip shunt classes { 100:0 }; add element ip shunt classes { 100:0 : drop }",
+            ),
+            ("008-etp-local", "add element ip shunt guarded { 1.2.3.4 . tcp . 80 }"),
+            ("008-etp-local", "delete set ip shunt guarded"),
+            ("003-loadbalancer-source-ranges", "flush set ip shunt guarded"),
+            ("003-loadbalancer-source-ranges", "flush set ip shunt source-ranges"),
+            (
+                "003-loadbalancer-source-ranges",
+                "add element ip shunt source-ranges { 1.2.3.4 . tcp . 80 . 9.9.9.0-9.9.9.77 }",
+            ),
+            ("006-nodeport-v6-primary", "flush map ip6 shunt endpoints"),
+            ("006-nodeport-v6-primary", "flush chain ip6 shunt services"),
+        ]
     }
 
     fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {

@@ -1,0 +1,161 @@
+//! A lab with the addresses of a case: what its packets come from and where they may end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use shunt_core::id::Protocol;
+use shunt_core::store::Event;
+use shunt_core::walk::Outcome;
+use shunt_harness::cases::{self, Case, CasePacket, SourceKind};
+use shunt_harness::lab::{Icmp, Lab, Namespace, Outcome as Seen, Probe, Proto};
+
+/// Most probes for one packet: with two endpoints, one is missed once in 2^47 runs.
+const PROBES_MAX: usize = 48;
+const OTHER_NODE: &str = "other-node";
+
+/// A case's lab.
+#[derive(Debug)]
+pub struct Town {
+    /// The namespaces.
+    pub lab: Lab,
+    node_ips: Vec<IpAddr>,
+    /// Which namespace an address that is not the node's belongs to.
+    homes: BTreeMap<IpAddr, Home>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Home {
+    Client,
+    Pod,
+    Remote,
+}
+
+impl Town {
+    /// Builds the lab of a case: all endpoints of all steps answer, the node's own in namespaces of
+    /// their own.
+    pub fn build(case: &Case) -> Result<Self> {
+        let mut homes: BTreeMap<IpAddr, Home> = BTreeMap::new();
+        let mut ports: BTreeMap<IpAddr, BTreeSet<u16>> = BTreeMap::new();
+        let slices = case.steps.iter().flat_map(|s| &s.objects).filter_map(|event| match event {
+            Event::Slice(slice) => Some(slice),
+            _ => None,
+        });
+        for slice in slices {
+            for endpoint in &slice.endpoints {
+                let here = endpoint.node.as_deref() == Some(cases::NODE);
+                let home = homes.entry(endpoint.address).or_insert(Home::Remote);
+                if here {
+                    *home = Home::Pod;
+                }
+                ports.entry(endpoint.address).or_default().extend(slice.ports.iter().map(|p| p.port));
+            }
+        }
+        for packet in case.steps.iter().flat_map(|s| &s.packets) {
+            let home = match packet.source_kind {
+                SourceKind::Pod => Home::Pod,
+                SourceKind::External => Home::Client,
+                SourceKind::Node | SourceKind::LbVip | SourceKind::Loopback => continue,
+            };
+            homes.entry(packet.packet.source).or_insert(home);
+        }
+        let mut builder = Lab::builder().node(case.node_ips.iter().copied());
+        for (address, home) in &homes {
+            let name = address.to_string();
+            builder = match home {
+                Home::Client => builder.client([*address]),
+                Home::Pod => builder.pod(&name, [*address]),
+                Home::Remote => builder.remote_pod(OTHER_NODE, &name, [*address]),
+            };
+        }
+        let lab = builder.build()?;
+        let town = Self { lab, node_ips: case.node_ips.clone(), homes };
+        for (address, ports) in ports {
+            let servers = ports.into_iter().flat_map(|port| {
+                [Proto::Tcp, Proto::Udp].map(|proto| (proto, SocketAddr::new(address, port)))
+            });
+            town.home(address)?.serve(servers)?;
+        }
+        Ok(town)
+    }
+
+    fn home(&self, address: IpAddr) -> Result<&Namespace> {
+        match self.homes.get(&address).with_context(|| format!("nobody lives at {address}"))? {
+            Home::Client => Ok(self.lab.client()),
+            Home::Pod => self.lab.pod(&address.to_string()),
+            Home::Remote => self.lab.pod(OTHER_NODE),
+        }
+    }
+
+    /// Why a packet cannot be sent in earnest, if so.
+    pub fn cannot_send(packet: &CasePacket) -> Option<&'static str> {
+        if packet.packet.protocol == Protocol::Sctp {
+            return Some("the lab has no SCTP sockets");
+        }
+        (packet.source_kind == SourceKind::Loopback).then_some("no case needs loopback yet")
+    }
+
+    /// Sends a packet until it is clear what becomes of it; an error says what is not as expected.
+    pub fn send(&self, packet: &CasePacket) -> Result<()> {
+        let (source, destination) = (packet.packet.source, packet.packet.destination);
+        let on_node = matches!(packet.source_kind, SourceKind::Node | SourceKind::LbVip);
+        let namespace = if on_node { self.lab.node() } else { self.home(source)? };
+        let proto = if packet.packet.protocol == Protocol::Udp { Proto::Udp } else { Proto::Tcp };
+        let to = SocketAddr::new(destination, packet.packet.port);
+        let probe = Probe::new(proto, to).from(source);
+        match &packet.expect {
+            Outcome::Forward(endpoints) => {
+                let probe = probe.timeout(Duration::from_secs(2));
+                let wanted: BTreeSet<SocketAddr> = endpoints.iter().map(|(e, _)| *e).collect();
+                let mut reached = BTreeSet::new();
+                let mut sent = 0;
+                while reached != wanted && sent < PROBES_MAX {
+                    let count = if wanted.len() == 1 { 1 } else { 4 * wanted.len() };
+                    sent += count;
+                    for seen in namespace.probe_all(vec![probe.clone(); count])? {
+                        reached.insert(self.judge_answer(packet, endpoints, &seen)?);
+                    }
+                }
+                ensure!(reached == wanted, "reached only {reached:?} of {wanted:?} in {sent} tries");
+            }
+            Outcome::Reject => {
+                let seen = namespace.probe(probe)?;
+                let icmp = match &seen {
+                    Seen::Refused { icmp: Some(Icmp { kind, code, .. }), .. } => Some((*kind, *code)),
+                    _ => None,
+                };
+                let unreachable = if destination.is_ipv4() { (3, 3) } else { (1, 4) };
+                ensure!(icmp == Some(unreachable), "not refused as port unreachable: {seen}");
+            }
+            Outcome::Drop => {
+                let seen = namespace.probe(probe)?;
+                ensure!(seen.is_timeout(), "not dropped: {seen}");
+            }
+            Outcome::None => {
+                let seen = namespace.probe(probe)?;
+                // A closed port of the node itself, or of whoever has the address.
+                let reset = matches!(seen, Seen::Refused { icmp: None, .. });
+                let is_node = self.node_ips.contains(&destination);
+                ensure!(seen.is_timeout() || reset || is_node && seen.is_refused(), "not left alone: {seen}");
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_answer(
+        &self,
+        packet: &CasePacket,
+        endpoints: &[(SocketAddr, bool)],
+        seen: &Seen,
+    ) -> Result<SocketAddr> {
+        let answer = seen.answer().with_context(|| format!("not forwarded: {seen}"))?;
+        let masquerade = endpoints.iter().find(|(e, _)| *e == answer.local).map(|(_, m)| *m);
+        let masquerade = masquerade.with_context(|| format!("not one of {endpoints:?}: {seen}"))?;
+        let peer = answer.peer.ip();
+        let from_node = self.node_ips.contains(&peer);
+        let as_it_was = peer == packet.packet.source;
+        ensure!(if masquerade { from_node } else { as_it_was }, "masquerade {masquerade}, but {seen}");
+        Ok(answer.local)
+    }
+}
