@@ -3,6 +3,7 @@
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -127,17 +128,24 @@ fn the_loop_gets_there_whatever_fails<M: ModeUnderTest>() {
         2 => select(vec![Remedy::Retry, Remedy::Resync]).prop_map(Fault::Refused),
         1 => Just(Fault::AnswerLost),
     ];
-    let faults = proptest::collection::vec(fault, 0..12);
+    let faults = proptest::collection::vec(fault, 0..40);
     let steps = proptest::collection::vec((step(), any::<bool>()), 1..40);
     check(300, &(context(), steps, faults, packets(16)), |(context, steps, faults, packets)| {
         let mut cluster = Cluster::new(context);
         let now = Instant::now();
         let mut agents = IpFamily::ALL.map(|family| {
-            let kernel = Faulty { inner: M::fake(family), faults: faults.clone().into() };
+            let kernel = Faulty { inner: M::fake(family), faults: VecDeque::new() };
             Agent::new(kernel, family, now)
         });
-        for (step, sync) in steps {
+        let broken_from = steps.len() / 3;
+        for (i, (step, sync)) in steps.into_iter().enumerate() {
             cluster.step(&step);
+            if i == broken_from {
+                // The first look at the kernel is over by now: it is changes that fail.
+                for agent in &mut agents {
+                    agent.kernel.faults = faults.clone().into();
+                }
+            }
             for (family, agent) in IpFamily::ALL.into_iter().zip(&mut agents) {
                 let change = cluster.take_change(family);
                 agent.now += Duration::from_millis(100);
