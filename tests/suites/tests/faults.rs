@@ -75,14 +75,14 @@ fn a_plan_that_breaks_off_is_finished_by_the_next<M: ModeUnderTest>() {
 
 struct Agent<B: Backend> {
     sync: SyncLoop,
-    kernel: B,
+    kernel: Faulty<B>,
     mirror: B::State,
     now: Instant,
     errors: usize,
 }
 
 impl<B: Backend> Agent<B> {
-    fn new(kernel: B, family: IpFamily, now: Instant) -> Self {
+    fn new(kernel: Faulty<B>, family: IpFamily, now: Instant) -> Self {
         let mut sync = SyncLoop::new(Periods::default());
         sync.start(now);
         Self { sync, kernel, mirror: B::empty(family), now, errors: 0 }
@@ -107,7 +107,13 @@ impl<B: Backend> Agent<B> {
     fn run(&mut self, table: &ForwardingTable) {
         for _ in 0..200 {
             if let Some(step) = self.sync.next(self.now) {
-                let result = self.carry_out(table, &step).map(|()| step).map_err(|error| error.remedy);
+                let healthy = self.kernel.faults.is_empty();
+                let result = self.carry_out(table, &step);
+                if let (true, Err(error)) = (healthy, &result) {
+                    // Waiting for the next hourly look would heal this as well.
+                    panic!("after {} errors, all of them over, one of our own making: {error}", self.errors);
+                }
+                let result = result.map(|()| step).map_err(|error| error.remedy);
                 self.errors += usize::from(result.is_err());
                 self.sync.finished(result, self.now);
             }
