@@ -53,6 +53,15 @@ impl Mode {
             Self::Ebpf => "ebpf",
         }
     }
+
+    /// Whether the kernel's conntrack remembers the endpoint of each flow, so that flows to endpoints
+    /// that are gone must be deleted there. eBPF asks its own map for every packet.
+    pub const fn uses_conntrack(self) -> bool {
+        match self {
+            Self::Iptables | Self::Nftables | Self::Ipvs => true,
+            Self::Ebpf => false,
+        }
+    }
 }
 
 impl fmt::Display for Mode {

@@ -14,6 +14,7 @@ mod admin;
 mod cli;
 mod dump;
 mod explain;
+mod flows;
 mod logging;
 mod offline;
 mod questions;

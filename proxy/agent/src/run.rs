@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use shunt_core::compile::{Compiler, Context};
-use shunt_core::id::IpFamily;
+use shunt_core::id::{IpFamily, NamespacedName};
 use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
 use shunt_mode::driver::{Driver, Report};
@@ -20,6 +20,7 @@ use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
 use crate::dump;
 use crate::explain;
+use crate::flows::{Done, Flows};
 use crate::offline;
 use crate::settings::{Settings, parse_duration};
 
@@ -75,7 +76,9 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         tracing::warn!("{error:#}: `shunt dump` and `shunt explain` cannot reach this agent");
     }
 
-    let mut engine = Engine::new(settings, node_name, families);
+    let (done_tx, mut done) = mpsc::unbounded_channel();
+    let flows = settings.mode.uses_conntrack().then(|| Flows::start(done_tx)).transpose()?;
+    let mut engine = Engine::new(settings, node_name, families, flows);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
     tokio::pin!(watcher);
@@ -97,6 +100,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
                 }
             }
             Some(found) = addresses.recv() => engine.addresses(found),
+            Some(ended) = done.recv() => engine.cleaned(ended),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
                 let _ = answer.send(block_in_place(|| engine.answer(&request)));
@@ -177,6 +181,13 @@ struct Family {
     sync: SyncLoop,
 }
 
+impl Family {
+    /// Whether the kernel holds what the table asks for, as far as known.
+    const fn in_sync(&self) -> bool {
+        self.sync.queued_since().is_none()
+    }
+}
+
 /// Everything between a source and the kernel.
 struct Engine {
     settings: Settings,
@@ -187,6 +198,8 @@ struct Engine {
     synced: bool,
     addresses: Option<BTreeSet<IpAddr>>,
     families: Vec<Family>,
+    /// `None` in modes that track no flows.
+    flows: Option<Flows>,
     /// What was complained about lately, so that it is said once.
     said: VecDeque<String>,
 }
@@ -195,7 +208,7 @@ struct Engine {
 const SAID_MAX: usize = 1000;
 
 impl Engine {
-    fn new(settings: Settings, node_name: String, families: Vec<Family>) -> Self {
+    fn new(settings: Settings, node_name: String, families: Vec<Family>, flows: Option<Flows>) -> Self {
         Self {
             settings,
             node_name,
@@ -204,12 +217,15 @@ impl Engine {
             synced: false,
             addresses: None,
             families,
+            flows,
             said: VecDeque::new(),
         }
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.families.iter().filter_map(|f| f.sync.deadline()).min()
+        let flows = self.flows.as_ref();
+        let of_flows = |f: &Family| flows?.deadline(f.driver.family()).filter(|_| f.in_sync());
+        self.families.iter().flat_map(|f| [f.sync.deadline(), of_flows(f)]).flatten().min()
     }
 
     fn updates(&mut self, batch: &mut Vec<Update>) {
@@ -271,10 +287,14 @@ impl Engine {
         for conflict in conflicts {
             self.complain(conflict.to_string());
         }
-        self.compiler = Some(compiler);
+        let now = Instant::now();
         for family in &mut self.families {
-            family.sync.start(Instant::now());
+            family.sync.start(now);
         }
+        if let Some(flows) = &mut self.flows {
+            flows.all_known(&self.store, &compiler, now);
+        }
+        self.compiler = Some(compiler);
     }
 
     fn compile(&mut self, dirty: &Dirty) {
@@ -294,20 +314,30 @@ impl Engine {
         for conflict in conflicts {
             self.complain(conflict);
         }
-        self.changed(&changes);
+        self.changed(&dirty.services, &changes);
     }
 
     fn refresh_context(&mut self) {
         let context = self.context();
         let Some(compiler) = &mut self.compiler else { return };
         let changes = compiler.set_context(context, &self.store);
-        self.changed(&changes);
+        self.changed(&BTreeSet::new(), &changes);
     }
 
-    fn changed(&mut self, changes: &[Change; 2]) {
+    fn changed(&mut self, services: &BTreeSet<NamespacedName>, changes: &[Change; 2]) {
         let now = Instant::now();
         for family in &mut self.families {
             family.sync.changed(changes[family.driver.family() as usize].clone(), now);
+        }
+        if let (Some(flows), Some(compiler)) = (&mut self.flows, &self.compiler) {
+            flows.changed(services, changes, &self.store, compiler, now);
+        }
+    }
+
+    fn cleaned(&mut self, ended: Done) {
+        let complaint = self.flows.as_mut().and_then(|flows| flows.done(ended, Instant::now()));
+        if let Some(complaint) = complaint {
+            self.complain(complaint);
         }
     }
 
@@ -315,21 +345,26 @@ impl Engine {
     fn tick(&mut self, now: Instant) {
         let Some(compiler) = &self.compiler else { return };
         for family in &mut self.families {
-            let Some(step) = family.sync.next(now) else { continue };
             let of = family.driver.family();
-            match family.driver.sync(compiler.table(of), &step) {
-                Ok(report) => {
-                    log_sync(of, &step, &report);
-                    family.sync.finished(Ok(step), Instant::now());
+            if let Some(step) = family.sync.next(now) {
+                match family.driver.sync(compiler.table(of), &step) {
+                    Ok(report) => {
+                        log_sync(of, &step, &report);
+                        family.sync.finished(Ok(step), Instant::now());
+                    }
+                    Err(error) => {
+                        family.sync.finished(Err(error.remedy), Instant::now());
+                        tracing::error!(
+                            family = %of,
+                            failures = family.sync.failures(),
+                            "sync failed: {error}; reading the kernel again soon"
+                        );
+                    }
                 }
-                Err(error) => {
-                    family.sync.finished(Err(error.remedy), Instant::now());
-                    tracing::error!(
-                        family = %of,
-                        failures = family.sync.failures(),
-                        "sync failed: {error}; reading the kernel again soon"
-                    );
-                }
+            }
+            // A flow that is deleted too early would be bound to the old endpoint again.
+            if let Some(flows) = self.flows.as_mut().filter(|_| family.in_sync()) {
+                flows.tick(of, compiler, now);
             }
         }
     }

@@ -19,6 +19,7 @@ pub mod explain;
 pub mod id;
 pub mod node;
 pub mod service;
+pub mod stale;
 pub mod store;
 pub mod table;
 pub mod walk;

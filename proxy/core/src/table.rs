@@ -294,6 +294,15 @@ impl NodeFacts {
         address.is_loopback() || self.local_addresses.contains(&address)
     }
 
+    /// Where `NodePort`s answer, as far as known.
+    pub fn node_port_addresses(&self) -> BTreeSet<IpAddr> {
+        let addresses = match &self.node_ports {
+            NodePortMatch::AllLocal => &self.local_addresses,
+            NodePortMatch::Addresses(addresses) => addresses,
+        };
+        addresses.iter().copied().filter(|a| self.serves_node_ports(*a)).collect()
+    }
+
     /// Whether `NodePort`s answer on `address`.
     pub fn serves_node_ports(&self, address: IpAddr) -> bool {
         match &self.node_ports {
