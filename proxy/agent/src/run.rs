@@ -16,17 +16,19 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
-use crate::admin::{self, Asked};
+use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
 use crate::dump;
+use crate::explain;
 use crate::flows::{Done, Flows};
+use crate::offline;
 use crate::settings::{Settings, parse_duration};
 
 /// Updates that may wait between source and loop: enough for a burst, little enough for memory.
 const UPDATES_MAX: usize = 1024;
 
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
-    let document = args.settings.config.as_deref().map(dump::read_config).transpose()?;
+    let document = args.settings.config.as_deref().map(offline::read_config).transpose()?;
     let mut settings = Settings::new(&args.settings, document.as_ref())?;
     if let Some(period) = &args.min_sync_period {
         settings.min_sync_period = Some(parse_duration(period).context("--min-sync-period")?);
@@ -71,7 +73,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     if !args.admin_socket.is_empty()
         && let Err(error) = admin::listen(args.admin_socket.as_ref(), asked_tx.clone())
     {
-        tracing::warn!("{error:#}: `shunt dump` cannot reach this agent");
+        tracing::warn!("{error:#}: `shunt dump` and `shunt explain` cannot reach this agent");
     }
 
     let (done_tx, mut done) = mpsc::unbounded_channel();
@@ -101,7 +103,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
             Some(ended) = done.recv() => engine.cleaned(ended),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
-                let _ = answer.send(block_in_place(|| engine.dump(&request)));
+                let _ = answer.send(block_in_place(|| engine.answer(&request)));
             }
             ended = &mut source => return Err(ended_source(ended)),
             ended = &mut watcher => {
@@ -367,11 +369,15 @@ impl Engine {
         }
     }
 
-    fn dump(&mut self, request: &dump::DumpRequest) -> Result<String> {
+    /// Answers what came in by the admin socket.
+    fn answer(&mut self, request: &Request) -> Result<String> {
         let compiler = self.compiler.as_ref().context("not all objects are known yet")?;
         let mut drivers: Vec<&mut Box<dyn Driver>> =
             self.families.iter_mut().map(|f| &mut f.driver).collect();
-        dump::live(compiler, &mut drivers, request)
+        match request {
+            Request::Dump(request) => dump::live(compiler, &mut drivers, request),
+            Request::Explain(request) => explain::live(&self.store, compiler, &mut drivers, request),
+        }
     }
 
     /// Warns of something, unless it was said lately.

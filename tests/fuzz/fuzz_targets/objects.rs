@@ -1,6 +1,6 @@
 //! API objects, one JSON text a line, through conversion, compiler, render and plan.
 //!
-//! `cd tests/fuzz && cargo +nightly fuzz run objects -- -max_total_time=600`
+//! `cargo +nightly fuzz run --fuzz-dir tests/fuzz objects -- -max_total_time=600`
 
 #![no_main]
 

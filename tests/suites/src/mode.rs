@@ -49,7 +49,9 @@ pub trait ModeUnderTest: 'static {
     /// Whether an operation only takes away what nothing uses.
     fn is_garbage(op: &Self::Op) -> bool;
     /// The mode's own walker.
-    fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
+    fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
+        <Self::Fake as Backend>::trace(state, local, packet)
+    }
     /// Whether the mode's own tool understands the text of states, without carrying it out.
     fn check_text(namespace: &Namespace, text: &str) -> Result<()>;
     /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
@@ -116,10 +118,6 @@ impl ModeUnderTest for NftablesMode {
             Op::SetRules(_, rules) => rules.is_empty(),
             _ => false,
         }
-    }
-
-    fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
-        shunt_mode_nftables::trace::trace(state, local, packet)
     }
 
     fn check_text(namespace: &Namespace, text: &str) -> Result<()> {

@@ -14,11 +14,12 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config as RunnerConfig, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use shunt_core::compile::{Compiler, Context};
 use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
+use shunt_core::explain::{Cause, Ruling, Source, explain};
 use shunt_core::id::{IpFamily, NamespacedName, Protocol};
 use shunt_core::node::Config;
 use shunt_core::service::{Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
-use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::table::{Change, ForwardingTable, Target};
 use shunt_core::walk::{Outcome, Packet, walk};
 use shunt_mode::{Backend, rendered};
 use shunt_suites::driver::{Cluster, Synced};
@@ -359,6 +360,48 @@ fn one_endpoint_costs_the_same_in_any_cluster<M: ModeUnderTest>() {
         }
         assert_eq!(M::reads(&mut kernel.backend), 1);
     }
+}
+
+/// What is explained is what the table does, and every endpoint is either chosen or left out for a
+/// reason.
+#[test]
+fn explanations_say_what_the_table_does() {
+    check(300, &(context(), steps(4..40), packets(48)), |(context, steps, packets)| {
+        let mut cluster = Cluster::new(context);
+        cluster.steps(&steps);
+        for family in IpFamily::ALL {
+            let table = cluster.table(family);
+            for packet in packets.aimed(table) {
+                let explanation = explain(&cluster.store, &cluster.compiler, &packet);
+                prop_assert_eq!(&explanation.outcome, &walk(table, &packet).outcome);
+                let Cause::Frontend(matched) = &explanation.cause else {
+                    prop_assert!(!matches!(explanation.outcome, Outcome::Forward(_)), "{}", explanation);
+                    continue;
+                };
+                let Ruling::Forward { source, endpoints, .. } = &matched.ruling else {
+                    prop_assert!(matches!(explanation.outcome, Outcome::Drop | Outcome::Reject));
+                    continue;
+                };
+                let socket = |t: &Target| SocketAddr::new(t.address, t.port);
+                let explained = endpoints.iter().map(|c| (socket(&c.target), c.masquerade)).collect();
+                prop_assert_eq!(&explanation.outcome, &Outcome::Forward(explained), "{}", explanation);
+                let always = matches!(source, Source::Masqueraded(_));
+                prop_assert!(endpoints.iter().all(|c| c.masquerade == (always || c.hairpin)));
+                let chosen: BTreeSet<_> = endpoints.iter().map(|c| socket(&c.target)).collect();
+                let left_out: BTreeSet<_> = matched.left_out.iter().map(|(t, _)| socket(t)).collect();
+                prop_assert!(chosen.is_disjoint(&left_out));
+                let slices = cluster.store.slices(&matched.service.service);
+                let all: BTreeSet<SocketAddr> = slices
+                    .filter(|slice| slice.family == family)
+                    .flat_map(|slice| slice.ports.iter().map(move |port| (slice, port)))
+                    .filter(|(_, p)| p.name == matched.service.port && p.protocol == packet.protocol)
+                    .flat_map(|(s, p)| s.endpoints.iter().map(|e| SocketAddr::new(e.address, p.port)))
+                    .collect();
+                prop_assert_eq!(chosen.union(&left_out).copied().collect::<BTreeSet<_>>(), all);
+            }
+        }
+        Ok(())
+    });
 }
 
 every_mode!(
