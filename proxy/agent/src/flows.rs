@@ -77,9 +77,9 @@ impl Flows {
     }
 
     /// Services changed, or the node did.
-    pub(crate) fn changed<'a>(
+    pub(crate) fn changed(
         &mut self,
-        services: impl IntoIterator<Item = &'a NamespacedName> + Clone,
+        services: &BTreeSet<NamespacedName>,
         changes: &[Change; 2],
         store: &Store,
         compiler: &Compiler,
@@ -89,7 +89,7 @@ impl Flows {
             let table = compiler.table(of);
             let mut frontends: BTreeSet<_> =
                 change.frontends.iter().copied().filter(|f| is_cleaned(f.protocol)).collect();
-            for name in services.clone() {
+            for name in services {
                 frontends.extend(family.serving.update(name, store, table));
             }
             family.schedule.changed(Scope::Frontends(frontends), now);
@@ -150,7 +150,7 @@ impl Flows {
     }
 
     /// Counts for metrics.
-    #[cfg_attr(not(test), expect(dead_code, reason = "metrics are not exported yet"))]
+    #[expect(dead_code, reason = "metrics are not exported yet")]
     pub(crate) fn totals(&self, family: IpFamily) -> Totals {
         self.families[family as usize].totals
     }

@@ -1,6 +1,9 @@
 //! Clients that never change their port follow their Service: the agent's binary on a real kernel, in
 //! network namespaces of its own, fed from a folder of manifests.
 
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(clippy::expect_used)]
+
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};

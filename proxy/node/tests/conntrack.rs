@@ -1,5 +1,8 @@
 //! ctnetlink on a real kernel, in network namespaces of its own.
 
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(clippy::expect_used)]
+
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Instant;
