@@ -8,8 +8,6 @@ use crate::id::Protocol;
 use crate::node::{Config, Node};
 use crate::service::{Service, ServicePort};
 use crate::store::Event;
-use std::net::IpAddr;
-use std::sync::Arc;
 
 const POD: &str = "10.244.1.1";
 const NODE: &str = "192.0.2.11";
@@ -329,6 +327,6 @@ fn who_claims_a_frontend_in_vain_is_named() {
 
 #[test]
 fn affinity_is_mentioned() {
-    let world = World::new(vec![endpoint(1, READY)]).with(|s| s.affinity = Some(Duration::from_secs(10_800)));
+    let world = World::new(vec![endpoint(1, READY)]).with(|s| s.affinity = Some(Duration::from_hours(3)));
     assert!(world.explain(POD, "10.96.0.10:80").to_string().contains("in the last 10800 s"));
 }
