@@ -264,3 +264,27 @@ fn packets_come_from_standard_input() -> Result<()> {
     assert_eq!((code, text.contains("demo/dns:dns/udp")), (Some(0), true), "{text}");
     Ok(())
 }
+
+/// What docs/explain.md shows is what is printed.
+#[test]
+fn the_documentation_shows_what_is_printed() -> Result<()> {
+    let text = std::fs::read_to_string(root().join("docs/explain.md"))?;
+    let mut samples = 0;
+    let mut lines = text.lines().peekable();
+    while let Some(line) = lines.next() {
+        let Some(arguments) = line.strip_prefix("    $ shunt ").filter(|a| a.contains("--manifests")) else {
+            continue;
+        };
+        let mut shown = String::new();
+        while let Some(line) = lines.next_if(|line| line.starts_with("    ")) {
+            shown.push_str(&line[4..]);
+            shown.push('\n');
+        }
+        let arguments = arguments.split_whitespace();
+        let output = Command::new(SHUNT).args(arguments).current_dir(root()).output()?;
+        assert_eq!(String::from_utf8(output.stdout)?, shown, "{line}");
+        samples += 1;
+    }
+    assert!(samples > 4, "only {samples} samples were found");
+    Ok(())
+}

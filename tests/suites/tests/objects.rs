@@ -1,6 +1,8 @@
 //! Objects of all sorts, sound and unsound, through everything that is pure: the corpus of the fuzz
 //! target, and every object of every case.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use shunt_suites::mode::ModeUnderTest;
