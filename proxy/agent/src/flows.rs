@@ -148,12 +148,6 @@ impl Flows {
         tracing::debug!(family = %of, failures = family.schedule.failures(), "{error}; trying again");
         Some(format!("stale flows may stay, {of}: {error}"))
     }
-
-    /// Counts for metrics.
-    #[expect(dead_code, reason = "metrics are not exported yet")]
-    pub(crate) fn totals(&self, family: IpFamily) -> Totals {
-        self.families[family as usize].totals
-    }
 }
 
 /// Carries out one clean-up after the other, on one socket while that works.
