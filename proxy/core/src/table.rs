@@ -423,13 +423,13 @@ impl ForwardingTable {
         &self.node
     }
 
-    /// Replaces what is known of the node. Answers whether that changes anything for the modes.
+    /// Replaces what is known of the node. Answers whether that changes anything for the modes, which
+    /// ask the kernel which addresses are local: those of every new pod's interface come and go.
     pub fn set_node(&mut self, node: NodeFacts) -> Change {
-        if self.node == node {
-            return Change::default();
-        }
+        let local_addresses = self.node.local_addresses.clone();
+        let same = NodeFacts { local_addresses, ..node.clone() } == self.node;
         self.node = node;
-        Change::everything()
+        if same { Change::default() } else { Change::everything() }
     }
 
     /// Ranges from which cluster IPs are allocated, of this family.

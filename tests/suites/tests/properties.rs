@@ -115,7 +115,7 @@ fn the_order_of_events_means_nothing() {
 /// The mode's walker over what the mode rendered gives the answers of the reference walker.
 fn rendered_state_answers_as_the_table<M: ModeUnderTest>() {
     let seen: std::cell::RefCell<BTreeMap<&'static str, usize>> = std::cell::RefCell::default();
-    check(600, &(context(), steps(10..60), packets(60)), |(context, steps, packets)| {
+    check(1200, &(context(), steps(10..60), packets(100)), |(context, steps, packets)| {
         let mut cluster = Cluster::new(context);
         cluster.steps(&steps);
         for family in IpFamily::ALL {
