@@ -2,8 +2,9 @@
 
 CARGO ?= cargo
 # What tests, demo and benches use besides Rust, as Debian packages.
-PACKAGES := iproute2 nftables util-linux
+PACKAGES := gcc libc6-dev iproute2 nftables util-linux
 SHUNT := target/debug/shunt
+TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 
 .PHONY: help demo test lint bench ebpf image deps build
 
@@ -15,7 +16,8 @@ demo: deps ## Shows Shunt at work: a node, a client and three pods in network na
 	target/debug/shunt-demo $(SHUNT) examples
 
 test: deps ## Runs all tests (needs root for those in network namespaces)
-	SHUNT_REQUIRE_KERNEL=1 $(CARGO) test --workspace
+	second=$$(tests/fetch-nft target/nft-1.1.3) && \
+	SHUNT_REQUIRE_KERNEL=1 SHUNT_NFT_BINARIES="nft:$$second" $(CARGO) test --workspace
 
 lint: ## Formatting, clippy, licences and the direction of dependencies
 	$(CARGO) fmt --all --check
@@ -30,9 +32,9 @@ bench: deps ## Measures speed and memory at 10,000 Services (see benches/README.
 ebpf: ## Rebuilds the eBPF programs
 	@echo "This version has no eBPF programs: there is nothing to build."
 
-image: ## Builds the container image (needs docker, podman or buildah)
-	$(CARGO) build --release -p shunt
-	deploy/build-image target/release/shunt
+image: ## Builds the container image, target/shunt-image.tar (an OCI archive; no engine needed)
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p shunt --target $(TARGET)
+	deploy/build-image target/$(TARGET)/release/shunt target/shunt-image.tar
 
 deps:
 	@missing=""; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \

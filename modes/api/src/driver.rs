@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
 use crate::{Backend, KernelError, Mode, Plan, Unsupported, rendered};
@@ -45,6 +46,10 @@ pub enum Stage {
     Kernel,
 }
 
+/// What a mode's rules make of packets, in the packets' order; an error says what in the rules cannot
+/// be followed.
+pub type Traces = Vec<Result<Outcome, String>>;
+
 /// One mode for one family, whatever the mode.
 pub trait Driver: Send {
     /// The mode.
@@ -63,6 +68,9 @@ pub trait Driver: Send {
         only: Option<&Change>,
         output: Output,
     ) -> Result<String, KernelError>;
+    /// Reads the kernel and says what becomes of packets under what it holds. Of `table` only the
+    /// node's addresses count.
+    fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError>;
     /// Removes everything that the mode owns.
     fn cleanup(&mut self) -> Result<(), KernelError>;
 }
@@ -155,6 +163,11 @@ impl<B: Backend> Driver for ModeDriver<B> {
         Ok(print_state::<B>(state, only, output))
     }
 
+    fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError> {
+        let observed = self.backend.observe()?;
+        Ok(trace::<B>(&observed, table, packets))
+    }
+
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.state = None;
         self.backend.cleanup()
@@ -176,6 +189,15 @@ pub fn dump_offline<B: Backend>(
         }
         Stage::State | Stage::Kernel => print_state::<B>(rendered::<B>(table), only, output),
     }
+}
+
+/// What becomes of packets in a kernel that holds exactly what the table asks for; needs no kernel.
+pub fn trace_offline<B: Backend>(table: &ForwardingTable, packets: &[Packet]) -> Traces {
+    trace::<B>(&rendered::<B>(table), table, packets)
+}
+
+fn trace<B: Backend>(state: &B::State, table: &ForwardingTable, packets: &[Packet]) -> Traces {
+    packets.iter().map(|packet| B::trace(state, &table.node().local_addresses, packet)).collect()
 }
 
 fn print_state<B: Backend>(mut state: B::State, only: Option<&Change>, output: Output) -> String {

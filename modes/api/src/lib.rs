@@ -16,11 +16,14 @@ pub mod driver;
 pub mod plan;
 pub mod sync;
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Outcome, Packet};
 
 pub use plan::{Plan, Transaction};
 
@@ -48,6 +51,15 @@ impl Mode {
             Self::Nftables => "nftables",
             Self::Ipvs => "ipvs",
             Self::Ebpf => "ebpf",
+        }
+    }
+
+    /// Whether the kernel's conntrack remembers the endpoint of each flow, so that flows to endpoints
+    /// that are gone must be deleted there. eBPF asks its own map for every packet.
+    pub const fn uses_conntrack(self) -> bool {
+        match self {
+            Self::Iptables | Self::Nftables | Self::Ipvs => true,
+            Self::Ebpf => false,
         }
     }
 }
@@ -142,6 +154,11 @@ pub trait Backend: Send {
 
     /// The state for programs. Pure.
     fn json(state: &Self::State) -> serde_json::Value;
+
+    /// What becomes of a packet under `state`, as the kernel would evaluate it and without asking
+    /// the table; `local` are the addresses of the node. The error says what in `state` cannot be
+    /// followed. Pure.
+    fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
 
     /// Whether this node can run the mode; names what is missing.
     fn probe(&mut self) -> Result<(), Unsupported>;

@@ -87,9 +87,13 @@ impl Netlink {
             if !in_use || set == SetKey::Affinity {
                 continue;
             }
+            let sized = matches!(set, SetKey::Services(_) | SetKey::Endpoints(_));
+            if sized {
+                self.socket.dump_elements(id, &set.to_string(), |e| state.insert(set, &e))?;
+                continue;
+            }
+            let elements = self.settled_elements(id, set)?;
             if set == SetKey::ServiceCidrs {
-                let mut elements = Vec::new();
-                self.socket.dump_elements(id, &set.to_string(), |e| elements.push(e))?;
                 let (ranges, strays) = ranges_of(self.family, &elements);
                 state.service_cidrs = ranges;
                 state.strays.extend(strays.into_iter().map(|e| Stray {
@@ -99,10 +103,29 @@ impl Netlink {
                     interval_end: e.interval_end,
                 }));
             } else {
-                self.socket.dump_elements(id, &set.to_string(), |e| state.insert(set, &e))?;
+                for element in &elements {
+                    state.insert(set, element);
+                }
             }
         }
         Ok(state)
+    }
+
+    /// Elements of a set without a declared size: dumped until two dumps agree, because the kernel
+    /// reorganises such sets after many additions, and a dump meanwhile may lack some.
+    fn settled_elements(&mut self, id: TableId<'_>, set: SetKey) -> Result<Vec<Element>, Error> {
+        const TRIES: usize = 20;
+        let mut last: Vec<Element> = Vec::new();
+        for _ in 0..TRIES {
+            let mut elements = Vec::new();
+            self.socket.dump_elements(id, &set.to_string(), |e| elements.push(e))?;
+            elements.sort_unstable();
+            if elements == last {
+                break;
+            }
+            last = elements;
+        }
+        Ok(last)
     }
 }
 

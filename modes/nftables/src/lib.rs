@@ -26,8 +26,12 @@ pub mod rules;
 pub mod state;
 pub mod trace;
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Outcome, Packet};
 use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
 
 use crate::kernel::Kernel;
@@ -85,6 +89,10 @@ impl<K: Kernel + Send> Backend for Nftables<K> {
 
     fn json(state: &State) -> serde_json::Value {
         state.json()
+    }
+
+    fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
+        trace::trace(state, local, packet)
     }
 
     fn probe(&mut self) -> Result<(), Unsupported> {

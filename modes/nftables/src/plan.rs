@@ -343,7 +343,7 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
     if observed.foreign {
         return rebuild(observed, desired, limits);
     }
-    if desired.everything && !desired.active {
+    if !desired.active {
         let mut plan = Plan::default();
         if observed.exists {
             plan.push(vec![Op::DeleteTable(observed.family)]);
@@ -383,11 +383,10 @@ struct Planner<'a> {
     chains: BTreeSet<ChainKey>,
     /// Classes that are needed, or kept.
     classes: BTreeSet<Class>,
+    /// Whether a chain of a class gets other rules than it has.
+    rewritten: bool,
     /// Maps that larger ones replace.
     replaced: Replaced,
-    /// Whether a chain that tells classes of source apart changes: the classes of the frontends that
-    /// lead to it change with it, or packets are taken for somebody else's in between.
-    sources_change: bool,
     /// Service ports with affinity in question, by id.
     affinity: BTreeMap<u32, PortPlan<'a>>,
     /// Chains of those that stay.
@@ -446,8 +445,8 @@ impl<'a> Planner<'a> {
             after: Vec::new(),
             chains: BTreeSet::new(),
             classes: BTreeSet::new(),
+            rewritten: false,
             replaced: Replaced::default(),
-            sources_change: false,
         }
     }
 
@@ -474,24 +473,24 @@ impl<'a> Planner<'a> {
         }
         self.addresses();
         self.hooks();
-        self.affinity_garbage();
-        if self.desired.everything {
-            self.collect_garbage();
+        let mut garbage = if self.desired.everything { self.garbage() } else { Vec::new() };
+        garbage.extend(self.affinity_garbage());
+        if self.replaced.some() {
+            // Chains that nothing uses hold on to the old maps.
+            self.after.append(&mut garbage);
         }
+        // Rules and chains that look at the sets for affinity are garbage themselves.
         let wanted = self.wanted_sets();
-        let stale: Vec<Op> = self
-            .observed
-            .sets
-            .iter()
-            .filter(|set| !wanted.contains(set))
-            .map(|set| Op::DeleteSet(*set))
-            .collect();
-        self.after.extend(stale);
-        self.transactions()
+        for set in self.observed.sets.iter().filter(|set| !wanted.contains(set)) {
+            let ops = if SetKey::AFFINITY.contains(set) { &mut garbage } else { &mut self.after };
+            ops.push(Op::DeleteSet(*set));
+        }
+        self.transactions(garbage)
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order.
-    fn transactions(self) -> Plan<Op> {
+    /// Everything in one transaction if it fits, else bounded ones in order. Garbage goes apart: a packet
+    /// that was told its class before the first commit must not find the class gone.
+    fn transactions(self, garbage: Vec<Op>) -> Plan<Op> {
         let whole = self.must_stay_whole();
         let mut plan = Plan::default();
         let mut ops = self.before;
@@ -509,17 +508,21 @@ impl<'a> Planner<'a> {
             ops.push(op);
         }
         plan.push(ops);
+        let mut garbage = garbage.into_iter().peekable();
+        while garbage.peek().is_some() {
+            plan.push(garbage.by_ref().take(self.limits.transaction).collect());
+        }
         plan
     }
 
     /// A map that grows is filled and put to use in one transaction, for rules and mirror know of one
-    /// such map only. Those who set the mark and those who look at it change together, and so do those
-    /// who tell sources apart and those who say which of them matter.
+    /// such map only. Those who set the mark and those who look at it change together. Chains that tell
+    /// sources apart in another way change together with the classes of the frontends.
     fn must_stay_whole(&self) -> bool {
         let postrouting = rules::of_base_chain(&self.skeleton, POSTROUTING);
         let held = self.observed.chains.get(POSTROUTING);
         self.replaced.some()
-            || self.sources_change
+            || self.rewritten
             || held.is_some_and(|chain| chain.rules.first() != postrouting.first())
     }
 
@@ -536,6 +539,10 @@ impl<'a> Planner<'a> {
     fn sets(&mut self) {
         if !self.observed.exists {
             self.before.push(Op::AddTable(self.observed.family));
+        }
+        if self.desired.everything {
+            // They may sit where elements of ours belong.
+            self.before.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         }
         let missing: Vec<SetKey> =
             self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
@@ -558,7 +565,7 @@ impl<'a> Planner<'a> {
             self.chain(next);
         }
         let (name, rules) = (chain.to_string(), rules::of_chain(&self.skeleton, &chain));
-        self.sources_change |= matches!(chain, ChainKey::Class(_)) && differs(self.observed, &name, &rules);
+        self.rewritten |= self.observed.chains.get(&name).is_some_and(|held| held.rules != rules);
         self.rules(&name, None, rules, false);
     }
 
@@ -804,7 +811,8 @@ impl<'a> Planner<'a> {
                     other => {
                         let chain = other.map(|c| c.to_string()).unwrap_or_default();
                         let rules = rules::affinity_class(&self.skeleton, *id, name, *legs);
-                        self.sources_change |= differs(self.observed, &chain, &rules);
+                        let known = self.observed.chains.get(&chain);
+                        self.rewritten |= known.is_some_and(|held| held.rules != rules);
                         set_rules(self.observed, &mut port.ops, &chain, None, rules);
                         self.affinity_chains.insert(chain.clone());
                         chain
@@ -831,8 +839,9 @@ impl<'a> Planner<'a> {
     }
 
     /// What Service ports with affinity do not need any more. Chains and classes are only seen to where
-    /// [`Self::collect_garbage`] does not see to all of them.
-    fn affinity_garbage(&mut self) {
+    /// [`Self::garbage`] does not see to all of them.
+    fn affinity_garbage(&self) -> Vec<Op> {
+        let mut garbage = Vec::new();
         let nothing = Affinity::default();
         for (id, port) in &self.affinity {
             let held = self.observed.affinity.get(id).unwrap_or(&nothing);
@@ -843,7 +852,7 @@ impl<'a> Planner<'a> {
                     if let Class::Affinity { legs, .. } = class
                         && !port.all_legs.contains(legs)
                     {
-                        self.after.push(Op::DeleteClass(*class));
+                        garbage.push(Op::DeleteClass(*class));
                         chains.extend(class.chain());
                     }
                 }
@@ -852,31 +861,32 @@ impl<'a> Planner<'a> {
                 chains.extend(unused.clone().map(|list| ChainKey::Affinity { id: *id, list }));
                 let names = chains.iter().map(|chain| self.observed.chain_name(chain));
                 let names: Vec<String> = names.filter(|n| self.observed.chains.contains_key(n)).collect();
-                self.after.extend(names.iter().map(|name| Op::SetRules(name.clone(), Vec::new())));
-                self.after.extend(names.into_iter().map(Op::DeleteChain));
+                garbage.extend(names.iter().map(|name| Op::SetRules(name.clone(), Vec::new())));
+                garbage.extend(names.into_iter().map(Op::DeleteChain));
             }
             for list in unused {
                 let slots = edit_slots(&held.slots[list as usize], &[], false);
                 let slot = |(index, from, to)| Op::SetChoice { id: *id, list, index, from, to };
-                self.after.extend(slots.into_iter().map(slot));
-                self.after.extend(edit_tokens(*id, list, held, &BTreeMap::new()));
+                garbage.extend(slots.into_iter().map(slot));
+                garbage.extend(edit_tokens(*id, list, held, &BTreeMap::new()));
             }
         }
+        garbage
     }
 
-    /// Chains and classes that nothing uses any more, some spare ones excepted, and elements that are not ours.
-    fn collect_garbage(&mut self) {
+    /// Chains and classes that nothing uses any more, some spare ones excepted.
+    fn garbage(&self) -> Vec<Op> {
         let stale = self.observed.classes.difference(&self.classes);
-        self.after.extend(stale.map(|class| Op::DeleteClass(*class)));
-        self.after.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
+        let mut garbage: Vec<Op> = stale.map(|class| Op::DeleteClass(*class)).collect();
         let mut keep: BTreeSet<String> = self.chains.iter().map(ToString::to_string).collect();
         keep.insert(SERVICES_CHAIN.to_owned());
-        keep.append(&mut self.affinity_chains);
+        keep.extend(self.affinity_chains.iter().cloned());
         keep.extend(base_chains().map(|(name, _)| name.to_owned()));
         let stale: Vec<&String> = self.observed.chains.keys().filter(|name| !keep.contains(*name)).collect();
         // Rules first: a chain that another one leads to cannot be deleted.
-        self.after.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
-        self.after.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage.extend(stale.iter().map(|name| Op::SetRules((*name).clone(), Vec::new())));
+        garbage.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
+        garbage
     }
 }
 
@@ -941,11 +951,6 @@ fn edit_tokens(id: u32, list: List, held: &Affinity, wanted: &BTreeMap<u32, Endp
         .filter(|(_, from, to)| from != to)
         .map(|(number, from, to)| Op::SetToken { id, list, number, from, to })
         .collect()
-}
-
-/// Whether a chain exists with other rules.
-fn differs(observed: &State, name: &str, rules: &[Rule]) -> bool {
-    observed.chains.get(name).is_some_and(|chain| chain.rules != rules)
 }
 
 /// Creates a chain or changes its rules, unless it is there with the right ones.

@@ -356,11 +356,12 @@ fn reject(skeleton: &Skeleton) -> Rule {
 }
 
 /// Chooses an endpoint and translates. A commit between the lookup of the class and that of the
-/// endpoint may have taken the chosen slot away: then it chooses once more, and rather drops the
-/// packet, which the client sends again, than lets it leave with the Service's address.
+/// endpoint may have taken the chosen slot away: then the first slot serves, which is there as long as
+/// any is. When none is any more, the packet is dropped rather than let go with the Service's address;
+/// the client sends it again.
 fn pick(skeleton: &Skeleton, node_port: bool, list: List, count: u32) -> Vec<Rule> {
     let map = if node_port { SetKey::NodePortEndpoints } else { SetKey::Endpoints(skeleton.endpoints) };
-    let choose = || {
+    let choose = |count: u32| {
         let mut rule = Builder::new(skeleton);
         let at = rule.load_frontend(node_port);
         let offset = list.base();
@@ -384,7 +385,7 @@ fn pick(skeleton: &Skeleton, node_port: bool, list: List, count: u32) -> Vec<Rul
         ));
         rule.done()
     };
-    vec![choose(), choose(), Builder::new(skeleton).verdict(Verdict::Drop)]
+    vec![choose(count), choose(1), Builder::new(skeleton).verdict(Verdict::Drop)]
 }
 
 /// Tells the classes of source apart: pods first, then the node itself, then everything else.
@@ -460,7 +461,7 @@ pub fn affinity(skeleton: &Skeleton, of: AffinityRules, list: List, count: u32) 
         rules.extend(affinity_recall(skeleton, of.id));
         rules.push(affinity_go(skeleton, of, list, false));
         // No more clients can be remembered, or a commit took the chosen endpoint away: see `pick`.
-        rules.push(affinity_choose(skeleton, list, count));
+        rules.push(affinity_choose(skeleton, list, 1));
         rules.push(affinity_go(skeleton, of, list, false));
     }
     rules.push(Builder::new(skeleton).verdict(Verdict::Drop));

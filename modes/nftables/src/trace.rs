@@ -113,7 +113,9 @@ pub fn trace_client(
                 let masquerade = after
                     .base_chain("nat-postrouting")
                     .into_iter()
-                    .map(|(end, _)| match end {
+                    .map(|(end, after)| match end {
+                        // An encapsulated packet that comes by a second time would be taken for marked.
+                        End::Masqueraded if after.mark != 0 => Err(format!("{packet}: leaves marked")),
                         End::Masqueraded => Ok(true),
                         End::Continue | End::Accept | End::Return => Ok(false),
                         other => Err(format!("{packet}: {other:?} in nat-postrouting")),

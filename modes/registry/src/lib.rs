@@ -8,7 +8,8 @@
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
-use shunt_mode::driver::{Driver, ModeDriver, Output, Stage, dump_offline};
+use shunt_core::walk::Packet;
+use shunt_mode::driver::{Driver, ModeDriver, Output, Stage, Traces, dump_offline, trace_offline};
 use shunt_mode::{KernelError, Mode};
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::kernel::Netlink;
@@ -49,6 +50,14 @@ pub fn dump(
 ) -> Result<String, OpenError> {
     match mode {
         Mode::Nftables => Ok(dump_offline::<Nftables<Netlink>>(table, stage, only, output)),
+        other => Err(OpenError::NotBuilt(other)),
+    }
+}
+
+/// Says what becomes of packets under what a mode makes of a table, without a kernel.
+pub fn trace(mode: Mode, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, OpenError> {
+    match mode {
+        Mode::Nftables => Ok(trace_offline::<Nftables<Netlink>>(table, packets)),
         other => Err(OpenError::NotBuilt(other)),
     }
 }

@@ -1,4 +1,4 @@
-//! How `shunt dump` reaches the running agent: a Unix socket, one request and one answer a
+//! How `shunt dump` and `shunt explain` reach the running agent: a Unix socket, one request and one answer a
 //! connection, both a line of JSON. Only root can open it.
 
 use std::io::{BufRead, BufReader, Write};
@@ -7,17 +7,28 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::dump::DumpRequest;
+use crate::explain::ExplainRequest;
+
+/// What the running agent can be asked.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Request {
+    /// A dump; answered with its text.
+    Dump(DumpRequest),
+    /// What becomes of packets; answered with a list of answers in JSON.
+    Explain(ExplainRequest),
+}
 
 /// A request on its way to the run loop, and where the answer goes.
 pub(crate) struct Asked {
-    pub request: DumpRequest,
+    pub request: Request,
     pub answer: oneshot::Sender<Result<String>>,
 }
 
@@ -29,8 +40,8 @@ enum Answer {
     Error(String),
 }
 
-/// Longest request.
-const REQUEST_MAX: u64 = 64 * 1024;
+/// Longest request: some 50,000 packets to explain.
+const REQUEST_MAX: u64 = 8 << 20;
 /// How long a request may take to arrive.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -72,6 +83,9 @@ async fn serve(stream: UnixStream, tx: mpsc::Sender<Asked>) -> Result<()> {
     let mut reader = tokio::io::BufReader::new(read).take(REQUEST_MAX);
     tokio::time::timeout(REQUEST_TIMEOUT, reader.read_line(&mut line)).await??;
     let answer = match serde_json::from_str(&line) {
+        _ if line.len() as u64 == REQUEST_MAX => {
+            Err(anyhow!("longer than {REQUEST_MAX} bytes: ask for less"))
+        }
         Ok(request) => {
             let (answer, answered) = oneshot::channel();
             tx.send(Asked { request, answer }).await?;
@@ -104,7 +118,7 @@ pub(crate) enum AskError {
 }
 
 /// Asks the running agent.
-pub(crate) fn ask(path: &Path, request: &DumpRequest) -> Result<String, AskError> {
+pub(crate) fn ask(path: &Path, request: &Request) -> Result<String, AskError> {
     let Ok(mut stream) = StdUnixStream::connect(path) else {
         return Err(AskError::NoAgent(path.display().to_string()));
     };

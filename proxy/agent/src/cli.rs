@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Where the running agent listens for `shunt dump`.
+/// Where the running agent listens for `shunt dump` and `shunt explain`.
 pub(crate) const ADMIN_SOCKET: &str = "/run/shunt/shunt.sock";
 
 /// A Kubernetes service proxy for Linux nodes: a drop-in replacement for kube-proxy.
@@ -21,6 +21,7 @@ Examples:
   shunt run --manifests examples/services --hostname-override worker-1
   shunt dump --service default/web
   shunt dump --manifests examples/services --node worker-1 --stage state
+  shunt explain --from external --to 192.0.2.11:30080
   shunt cleanup
 
 Called as `kube-proxy` (by the name of the executable) it behaves as `shunt run`."
@@ -36,6 +37,8 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Prints the forwarding table, the rules made of it, or what the kernel holds.
     Dump(Box<DumpArgs>),
+    /// Says where a packet goes and why: frontend, policy, endpoints chosen and left out, masquerade.
+    Explain(Box<ExplainArgs>),
     /// Removes everything that Shunt has put into this node's kernel. Safe to run twice.
     Cleanup(CleanupArgs),
 }
@@ -61,7 +64,7 @@ pub(crate) struct LogArgs {
 }
 
 /// Settings that flags and configuration file share. With `--config`, the file wins.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct SettingArgs {
     /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1).
     #[arg(long, value_name = "FILE")]
@@ -123,9 +126,9 @@ pub(crate) struct RunArgs {
     /// configuration.
     #[arg(long, value_name = "DURATION")]
     pub min_sync_period: Option<String>,
-    /// Where `shunt dump` reaches the running agent; empty for nowhere.
+    /// Where `shunt dump` and `shunt explain` reach the running agent; empty for nowhere.
     #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
-    pub admin_socket: PathBuf,
+    pub admin_socket: String,
     /// Remove everything that Shunt has put into the kernel, and exit.
     #[arg(long)]
     pub cleanup: bool,
@@ -190,6 +193,77 @@ pub(crate) struct DumpArgs {
     pub manifests: Option<PathBuf>,
     /// Name of the node to compile for, with --manifests.
     #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// Where the running agent listens.
+    #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
+    pub admin_socket: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    mut_arg("mode", |arg| arg.help(
+        "Answer from the rules of this mode instead of the forwarding table, and compare both: rules \
+         in the kernel, or with --manifests those that would be there"
+    )),
+    after_help = "\
+Sources:
+  ADDRESS     whoever has it: 10.244.1.11, 2001:db8::7
+  node        this node: its primary address of the destination's family
+  external    somebody outside of the cluster: an address of 203.0.113.0/24 or 2001:db8:ffff::/120
+  pod/ADDRESS a pod by its address; with --manifests also pod/[NAMESPACE/]NAME, if an EndpointSlice
+              (targetRef) or a Pod among them has the name
+
+Examples:
+  shunt explain --from 10.244.1.11 --to 10.96.0.10:80
+  shunt explain --from external --to 192.0.2.11:30080           # a node port, from outside
+  shunt explain --from node --to 10.96.0.53:53/udp -o json
+  shunt explain --from node --to '[fd00:10:96::70]:80'
+  shunt explain --from 10.244.1.11 --to 10.96.0.10:80 --mode nftables    # what the kernel's rules say
+  shunt explain --manifests ./manifests --node worker-1 --from pod/web-0 --to 10.96.0.10:80
+  shunt explain --manifests ./manifests --node worker-1 --packets packets.json -o json
+
+A file of packets is a JSON list of {\"name\", \"src\", \"dst\", \"dport\", \"proto\"}; \"interface\" is that by
+which the packet comes in; \"expect\": {\"verdict\", \"endpoints\", \"masquerade\"} is compared with the
+answer, for modes in \"modes\" only if that is given.
+
+Exit status: 0 when all agree, 3 when an answer is not as expected or rules and table differ, 1 when
+the question could not be answered."
+)]
+pub(crate) struct ExplainArgs {
+    #[command(flatten)]
+    pub log: LogArgs,
+    #[command(flatten)]
+    pub settings: SettingArgs,
+    /// Source of the packet.
+    #[arg(
+        long,
+        value_name = "ADDRESS|node|external|pod/NAME",
+        required_unless_present = "packets",
+        conflicts_with = "packets"
+    )]
+    pub from: Option<String>,
+    /// Interface by which the packet comes in, where local pods are recognised by interface.
+    #[arg(long, value_name = "NAME", requires = "from")]
+    pub from_interface: Option<String>,
+    /// Destination of the packet; TCP unless a protocol is given. IPv6 addresses stand in brackets.
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT[/PROTOCOL]",
+        required_unless_present = "packets",
+        conflicts_with = "packets"
+    )]
+    pub to: Option<String>,
+    /// File of packets to ask about (see below); - for standard input.
+    #[arg(long, value_name = "FILE")]
+    pub packets: Option<PathBuf>,
+    /// How to print the answers.
+    #[arg(short = 'o', long, value_enum, default_value_t)]
+    pub output: DumpOutput,
+    /// File or folder of manifests to compile offline, instead of asking the running agent.
+    #[arg(long, value_name = "PATH", requires = "node")]
+    pub manifests: Option<PathBuf>,
+    /// Name of the node to compile for, with --manifests.
+    #[arg(long, value_name = "NAME", requires = "manifests")]
     pub node: Option<String>,
     /// Where the running agent listens.
     #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]

@@ -2,15 +2,14 @@
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
-use shunt_core::compile::{Compiler, Context};
+use shunt_core::compile::Compiler;
 use shunt_core::id::{IpFamily, NamespacedName};
-use shunt_core::node::NodePortAddresses;
-use shunt_core::store::Store;
 use shunt_core::table::{Change, ForwardingTable, PortEntry, SourceClass, Target};
 use shunt_mode::driver::{Driver, Output, Stage};
 
-use crate::admin::{self, AskError};
+use crate::admin::{self, AskError, Request};
 use crate::cli::{DumpArgs, DumpOutput, DumpStage};
+use crate::offline::Offline;
 use crate::settings::Settings;
 
 /// What to print, as it is also sent to the running agent.
@@ -26,7 +25,7 @@ pub(crate) fn dump(args: &DumpArgs) -> Result<()> {
     let text = if let Some(path) = &args.manifests {
         offline(args, path, &request)?
     } else {
-        match admin::ask(&args.admin_socket, &request) {
+        match admin::ask(&args.admin_socket, &Request::Dump(request.clone())) {
             // Without an agent the kernel still answers for itself, in its own words.
             Err(AskError::NoAgent(_)) if request.stage == DumpStage::Kernel && request.service.is_none() => {
                 kernel(args, request.output)?
@@ -50,51 +49,14 @@ fn kernel(args: &DumpArgs, format: DumpOutput) -> Result<String> {
 }
 
 fn offline(args: &DumpArgs, path: &std::path::Path, request: &DumpRequest) -> Result<String> {
-    let manifests = shunt_watch::read_manifests(path, args.node.as_deref())?;
-    for problem in &manifests.problems {
-        tracing::warn!("{problem}");
-    }
-    let document = match &args.settings.config {
-        Some(file) => Some(read_config(file)?),
-        None => configuration(&manifests).cloned(),
-    };
-    let settings = Settings::new(&args.settings, document.as_ref())?;
-    let mut store = Store::default();
-    for event in manifests.events {
-        store.apply(event);
-    }
-    let node_name = args.node.clone().unwrap_or_default();
-    let compiler = Compiler::full(Context::new(node_name, settings.config_for(store.node())), &store);
-    if settings.config.node_port_addresses == NodePortAddresses::Primary && store.node().is_none() {
-        tracing::warn!(
-            "no Node object named {:?} among the manifests: its addresses are unknown, so node ports answer nowhere",
-            compiler.context().node_name
-        );
-    }
+    let Offline { compiler, settings, .. } =
+        Offline::read(path, args.node.as_deref().unwrap_or_default(), &args.settings)?;
     render(&compiler, request, |table, stage, only, output| {
         if stage == Stage::Kernel {
             bail!("--stage kernel reads a kernel: leave out --manifests");
         }
         Ok(shunt_modes::dump(settings.mode, table, stage, only, output)?)
     })
-}
-
-/// Reads the first `KubeProxyConfiguration` of a file.
-pub(crate) fn read_config(file: &std::path::Path) -> Result<Value> {
-    let manifests = shunt_watch::read_manifests(file, None)
-        .with_context(|| format!("configuration {}", file.display()))?;
-    match configuration(&manifests) {
-        Some(document) => Ok(document.clone()),
-        None => match manifests.problems.first() {
-            Some(problem) => bail!("configuration {}: {problem}", file.display()),
-            None => bail!("configuration {}: no document of kind KubeProxyConfiguration", file.display()),
-        },
-    }
-}
-
-/// The first `KubeProxyConfiguration` among manifests.
-fn configuration(manifests: &shunt_watch::Manifests) -> Option<&Value> {
-    manifests.config.iter().map(|c| &c.value).find(|v| v["kind"] == "KubeProxyConfiguration")
 }
 
 /// Prints what a running agent is asked for.

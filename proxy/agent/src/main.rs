@@ -1,8 +1,8 @@
-//! The binary: command line, run loop, dumps.
+//! The binary: command line, run loop, dumps, explanations.
 //!
 //! ```text
 //!   shunt run:   source ─Update─> Store ─Dirty─> Compiler ─Change─> SyncLoop ─Step─> Driver ─> kernel
-//!   shunt dump:  manifests ─> Compiler ─> text        or: the running agent ─> text
+//!   shunt dump, explain:  manifests ─> Compiler ─> text        or: the running agent ─> text
 //! ```
 //!
 //! Everything that decides is elsewhere and pure; this crate waits, wires and prints. Start reading
@@ -13,7 +13,11 @@
 mod admin;
 mod cli;
 mod dump;
+mod explain;
+mod flows;
 mod logging;
+mod offline;
+mod questions;
 mod run;
 mod settings;
 
@@ -30,25 +34,33 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => {
             logging::start(&args.log);
-            if args.cleanup { cleanup() } else { run::run(&args) }
+            done(if args.cleanup { cleanup() } else { run::run(&args) })
         }
         Command::Dump(args) => {
             logging::start(&args.log);
-            dump::dump(&args)
+            done(dump::dump(&args))
+        }
+        Command::Explain(args) => {
+            logging::start(&args.log);
+            explain::explain(&args)
         }
         Command::Cleanup(args) => {
             logging::start(&args.log);
-            cleanup()
+            done(cleanup())
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // Not through the log: the last word of a command must be read whatever the verbosity.
             eprintln!("shunt: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn done(result: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 /// The arguments; called as `kube-proxy`, those of `shunt run`.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use shunt_core::compile::{Compiler, Context};
-use shunt_core::id::IpFamily;
+use shunt_core::id::{IpFamily, NamespacedName};
 use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
 use shunt_mode::driver::{Driver, Report};
@@ -16,16 +16,19 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
-use crate::admin::{self, Asked};
+use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
 use crate::dump;
+use crate::explain;
+use crate::flows::{Done, Flows};
+use crate::offline;
 use crate::settings::{Settings, parse_duration};
 
 /// Updates that may wait between source and loop: enough for a burst, little enough for memory.
 const UPDATES_MAX: usize = 1024;
 
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
-    let document = args.settings.config.as_deref().map(dump::read_config).transpose()?;
+    let document = args.settings.config.as_deref().map(offline::read_config).transpose()?;
     let mut settings = Settings::new(&args.settings, document.as_ref())?;
     if let Some(period) = &args.min_sync_period {
         settings.min_sync_period = Some(parse_duration(period).context("--min-sync-period")?);
@@ -67,13 +70,15 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     let (addresses_tx, mut addresses) = mpsc::channel(1);
     let watcher = tokio::spawn(shunt_node::addresses::watch(addresses_tx));
     let (asked_tx, mut asked) = mpsc::channel(1);
-    if !args.admin_socket.as_os_str().is_empty()
-        && let Err(error) = admin::listen(&args.admin_socket, asked_tx.clone())
+    if !args.admin_socket.is_empty()
+        && let Err(error) = admin::listen(args.admin_socket.as_ref(), asked_tx.clone())
     {
-        tracing::warn!("{error:#}: `shunt dump` cannot reach this agent");
+        tracing::warn!("{error:#}: `shunt dump` and `shunt explain` cannot reach this agent");
     }
 
-    let mut engine = Engine::new(settings, node_name, families);
+    let (done_tx, mut done) = mpsc::unbounded_channel();
+    let flows = settings.mode.uses_conntrack().then(|| Flows::start(done_tx)).transpose()?;
+    let mut engine = Engine::new(settings, node_name, families, flows);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
     tokio::pin!(watcher);
@@ -95,9 +100,10 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
                 }
             }
             Some(found) = addresses.recv() => engine.addresses(found),
+            Some(ended) = done.recv() => engine.cleaned(ended),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
-                let _ = answer.send(block_in_place(|| engine.dump(&request)));
+                let _ = answer.send(block_in_place(|| engine.answer(&request)));
             }
             ended = &mut source => return Err(ended_source(ended)),
             ended = &mut watcher => {
@@ -116,7 +122,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     source.abort();
     watcher.abort();
     drop(asked_tx);
-    if !args.admin_socket.as_os_str().is_empty() {
+    if !args.admin_socket.is_empty() {
         let _ = std::fs::remove_file(&args.admin_socket);
     }
     Ok(())
@@ -175,6 +181,13 @@ struct Family {
     sync: SyncLoop,
 }
 
+impl Family {
+    /// Whether the kernel holds what the table asks for, as far as known.
+    const fn in_sync(&self) -> bool {
+        self.sync.queued_since().is_none()
+    }
+}
+
 /// Everything between a source and the kernel.
 struct Engine {
     settings: Settings,
@@ -185,6 +198,8 @@ struct Engine {
     synced: bool,
     addresses: Option<BTreeSet<IpAddr>>,
     families: Vec<Family>,
+    /// `None` in modes that track no flows.
+    flows: Option<Flows>,
     /// What was complained about lately, so that it is said once.
     said: VecDeque<String>,
 }
@@ -193,7 +208,7 @@ struct Engine {
 const SAID_MAX: usize = 1000;
 
 impl Engine {
-    fn new(settings: Settings, node_name: String, families: Vec<Family>) -> Self {
+    fn new(settings: Settings, node_name: String, families: Vec<Family>, flows: Option<Flows>) -> Self {
         Self {
             settings,
             node_name,
@@ -202,12 +217,15 @@ impl Engine {
             synced: false,
             addresses: None,
             families,
+            flows,
             said: VecDeque::new(),
         }
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.families.iter().filter_map(|f| f.sync.deadline()).min()
+        let flows = self.flows.as_ref();
+        let of_flows = |f: &Family| flows?.deadline(f.driver.family()).filter(|_| f.in_sync());
+        self.families.iter().flat_map(|f| [f.sync.deadline(), of_flows(f)]).flatten().min()
     }
 
     fn updates(&mut self, batch: &mut Vec<Update>) {
@@ -269,10 +287,14 @@ impl Engine {
         for conflict in conflicts {
             self.complain(conflict.to_string());
         }
-        self.compiler = Some(compiler);
+        let now = Instant::now();
         for family in &mut self.families {
-            family.sync.start(Instant::now());
+            family.sync.start(now);
         }
+        if let Some(flows) = &mut self.flows {
+            flows.all_known(&self.store, &compiler, now);
+        }
+        self.compiler = Some(compiler);
     }
 
     fn compile(&mut self, dirty: &Dirty) {
@@ -292,20 +314,30 @@ impl Engine {
         for conflict in conflicts {
             self.complain(conflict);
         }
-        self.changed(&changes);
+        self.changed(&dirty.services, &changes);
     }
 
     fn refresh_context(&mut self) {
         let context = self.context();
         let Some(compiler) = &mut self.compiler else { return };
         let changes = compiler.set_context(context, &self.store);
-        self.changed(&changes);
+        self.changed(&BTreeSet::new(), &changes);
     }
 
-    fn changed(&mut self, changes: &[Change; 2]) {
+    fn changed(&mut self, services: &BTreeSet<NamespacedName>, changes: &[Change; 2]) {
         let now = Instant::now();
         for family in &mut self.families {
             family.sync.changed(changes[family.driver.family() as usize].clone(), now);
+        }
+        if let (Some(flows), Some(compiler)) = (&mut self.flows, &self.compiler) {
+            flows.changed(services, changes, &self.store, compiler, now);
+        }
+    }
+
+    fn cleaned(&mut self, ended: Done) {
+        let complaint = self.flows.as_mut().and_then(|flows| flows.done(ended, Instant::now()));
+        if let Some(complaint) = complaint {
+            self.complain(complaint);
         }
     }
 
@@ -313,30 +345,39 @@ impl Engine {
     fn tick(&mut self, now: Instant) {
         let Some(compiler) = &self.compiler else { return };
         for family in &mut self.families {
-            let Some(step) = family.sync.next(now) else { continue };
             let of = family.driver.family();
-            match family.driver.sync(compiler.table(of), &step) {
-                Ok(report) => {
-                    log_sync(of, &step, &report);
-                    family.sync.finished(Ok(step), Instant::now());
+            if let Some(step) = family.sync.next(now) {
+                match family.driver.sync(compiler.table(of), &step) {
+                    Ok(report) => {
+                        log_sync(of, &step, &report);
+                        family.sync.finished(Ok(step), Instant::now());
+                    }
+                    Err(error) => {
+                        family.sync.finished(Err(error.remedy), Instant::now());
+                        tracing::error!(
+                            family = %of,
+                            failures = family.sync.failures(),
+                            "sync failed: {error}; reading the kernel again soon"
+                        );
+                    }
                 }
-                Err(error) => {
-                    family.sync.finished(Err(error.remedy), Instant::now());
-                    tracing::error!(
-                        family = %of,
-                        failures = family.sync.failures(),
-                        "sync failed: {error}; reading the kernel again soon"
-                    );
-                }
+            }
+            // A flow that is deleted too early would be bound to the old endpoint again.
+            if let Some(flows) = self.flows.as_mut().filter(|_| family.in_sync()) {
+                flows.tick(of, compiler, now);
             }
         }
     }
 
-    fn dump(&mut self, request: &dump::DumpRequest) -> Result<String> {
+    /// Answers what came in by the admin socket.
+    fn answer(&mut self, request: &Request) -> Result<String> {
         let compiler = self.compiler.as_ref().context("not all objects are known yet")?;
         let mut drivers: Vec<&mut Box<dyn Driver>> =
             self.families.iter_mut().map(|f| &mut f.driver).collect();
-        dump::live(compiler, &mut drivers, request)
+        match request {
+            Request::Dump(request) => dump::live(compiler, &mut drivers, request),
+            Request::Explain(request) => explain::live(&self.store, compiler, &mut drivers, request),
+        }
     }
 
     /// Warns of something, unless it was said lately.

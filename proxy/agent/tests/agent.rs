@@ -320,6 +320,62 @@ fn dumps_what_it_does_and_cleans_up() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn explains_from_the_table_and_from_the_kernel() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let agent = cluster.start()?;
+    let socket = cluster.socket();
+    let explain = |arguments: &[&str]| -> Result<(Option<i32>, String, String)> {
+        let socket = socket.to_str().context("path")?;
+        let output = cluster.shunt(&[&["explain", "--admin-socket", socket], arguments].concat())?;
+        let [stdout, stderr] = [output.stdout, output.stderr].map(String::from_utf8);
+        Ok((output.status.code(), stdout?, stderr?))
+    };
+    let (code, text, error) = explain(&["--from", "external", "--to", "192.0.2.11:30080"])?;
+    assert_eq!(code, Some(0), "{text}{error}");
+    assert!(text.contains("NodePort node:30080/tcp of Service demo/web:http/tcp"), "{text}");
+    let (code, text, error) = explain(&["--from", "node", "--to", VIP, "--mode", "nftables"])?;
+    assert_eq!(code, Some(0), "{text}{error}");
+    let forward = "forward 10.244.1.11:8080 (masqueraded) 10.244.1.12:8080 (masqueraded)";
+    assert_eq!(text.matches(forward).count(), 2, "{text}");
+
+    // Somebody takes away an element: the table does not know, the kernel does.
+    let service = "10.96.0.10 . tcp . 80";
+    cluster.lab.node().nft(&format!("delete element ip shunt services {{ {service} }}"))?;
+    let (code, text, _) = explain(&["--from", "10.244.1.13", "--to", VIP, "--mode", "nftables"])?;
+    assert_eq!(code, Some(3), "{text}");
+    assert!(
+        text.contains("DIFFERS     verdict: forward by the table, reject by the rules of nftables"),
+        "{text}"
+    );
+    let (code, text, error) =
+        explain(&["--from", "10.244.1.13", "--to", VIP, "--mode", "nftables", "-o", "json"])?;
+    assert_eq!(
+        (code, error.contains("forward by the table, reject by the rules")),
+        (Some(3), true),
+        "{error}"
+    );
+    let entries: Value = serde_json::from_str(&text)?;
+    assert_eq!((&entries[0]["verdict"], &entries[0]["masquerade"]), (&json!("reject"), &json!(false)));
+    assert_eq!(explain(&["--from", "10.244.1.13", "--to", VIP])?.0, Some(0));
+
+    for (arguments, expected) in [
+        (&["--mode", "ipvs"][..], "the running agent is in nftables mode, not ipvs"),
+        (&["--cluster-cidr", "10.0.0.0/8"], "need --manifests"),
+        (&["--mode", "frog"], "unknown mode \"frog\""),
+    ] {
+        let (code, _, error) = explain(&[&["--from", "node", "--to", VIP], arguments].concat())?;
+        assert_eq!((code, error.contains(expected)), (Some(1), true), "{error}");
+    }
+    let (_, _, error) = explain(&["--from", "pod/web-0", "--to", VIP])?;
+    assert!(error.contains("give pod/ADDRESS"), "{error}");
+    drop(agent);
+    Ok(())
+}
+
 fn offline(arguments: &[&str]) -> Result<Output> {
     Ok(Command::new(SHUNT).args(arguments).output()?)
 }
@@ -364,6 +420,7 @@ fn errors_say_what_where_and_what_to_do() -> Result<()> {
         (&["run", "--config", config], "clusterCIDR: \"10.0.0.0/40\" is no CIDR"),
         (&["run", "--config", "/nowhere"], "/nowhere"),
         (&["dump", "--manifests", "/nowhere", "--node", "n"], "/nowhere"),
+        (&["run", "--config", "/nowhere", "--admin-socket", ""], "/nowhere"),
     ] {
         let output = offline(arguments)?;
         let error = String::from_utf8(output.stderr)?;

@@ -4,7 +4,8 @@
 //! ```text
 //!   Event ──> Store ──> Dirty ──> Compiler ──> ForwardingTable + Change ──> (a mode)
 //!                                                   │
-//!                                                   └──> walk(packet): the reference answer
+//!                                                   ├──> walk(packet): the reference answer
+//!                                                   └──> explain(packet): the same, with reasons
 //! ```
 //!
 //! Nothing in here reads a clock, a file, the network, the environment or the kernel, and nothing
@@ -14,9 +15,11 @@
 
 pub mod compile;
 pub mod endpoint;
+pub mod explain;
 pub mod id;
 pub mod node;
 pub mod service;
+pub mod stale;
 pub mod store;
 pub mod table;
 pub mod walk;

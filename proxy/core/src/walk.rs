@@ -117,14 +117,22 @@ pub fn source_class(table: &ForwardingTable, packet: &Packet) -> SourceClass {
     }
 }
 
-/// Asks the table what becomes of a packet.
-pub fn walk(table: &ForwardingTable, packet: &Packet) -> Walk {
+/// The frontend that a packet is for: one of its address, or else a node port where those answer.
+pub fn frontend_of<'a>(
+    table: &'a ForwardingTable,
+    packet: &Packet,
+) -> Option<(&'a PortEntry, &'a FrontendEntry)> {
     let exact = Frontend { address: Some(packet.destination), protocol: packet.protocol, port: packet.port };
     let node_port = || {
         let serves = table.node().serves_node_ports(packet.destination);
         serves.then(|| table.frontend(&Frontend { address: None, ..exact })).flatten()
     };
-    match table.frontend(&exact).or_else(node_port) {
+    table.frontend(&exact).or_else(node_port)
+}
+
+/// Asks the table what becomes of a packet.
+pub fn walk(table: &ForwardingTable, packet: &Packet) -> Walk {
+    match frontend_of(table, packet) {
         Some((port, entry)) => walk_frontend(table, packet, port, entry),
         None => walk_miss(table, packet),
     }
@@ -160,7 +168,7 @@ fn walk_frontend(table: &ForwardingTable, packet: &Packet, port: &PortEntry, ent
 }
 
 /// A local endpoint that reaches itself must see another source, or it answers itself directly.
-fn hairpin(table: &ForwardingTable, packet: &Packet, target: &Target) -> bool {
+pub(crate) fn hairpin(table: &ForwardingTable, packet: &Packet, target: &Target) -> bool {
     let endpoint = LocalEndpoint { address: target.address, protocol: packet.protocol, port: target.port };
     packet.source == target.address && table.is_local_endpoint(&endpoint)
 }

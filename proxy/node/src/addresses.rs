@@ -1,4 +1,4 @@
-//! The addresses of the node's interfaces, by rtnetlink, live.
+//! The addresses of the node's interfaces, IPv6 link-local ones excepted, by rtnetlink, live.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -69,9 +69,14 @@ async fn list(handle: &Handle) -> Result<BTreeSet<IpAddr>, AddressError> {
     let mut addresses = BTreeSet::new();
     let mut messages = handle.address().get().execute();
     while let Some(message) = messages.try_next().await? {
-        addresses.extend(address_of(&message));
+        // Nothing is served on these, and every pod's interface has one.
+        addresses.extend(address_of(&message).filter(|a| !is_link_local(*a)));
     }
     Ok(addresses)
+}
+
+const fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(a) if a.is_unicast_link_local())
 }
 
 /// The interface's own address. On a point-to-point link `Address` is the peer's and `Local` ours.

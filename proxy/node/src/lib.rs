@@ -2,10 +2,12 @@
 //!
 //! ```text
 //!   rtnetlink ──> addresses of all interfaces, now and whenever they change
+//!   ctnetlink <── deletes tracked flows that the core calls stale
 //! ```
 //!
-//! Nothing in here knows what a Service is. Start reading at [`addresses`].
+//! Nothing in here decides what a Service means. Start reading at [`addresses`], then [`conntrack`].
 
 #![forbid(unsafe_code)]
 
 pub mod addresses;
+pub mod conntrack;

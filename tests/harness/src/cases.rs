@@ -169,9 +169,11 @@ impl Step {
     fn read(folder: PathBuf, modes: &[Mode]) -> Result<Self> {
         let input = folder.join("input.yaml");
         let manifests = read_manifests(&input, Some(NODE))?;
-        let configuration = manifests.config.into_iter().next().with_context(|| {
-            format!("{}: no KubeProxyConfiguration", input.display())
-        })?;
+        let configuration = manifests
+            .config
+            .into_iter()
+            .next()
+            .with_context(|| format!("{}: no KubeProxyConfiguration", input.display()))?;
         let packets = folder.join("packets.json");
         let packets: Vec<PacketText> = if packets.exists() { json(&packets)? } else { Vec::new() };
         let packets = packets.into_iter().map(|packet| packet.typed(modes));

@@ -50,9 +50,7 @@ pub fn config(document: &Value, mode: Mode) -> Result<Config> {
     let node_port_addresses = match document.node_port_addresses.as_deref() {
         None | Some([]) => by_default,
         Some([word]) if word == "primary" => NodePortAddresses::Primary,
-        Some(list) => {
-            NodePortAddresses::Ranges(nets("nodePortAddresses", list.iter().map(String::as_str))?)
-        }
+        Some(list) => NodePortAddresses::Ranges(nets("nodePortAddresses", list.iter().map(String::as_str))?),
     };
     Ok(Config {
         masquerade_all: section.masquerade_all,
@@ -64,7 +62,5 @@ pub fn config(document: &Value, mode: Mode) -> Result<Config> {
 }
 
 fn nets<'a>(field: &str, texts: impl Iterator<Item = &'a str>) -> Result<Vec<IpNet>> {
-    texts
-        .map(|text| text.parse().with_context(|| format!("{field}: {text:?} is no CIDR")))
-        .collect()
+    texts.map(|text| text.parse().with_context(|| format!("{field}: {text:?} is no CIDR"))).collect()
 }

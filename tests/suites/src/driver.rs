@@ -50,6 +50,13 @@ impl Cluster {
         }
     }
 
+    /// Takes in steps, one after the other.
+    pub fn steps(&mut self, steps: &[Step]) {
+        for step in steps {
+            self.step(step);
+        }
+    }
+
     /// The table of a family.
     pub fn table(&self, family: IpFamily) -> &ForwardingTable {
         self.compiler.table(family)

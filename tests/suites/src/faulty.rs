@@ -1,9 +1,11 @@
 //! A kernel that fails now and then.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::IpAddr;
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Outcome, Packet};
 use shunt_mode::{Backend, KernelError, Mode, Plan, Remedy, Transaction, Unsupported};
 
 /// What goes wrong with one call.
@@ -68,6 +70,10 @@ impl<B: Backend> Backend for Faulty<B> {
 
     fn json(state: &B::State) -> serde_json::Value {
         B::json(state)
+    }
+
+    fn trace(state: &B::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
+        B::trace(state, local, packet)
     }
 
     fn probe(&mut self) -> Result<(), Unsupported> {

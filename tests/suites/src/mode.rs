@@ -49,10 +49,13 @@ pub trait ModeUnderTest: 'static {
     /// Whether an operation only takes away what nothing uses.
     fn is_garbage(op: &Self::Op) -> bool;
     /// The mode's own walker.
-    fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
+    fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
+        <Self::Fake as Backend>::trace(state, local, packet)
+    }
     /// Whether the mode's own tool understands the text of states, without carrying it out.
     fn check_text(namespace: &Namespace, text: &str) -> Result<()>;
-    /// Everything that the mode's own tools list in a namespace; each installed version must manage.
+    /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
+    /// find nothing of ours that a tool could trip over.
     fn list(namespace: &Namespace) -> Result<String>;
     /// Ways to damage what the mode made of a case: the case, and a script for nft.
     fn damages() -> &'static [(&'static str, &'static str)];
@@ -121,10 +124,6 @@ impl ModeUnderTest for NftablesMode {
         }
     }
 
-    fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
-        shunt_mode_nftables::trace::trace(state, local, packet)
-    }
-
     fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
         namespace.exec("nft", ["-c", "-f", "-"], text).map(drop)
     }
@@ -134,6 +133,20 @@ impl ModeUnderTest for NftablesMode {
         let mut listed = None;
         for nft in binaries.split(':') {
             let text = namespace.exec(nft, ["list", "ruleset"], "")?;
+            for family in ["ip", "ip6"] {
+                let ours = format!("\n{text}").contains(&format!("\ntable {family} shunt {{"));
+                let ours = if ours {
+                    namespace.exec(nft, ["-s", "list", "table", family, "shunt"], "")?
+                } else {
+                    String::new()
+                };
+                let rules =
+                    ours.lines().filter(|line| line.starts_with("\t\t") && !line.contains("elements"));
+                // What rules write into the map of records looks the same.
+                let rules = rules.map(|line| line.replace("@affinity {", ""));
+                let mut sets = rules.filter(|line| line.contains('{'));
+                anyhow::ensure!(sets.next().is_none(), "{nft} finds an anonymous set in\n{ours}");
+            }
             listed.get_or_insert(text);
         }
         listed.context("SHUNT_NFT_BINARIES names no nft")
@@ -164,6 +177,10 @@ impl ModeUnderTest for NftablesMode {
             ("008-etp-local", "add element ip shunt hairpin { 9.9.9.9 . 8.8.8.8 . tcp . 80 }"),
             ("008-etp-local", "add element ip shunt service-cidrs { 9.9.9.3-9.9.9.77 }"),
             ("008-etp-local", "add element ip shunt classes { 77:1 : drop }"),
+            (
+                "001-no-endpoints-reject",
+                "delete element ip shunt classes { 100:0 }; add element ip shunt classes { 100:0 : drop }",
+            ),
             ("008-etp-local", "add element ip shunt guarded { 1.2.3.4 . tcp . 80 }"),
             ("008-etp-local", "delete set ip shunt guarded"),
             ("003-loadbalancer-source-ranges", "flush set ip shunt guarded"),

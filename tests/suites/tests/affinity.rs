@@ -1,6 +1,7 @@
 //! Session affinity: a client stays with its endpoint as long as both are there.
 
-#![allow(missing_docs)]
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,7 +78,7 @@ fn a_record_decides_if_it_leads_where_traffic_may_go() {
     let seen = [const { Cell::new(0) }; 2];
     check(300, &(context(), steps(10..60), packets(40)), |(context, steps, packets)| {
         let mut cluster = Cluster::new(context);
-        steps.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&steps);
         for family in IpFamily::ALL {
             let table = cluster.table(family);
             let state = rendered::<Nftables<FakeKernel>>(table);
@@ -120,7 +121,7 @@ fn clients_keep_their_endpoints_through_changes() {
     let strategy = (context(), steps(10..50), proptest::collection::vec(step(), 1..8), packets(40), 0..6_u8);
     check(300, &strategy, |(context, first, second, packets, tightness)| {
         let mut cluster = Cluster::new(context);
-        first.iter().for_each(|step| cluster.step(step));
+        cluster.steps(&first);
         let mut states = IpFamily::ALL.map(|family| rendered::<Nftables<FakeKernel>>(cluster.table(family)));
         let mut records: [Vec<(Packet, Records, SocketAddr)>; 2] = [Vec::new(), Vec::new()];
         for (family, state) in IpFamily::ALL.into_iter().zip(&states) {
@@ -216,9 +217,10 @@ impl<M: ModeUnderTest> Street<M> {
         }
         for n in 1..=PODS {
             let (name, addresses) = (format!("p{n}"), both(&|family| pod(family, n)));
-            builder = match n < REMOTE_FROM {
-                true => builder.pod(&name, addresses),
-                false => builder.remote_pod("elsewhere", &name, addresses),
+            builder = if n < REMOTE_FROM {
+                builder.pod(&name, addresses)
+            } else {
+                builder.remote_pod("elsewhere", &name, addresses)
             };
         }
         let lab = builder.build()?;
@@ -381,7 +383,7 @@ fn clients_stay<M: ModeUnderTest>() {
         street.sync()?;
         same(&street, "after a restart")?;
 
-        street.service.affinity = Some(Duration::from_secs(60));
+        street.service.affinity = Some(Duration::from_mins(1));
         street.sync()?;
         same(&street, "after another timeout")?;
 
@@ -391,7 +393,7 @@ fn clients_stay<M: ModeUnderTest>() {
             // All the same once in 5^19 runs.
             ensure!(street.reach(family, 0, To::Cluster(80), 20)?.len() > 1, "affinity is still on");
         }
-        street.service.affinity = Some(Duration::from_secs(60));
+        street.service.affinity = Some(Duration::from_mins(1));
         street.sync()?;
         for family in IpFamily::ALL {
             street.homes(family, To::Cluster(80))?;
@@ -515,7 +517,7 @@ fn a_changed_endpoint_is_a_handful_of_operations<M: ModeUnderTest>() {
         }],
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Local,
-        affinity: Some(Duration::from_secs(60)),
+        affinity: Some(Duration::from_mins(1)),
         health_check_node_port: None,
     })));
     cluster.step(&event(1..50));

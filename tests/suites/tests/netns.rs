@@ -1,24 +1,32 @@
 //! Real packets through the real kernel, each case in namespaces of its own.
 
-#![allow(missing_docs)]
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use std::net::IpAddr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
-use shunt_core::id::IpFamily;
+use shunt_core::compile::Context;
+use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
+use shunt_core::id::{IpFamily, NamespacedName, Protocol};
+use shunt_core::node::{Config, Node};
+use shunt_core::service::{Service, ServicePort, TrafficPolicy};
+use shunt_core::store::Event;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::{Packet, Reason, walk};
 use shunt_harness::cases::{self, Case, SourceKind};
-use shunt_harness::lab::{Lab, Namespace, require_kernel};
+use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec, require_kernel};
 use shunt_mode::{Backend, rendered};
 use shunt_suites::driver::{CaseRun, Cluster, Synced};
 use shunt_suites::every_mode;
 use shunt_suites::mode::ModeUnderTest;
-use shunt_suites::random::{context, steps};
+use shunt_suites::random::{Step, context, steps};
 use shunt_suites::town::Town;
 
 /// Cases that run at the same time. They wait most of the time.
@@ -256,4 +264,117 @@ fn damage_is_repaired<M: ModeUnderTest>() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-every_mode!(packets_meet_their_fate, the_kernel_takes_random_plans, damage_is_repaired);
+/// Connections begin while endpoints come and go, while everything is looked at again, and while maps are
+/// replaced by larger ones: none of them fails, and none waits for a second SYN.
+fn no_connection_fails_while_endpoints_change<M: ModeUnderTest>() {
+    const PODS: u8 = 6;
+    // Few operations a transaction where the order allows, and maps that start small.
+    const MOST_TIGHT: u8 = 5;
+    if !require_kernel() {
+        return;
+    }
+    let pod = |n: u8| IpAddr::from([10, 180, 0, n]);
+    let mut builder = Lab::builder().node(["192.168.0.2".parse().unwrap()]);
+    builder = builder.client(["203.0.113.2".parse().unwrap()]);
+    for n in 1..=PODS {
+        builder = builder.pod(&format!("pod{n}"), [pod(n)]);
+    }
+    let lab = builder.build().unwrap();
+    for n in 1..=PODS {
+        lab.pod(&format!("pod{n}")).unwrap().serve_ports([8080]).unwrap();
+    }
+    let mut cluster = Cluster::new(Context::new(cases::NODE, Config::default()));
+    cluster.step(&Step::Event(Event::Node(Node {
+        name: cases::NODE.into(),
+        addresses: vec!["192.168.0.2".parse().unwrap()],
+        ..Node::default()
+    })));
+    let vip = "1.2.3.4".parse().unwrap();
+    cluster.step(&Step::Event(Event::Service(service("web", "172.30.0.1".parse().unwrap(), Some(vip)))));
+    cluster.step(&Step::Event(Event::Slice(slice("web", &[pod(1)]))));
+    let family = IpFamily::V4;
+    let mut kernel = adopt::<M>(lab.node(), family).unwrap();
+    let change = cluster.take_change(family);
+    let plan = M::plan_tight(&kernel.mirror, &M::Real::render(cluster.table(family), &change), MOST_TIGHT);
+    plan.transactions.iter().try_for_each(|t| kernel.apply(t)).unwrap();
+
+    let storms: Vec<_> = ["172.30.0.1:80", "192.168.0.2:3001", "1.2.3.4:80"]
+        .into_iter()
+        .map(|to| {
+            let probe = Probe::tcp(to.parse().unwrap()).timeout(Duration::from_millis(900));
+            lab.client().storm(StormSpec { probe, rate: 300, duration: Duration::from_mins(1) }).unwrap()
+        })
+        .collect();
+    let end = Instant::now() + Duration::from_secs(3);
+    let mut changes = 0_u32;
+    while Instant::now() < end {
+        changes += 1;
+        // A number with six bits, never zero, that looks random enough.
+        let bits = (changes.wrapping_mul(2_654_435_761) >> 13) % 63 + 1;
+        let chosen: Vec<IpAddr> = (1..=PODS).filter(|n| bits >> (n - 1) & 1 == 1).map(pod).collect();
+        cluster.step(&Step::Event(Event::Slice(slice("web", &chosen))));
+        if changes.is_multiple_of(4) && changes < 2000 {
+            let [_, _, high, low] = changes.to_be_bytes();
+            let name = format!("filler{changes}");
+            cluster.step(&Step::Event(Event::Service(service(&name, [172, 31, high, low].into(), None))));
+            cluster.step(&Step::Event(Event::Slice(slice(&name, &chosen))));
+        }
+        let mut change = cluster.take_change(family);
+        if changes.is_multiple_of(10) {
+            change = Change::everything();
+        }
+        let plan =
+            M::plan_tight(&kernel.mirror, &M::Real::render(cluster.table(family), &change), MOST_TIGHT);
+        for transaction in &plan.transactions {
+            kernel.apply(transaction).unwrap();
+        }
+    }
+    for storm in storms {
+        let report = storm.stop().unwrap();
+        println!("{changes} changes: {report}");
+        assert!(report.failures.is_empty(), "{report}");
+        assert_eq!(report.replies.len(), usize::from(PODS));
+    }
+}
+
+fn service(name: &str, cluster_ip: IpAddr, vip: Option<IpAddr>) -> Service {
+    let node_port = vip.map(|_| 3001);
+    Service {
+        name: NamespacedName::new("ns", name),
+        created: 0,
+        cluster_ips: vec![cluster_ip],
+        external_ips: Vec::new(),
+        load_balancer_ips: vip.into_iter().collect(),
+        source_ranges: Vec::new(),
+        ports: vec![ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port }],
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        affinity: None,
+        health_check_node_port: None,
+    }
+}
+
+fn slice(service: &str, addresses: &[IpAddr]) -> EndpointSlice {
+    let endpoint = |address: &IpAddr| Endpoint {
+        address: *address,
+        conditions: Conditions::default(),
+        node: Some(cases::NODE.into()),
+        zone: None,
+        hints: None,
+    };
+    EndpointSlice {
+        name: NamespacedName::new("ns", format!("{service}-1")),
+        service: NamespacedName::new("ns", service),
+        family: IpFamily::V4,
+        ports: vec![EndpointPort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
+        endpoints: addresses.iter().map(endpoint).collect(),
+        last_change_trigger: None,
+    }
+}
+
+every_mode!(
+    no_connection_fails_while_endpoints_change,
+    packets_meet_their_fate,
+    the_kernel_takes_random_plans,
+    damage_is_repaired
+);

@@ -218,7 +218,9 @@ impl Socket {
 
     /// Hands each element of a set or map to `each`, in no order. `Ok(false)` if there is no such table or set.
     ///
-    /// After [`Error::Interrupted`] forget what was seen and ask again: elements may be missing or doubled.
+    /// After [`Error::Interrupted`] forget what was seen and ask again: elements may be missing or doubled. The same
+    /// can happen without an error while the kernel reorganises a set whose size was not declared, for a few
+    /// milliseconds after many elements were added (`nft_rhash_walk` goes on when the walk is told of a resize).
     pub fn dump_elements(
         &mut self,
         table: TableId<'_>,

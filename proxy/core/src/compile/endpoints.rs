@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::Context;
 use crate::endpoint::{Conditions, EndpointSlice, Hints};
 use crate::id::{IpFamily, Protocol};
+use crate::service::TrafficPolicy;
 use crate::table::{EndpointGroup, Target};
 
 /// An endpoint of one Service port, merged from the slices.
@@ -150,18 +151,13 @@ pub fn topology(candidates: &[Candidate], node: &str, zone: Option<&str>) -> Top
     }
 }
 
-/// Why `candidate` is not in the Cluster list; `None` when it is.
-pub fn left_out_of_cluster(
-    candidate: &Candidate,
-    candidates: &[Candidate],
-    context: &Context,
-) -> Option<LeftOut> {
-    cluster_filter(candidates, context)(candidate)
-}
-
-/// Why `candidate` is not in the Local list; `None` when it is.
-pub fn left_out_of_local(candidate: &Candidate, candidates: &[Candidate]) -> Option<LeftOut> {
-    local_filter(candidates)(candidate)
+/// Why each candidate is not chosen under a policy, in the order of the candidates; `None` for those
+/// that are.
+pub fn left_out(candidates: &[Candidate], policy: TrafficPolicy, context: &Context) -> Vec<Option<LeftOut>> {
+    match policy {
+        TrafficPolicy::Cluster => candidates.iter().map(cluster_filter(candidates, context)).collect(),
+        TrafficPolicy::Local => candidates.iter().map(local_filter(candidates)).collect(),
+    }
 }
 
 fn cluster_filter<'a>(

@@ -15,7 +15,7 @@ use serde_json::Value;
 use shunt_core::id::NamespacedName;
 use shunt_core::store::Event;
 
-use super::{ConfigDocument, parse};
+use super::{ConfigDocument, Pods, parse, pods};
 use crate::Update;
 use crate::convert::Converter;
 use crate::kind::{Kind, is_gone};
@@ -43,6 +43,8 @@ pub(super) struct Folder {
     signature: Signature,
     /// Why the path (not a single file in it) could not be read last time.
     unreadable: Option<String>,
+    /// Pods that were named, for who wants to know: those that are followed want no memory for it.
+    pods: Option<Pods>,
 }
 
 /// One file as it was when it could last be read.
@@ -64,7 +66,19 @@ impl Folder {
             conflicts: BTreeSet::new(),
             signature: Signature::new(),
             unreadable: None,
+            pods: None,
         }
+    }
+
+    /// The same, noting the pods that are named.
+    pub(super) fn noting_pods(mut self) -> Self {
+        self.pods = Some(Pods::new());
+        self
+    }
+
+    /// Pods that were named, if they were noted.
+    pub(super) fn pods(self) -> Pods {
+        self.pods.unwrap_or_default()
     }
 
     /// Looks, and answers what is new. Only the first look can fail.
@@ -199,6 +213,9 @@ impl Folder {
                 let message = "holds a document that is no object with a kind: ignored";
                 updates.push(report(String::new(), message.to_owned()));
                 continue;
+            }
+            if let Some(noted) = &mut self.pods {
+                pods::note(noted, kind, &object);
             }
             let Some(kind) = Kind::of(text("apiVersion"), kind) else {
                 tracing::debug!(path = %path.display(), kind, "not a kind that is looked at");

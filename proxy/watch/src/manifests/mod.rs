@@ -3,6 +3,7 @@
 mod folder;
 mod live;
 mod parse;
+mod pods;
 
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,7 @@ use crate::Update;
 use crate::error::WatchError;
 use crate::problem::Problem;
 use folder::Folder;
+pub use pods::Pods;
 
 /// A document that configures the proxy rather than describing the cluster
 /// (`KubeProxyConfiguration`, `ShuntConfiguration`), as it stands in the file.
@@ -34,6 +36,8 @@ pub struct Manifests {
     pub problems: Vec<Problem>,
     /// Configuration documents, in the order of their files.
     pub config: Vec<ConfigDocument>,
+    /// Pods that are named in them.
+    pub pods: Pods,
 }
 
 /// Reads a file, or all `*.yaml`, `*.yml` and `*.json` below a folder, once.
@@ -41,7 +45,7 @@ pub struct Manifests {
 /// `node_name` tells which Node is ours; without it, the only Node that there is. This reads
 /// files and blocks meanwhile: it is meant for commands.
 pub fn read_manifests(path: &Path, node_name: Option<&str>) -> Result<Manifests, WatchError> {
-    let mut folder = Folder::new(path.to_owned(), node_name);
+    let mut folder = Folder::new(path.to_owned(), node_name).noting_pods();
     let mut manifests = Manifests::default();
     for update in folder.scan(true).map_err(|source| unreadable(path, source))? {
         match update {
@@ -51,6 +55,7 @@ pub fn read_manifests(path: &Path, node_name: Option<&str>) -> Result<Manifests,
         }
     }
     manifests.config = folder.config();
+    manifests.pods = folder.pods();
     Ok(manifests)
 }
 
