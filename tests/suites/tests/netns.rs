@@ -267,6 +267,16 @@ fn damage_is_repaired<M: ModeUnderTest>() {
 /// Connections begin while endpoints come and go, while everything is looked at again, and while maps are
 /// replaced by larger ones: none of them fails, and none waits for a second SYN.
 fn no_connection_fails_while_endpoints_change<M: ModeUnderTest>() {
+    connections_while_endpoints_change::<M>(false);
+}
+
+/// The same with session affinity, which is switched off and on now and then, and for which records
+/// name endpoints that are gone.
+fn no_connection_fails_while_affinity_changes<M: ModeUnderTest>() {
+    connections_while_endpoints_change::<M>(true);
+}
+
+fn connections_while_endpoints_change<M: ModeUnderTest>(affinity: bool) {
     const PODS: u8 = 6;
     // Few operations a transaction where the order allows, and maps that start small.
     const MOST_TIGHT: u8 = 5;
@@ -290,7 +300,9 @@ fn no_connection_fails_while_endpoints_change<M: ModeUnderTest>() {
         ..Node::default()
     })));
     let vip = "1.2.3.4".parse().unwrap();
-    cluster.step(&Step::Event(Event::Service(service("web", "172.30.0.1".parse().unwrap(), Some(vip)))));
+    let mut web = service("web", "172.30.0.1".parse().unwrap(), Some(vip));
+    web.affinity = affinity.then(|| Duration::from_mins(1));
+    cluster.step(&Step::Event(Event::Service(web.clone())));
     cluster.step(&Step::Event(Event::Slice(slice("web", &[pod(1)]))));
     let family = IpFamily::V4;
     let mut kernel = adopt::<M>(lab.node(), family).unwrap();
@@ -313,6 +325,10 @@ fn no_connection_fails_while_endpoints_change<M: ModeUnderTest>() {
         let bits = (changes.wrapping_mul(2_654_435_761) >> 13) % 63 + 1;
         let chosen: Vec<IpAddr> = (1..=PODS).filter(|n| bits >> (n - 1) & 1 == 1).map(pod).collect();
         cluster.step(&Step::Event(Event::Slice(slice("web", &chosen))));
+        if affinity && changes.is_multiple_of(50) {
+            web.affinity = (!changes.is_multiple_of(100)).then(|| Duration::from_secs(changes.into()));
+            cluster.step(&Step::Event(Event::Service(web.clone())));
+        }
         if changes.is_multiple_of(4) && changes < 2000 {
             let [_, _, high, low] = changes.to_be_bytes();
             let name = format!("filler{changes}");
@@ -374,6 +390,7 @@ fn slice(service: &str, addresses: &[IpAddr]) -> EndpointSlice {
 
 every_mode!(
     no_connection_fails_while_endpoints_change,
+    no_connection_fails_while_affinity_changes,
     packets_meet_their_fate,
     the_kernel_takes_random_plans,
     damage_is_repaired
