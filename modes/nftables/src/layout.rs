@@ -342,9 +342,8 @@ pub enum SetKey {
     AffinitySlots,
 }
 
-/// How many clients are remembered at most. The kernel takes 65,535 where nothing is said, and has
-/// always cut this number to 16 bits for the first size of the hash table: a multiple of 65,536 starts
-/// small.
+/// How many clients are remembered at most. The kernel takes 65,535 where nothing is said. Its hint for
+/// the first size of the hash table has 16 bits: a multiple of 65,536 starts small.
 pub const RECORDS_CAPACITY: u32 = 1 << 24;
 
 /// Capacities of the sized sets where they start; they grow fourfold.

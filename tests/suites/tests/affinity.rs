@@ -36,9 +36,17 @@ use shunt_suites::random::{NODE, Step, context, packets, step, steps};
 fn check<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
     let cases = std::env::var("SHUNT_PROPERTY_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(cases);
     let config = RunnerConfig { cases, failure_persistence: None, ..RunnerConfig::default() };
-    // Always the same clusters, as in the other properties.
-    let seed = TestRng::from_seed(RngAlgorithm::ChaCha, &[0; 32]);
-    if let Err(error) = TestRunner::new_with_rng(config, seed).run(strategy, test) {
+    // As in the other properties: always the same clusters unless asked otherwise.
+    let mut runner = match std::env::var("SHUNT_PROPERTY_SEED").as_deref() {
+        Ok("random") => TestRunner::new(config),
+        seed => {
+            let number: u64 = seed.map_or(0, |n| n.parse().unwrap());
+            let mut seed = [0; 32];
+            seed[..8].copy_from_slice(&number.to_le_bytes());
+            TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
+        }
+    };
+    if let Err(error) = runner.run(strategy, test) {
         let text = error.to_string();
         panic!("{}", text.split("\n    Packets(").next().unwrap_or_default());
     }
