@@ -9,7 +9,7 @@ use shunt_mode::{KernelError, Remedy, Transaction, Unsupported};
 
 use crate::kernel::Kernel;
 use crate::layout::{Class, Endpoint, List, SetKey};
-use crate::plan::{self, Op};
+use crate::op::{self, Op};
 use crate::state::{Held, State};
 
 /// The maps of frontends and endpoints, each with elements of its own. The mirror has one place for
@@ -152,7 +152,7 @@ impl Kernel for FakeKernel {
         for op in &transaction.ops {
             check(&next, op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
             maps.carry_out(op).map_err(|why| refused(format!("{op}: {why}"), Remedy::Resync))?;
-            plan::advance(&mut next, &Transaction { ops: vec![op.clone()] });
+            op::advance(&mut next, &Transaction { ops: vec![op.clone()] });
         }
         // Not the kernel's doing: a mirror that is wrong would be refused later, or never be noticed.
         assert_eq!(next.frontends, maps.frontends(next.family), "the mirror is not what the maps hold");

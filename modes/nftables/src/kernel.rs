@@ -11,9 +11,10 @@ use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
 use crate::affinity;
 use crate::family;
 use crate::layout::{self, List, SetKey, TABLE, TABLE_COMMENT};
-use crate::plan::Op;
+use crate::op::Op;
+use crate::ranges::{range_elements, ranges_of};
 use crate::rules::Rule;
-use crate::state::{State, Stray, range_elements, ranges_of};
+use crate::state::{State, Stray};
 
 /// What the mode needs of a kernel, in the mode's own types.
 pub trait Kernel {

@@ -20,7 +20,9 @@ pub mod affinity;
 pub mod fake;
 pub mod kernel;
 pub mod layout;
+pub mod op;
 pub mod plan;
+pub mod ranges;
 pub mod render;
 pub mod rules;
 pub mod state;
@@ -35,7 +37,7 @@ use shunt_core::walk::{Outcome, Packet};
 use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
 
 use crate::kernel::Kernel;
-use crate::plan::Op;
+use crate::op::Op;
 use crate::render::Desired;
 use crate::state::State;
 
@@ -76,7 +78,7 @@ impl<K: Kernel + Send> Backend for Nftables<K> {
     }
 
     fn advance(state: &mut State, transaction: &Transaction<Op>) {
-        plan::advance(state, transaction);
+        op::advance(state, transaction);
     }
 
     fn restrict(state: &mut State, only: &Change) {

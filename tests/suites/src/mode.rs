@@ -12,7 +12,8 @@ use shunt_mode::{Backend, KernelError, Mode, Plan};
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::fake::FakeKernel;
 use shunt_mode_nftables::kernel::Netlink;
-use shunt_mode_nftables::plan::{Limits, Op};
+use shunt_mode_nftables::op::Op;
+use shunt_mode_nftables::plan::Limits;
 use shunt_mode_nftables::render::Desired;
 use shunt_mode_nftables::state::State;
 
@@ -190,14 +191,14 @@ impl ModeUnderTest for NftablesMode {
                 "add element ip shunt source-ranges { 1.2.3.4 . tcp . 80 . 9.9.9.0-9.9.9.77 }",
             ),
             ("006-nodeport-v6-primary", "flush map ip6 shunt endpoints"),
-            ("041-session-affinity", "flush map ip shunt affinity-endpoints"),
-            ("041-session-affinity", "flush map ip shunt affinity-slots"),
-            ("041-session-affinity", "flush map ip shunt classes"),
-            ("041-session-affinity", "add element ip shunt affinity-endpoints { 1:4001 : 9.9.9.9 . 9 }"),
-            ("041-session-affinity", "add element ip shunt affinity-endpoints { 9:9 : 9.9.9.9 . 9 }"),
-            ("041-session-affinity", "add chain ip shunt affinity-00001-ns/other/tcp"),
-            ("041-session-affinity", "add chain ip shunt affinity-00001-ns1/svc1/p80/tcp"),
-            ("041-session-affinity", "add chain ip shunt affinity-here-1ffff-ns1/svc1/p80/tcp"),
+            ("044-session-affinity", "flush map ip shunt affinity-endpoints"),
+            ("044-session-affinity", "flush map ip shunt affinity-slots"),
+            ("044-session-affinity", "flush map ip shunt classes"),
+            ("044-session-affinity", "add element ip shunt affinity-endpoints { 1:4001 : 9.9.9.9 . 9 }"),
+            ("044-session-affinity", "add element ip shunt affinity-endpoints { 9:9 : 9.9.9.9 . 9 }"),
+            ("044-session-affinity", "add chain ip shunt affinity-00001-ns/other/tcp"),
+            ("044-session-affinity", "add chain ip shunt affinity-00001-ns1/svc1/p80/tcp"),
+            ("044-session-affinity", "add chain ip shunt affinity-here-1ffff-ns1/svc1/p80/tcp"),
             ("006-nodeport-v6-primary", "flush chain ip6 shunt services"),
         ]
     }
