@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
-use shunt_core::compile::{Compiler, Context};
+use shunt_core::compile::{Compiler, Context, unguarded_family};
 use shunt_core::id::{IpFamily, NamespacedName};
 use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
@@ -237,6 +237,14 @@ impl Engine {
                 Update::Problem(problem) => self.complain(problem.to_string()),
                 // The source logs what it waits for; rules stay in place meanwhile.
                 Update::Contact(contact) => tracing::debug!("{contact}"),
+            }
+        }
+        for name in &dirty.services {
+            let service = self.store.service(name);
+            if let Some(family) = service.and_then(|s| unguarded_family(s)) {
+                self.complain(format!(
+                    "Service {name}: spec.loadBalancerSourceRanges has no {family} range: its {family} load-balancer address is open to everybody"
+                ));
             }
         }
         if self.compiler.is_none() {

@@ -1,5 +1,6 @@
 //! Flags and `KubeProxyConfiguration` become settings.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -35,6 +36,7 @@ pub(crate) struct KubeProxyConfiguration {
     detect_local_mode: String,
     detect_local: DetectLocal,
     node_port_addresses: Option<Vec<String>>,
+    feature_gates: BTreeMap<String, bool>,
     iptables: ModeSection,
     ipvs: ModeSection,
     nftables: ModeSection,
@@ -84,6 +86,7 @@ impl Settings {
             },
             node_port_addresses: (!args.node_port_addresses.is_empty())
                 .then(|| args.node_port_addresses.clone()),
+            feature_gates: BTreeMap::new(),
             iptables: section.clone(),
             ipvs: section.clone(),
             nftables: section,
@@ -141,7 +144,12 @@ impl Settings {
                 masquerade_bit,
                 local_detector,
                 node_port_addresses: node_ports(document.node_port_addresses.as_deref())?,
-                allow_external_ips: true,
+                // KEP-5707: on by default until Kubernetes 1.40.
+                allow_external_ips: document
+                    .feature_gates
+                    .get("AllowServiceExternalIPs")
+                    .copied()
+                    .unwrap_or(true),
             },
             detect_by_node_cidr,
             min_sync_period,
@@ -253,6 +261,13 @@ mod tests {
         assert_eq!(settings.min_sync_period, Some(Duration::from_secs(2)));
         let LocalDetector::Cidr(ranges) = settings.config.local_detector else { panic!() };
         assert_eq!(ranges.len(), 2);
+    }
+
+    #[test]
+    fn external_ips_can_be_switched_off() {
+        let of = |document| Settings::from_document(&document, None).unwrap().config.allow_external_ips;
+        assert!(of(json!({})));
+        assert!(!of(json!({ "featureGates": { "AllowServiceExternalIPs": false } })));
     }
 
     #[test]

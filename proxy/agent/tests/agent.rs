@@ -189,11 +189,21 @@ fn follows_the_api_server() -> Result<()> {
         "apiVersion": "v1", "kind": "Service", "metadata": { "name": "bad", "namespace": "demo" },
         "spec": { "clusterIP": "10.96.0.300", "clusterIPs": ["10.96.0.300"], "ports": "none" },
     }));
+    cluster.server.put(json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "open", "namespace": "demo" },
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.96.0.40", "clusterIPs": ["10.96.0.40", "fd00::40"],
+            "loadBalancerSourceRanges": ["192.0.2.0/24"],
+            "ports": [{ "name": "http", "port": 80, "protocol": "TCP" }],
+        },
+        "status": { "loadBalancer": { "ingress": [{ "ip": "203.0.113.1" }, { "ip": "2001:db8:2::1" }] } },
+    }));
     cluster.server.put(service("shop", "10.96.0.20", 30081));
     cluster.endpoints("shop", &["10.244.1.11"]);
     cluster.reach("10.96.0.20:80", &["pod-a"])?;
     let log = agent.stderr();
     assert!(log.contains("Service demo/bad") && log.contains("spec.clusterIPs[0]"), "{log}");
+    assert!(log.contains("Service demo/open: spec.loadBalancerSourceRanges has no IPv6 range"), "{log}");
 
     // The API server goes away: rules stay. Changes that were missed meanwhile are made up for.
     cluster.server.refuse_connections();

@@ -250,6 +250,18 @@ fn source_ranges(service: &Service, family: IpFamily, context: &Context) -> Opti
     Some(Arc::new(SourceRanges { ranges, allow_vip_source }))
 }
 
+/// A family in which a Service's load-balancer VIPs are open to everybody although it has source
+/// ranges: none of them is of that family. This is kube-proxy's meaning, and rarely what is meant.
+pub fn unguarded_family(service: &Service) -> Option<IpFamily> {
+    let any = |list: &[IpAddr], family| list.iter().any(|a| IpFamily::of(*a) == family);
+    IpFamily::ALL.into_iter().find(|family| {
+        !service.source_ranges.is_empty()
+            && service.source_ranges.iter().all(|r| IpFamily::of(r.addr()) != *family)
+            && any(&service.load_balancer_ips, *family)
+            && any(&service.cluster_ips, *family)
+    })
+}
+
 /// Keeps both families' tables up to date with the store.
 #[derive(Clone, Debug)]
 pub struct Compiler {
