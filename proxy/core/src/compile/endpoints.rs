@@ -230,3 +230,64 @@ pub fn categorize(
     }
     usable
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An endpoint with hints for these nodes and zones, separated by commas; "-" for no hints at all.
+    fn candidate(last: u8, ready: bool, nodes: &str, zones: &str) -> Candidate {
+        let list = |text: &str| text.split(',').filter(|t| !t.is_empty()).map(Into::into).collect();
+        let hints = (nodes != "-").then(|| Arc::new(Hints { nodes: list(nodes), zones: list(zones) }));
+        Candidate {
+            target: Target { address: IpAddr::from([10, 0, 0, last]), port: 80, local: false },
+            conditions: Conditions { ready, ..Conditions::default() },
+            hints,
+        }
+    }
+
+    #[test]
+    fn hints_count_only_if_every_ready_endpoint_has_them_and_one_is_for_here() {
+        let here = ("here", Some("zone-a"));
+        for (why, endpoints, (node, zone), expected) in [
+            ("no endpoints", vec![], here, Topology::Ignored),
+            ("no hints", vec![("-", "")], here, Topology::Ignored),
+            ("for this node", vec![("here", ""), ("there", "")], here, Topology::PreferSameNode),
+            ("one lacks node hints", vec![("here", ""), ("", "")], here, Topology::Ignored),
+            ("the first lacks node hints", vec![("-", ""), ("here", "")], here, Topology::Ignored),
+            ("all for other nodes", vec![("there", ""), ("where", "")], here, Topology::Ignored),
+            ("for this zone", vec![("", "zone-a"), ("", "zone-b")], here, Topology::PreferSameZone),
+            ("one of several zones", vec![("", "zone-b,zone-a")], here, Topology::PreferSameZone),
+            ("one lacks zone hints", vec![("", "zone-a"), ("-", "")], here, Topology::Ignored),
+            ("the first lacks zone hints", vec![("", ""), ("", "zone-a")], here, Topology::Ignored),
+            ("all for other zones", vec![("", "zone-b"), ("", "zone-c")], here, Topology::Ignored),
+            ("a node without a zone", vec![("", "zone-a")], ("here", None), Topology::Ignored),
+            ("node before zone", vec![("here", "zone-a")], here, Topology::PreferSameNode),
+            ("zone where nodes are others", vec![("there", "zone-a")], here, Topology::PreferSameZone),
+        ] {
+            let candidates: Vec<Candidate> =
+                endpoints.iter().map(|(nodes, zones)| candidate(1, true, nodes, zones)).collect();
+            assert_eq!(topology(&candidates, node, zone), expected, "{why}");
+            // Endpoints that are not ready have no say.
+            let mut with_unready = candidates;
+            with_unready.push(candidate(2, false, "-", ""));
+            assert_eq!(topology(&with_unready, node, zone), expected, "{why}, and one that is not ready");
+        }
+    }
+
+    #[test]
+    fn hinted_endpoints_are_the_only_ones_chosen() {
+        let context =
+            Context { zone: Some("zone-a".into()), ..Context::new("here", crate::node::Config::default()) };
+        for (hints, expected) in [
+            ([("here", ""), ("there", "")], [None, Some(LeftOut::OtherNode)]),
+            ([("", "zone-a"), ("", "zone-b")], [None, Some(LeftOut::OtherZone)]),
+            ([("-", ""), ("", "zone-b")], [None, None]),
+        ] {
+            let candidates: Vec<Candidate> =
+                (1..).zip(hints).map(|(i, (nodes, zones))| candidate(i, true, nodes, zones)).collect();
+            let left_out = cluster_filter(&candidates, &context);
+            assert_eq!(candidates.iter().map(left_out).collect::<Vec<_>>(), expected, "{hints:?}");
+        }
+    }
+}
