@@ -450,3 +450,74 @@ fn called_as_kube_proxy_it_runs() -> Result<()> {
     assert!(help.contains("--cluster-cidr") && help.contains("--proxy-mode"), "{help}");
     Ok(())
 }
+
+/// The first packet of an SCTP association (RFC 9260, INIT), from one port to another.
+fn sctp_init(from: u16, to: u16) -> Vec<u8> {
+    let mut packet = Vec::new();
+    packet.extend(from.to_be_bytes());
+    packet.extend(to.to_be_bytes());
+    packet.extend([0; 8]); // Verification tag 0, and room for the checksum.
+    packet.extend([1, 0, 0, 20, 0, 0, 0, 1, 0, 0, 0xff, 0xff, 0, 1, 0, 1, 0, 0, 0, 1]);
+    let crc = packet.iter().fold(!0_u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
+    });
+    packet[8..12].copy_from_slice(&(!crc).to_le_bytes());
+    packet
+}
+
+/// Many kernels have no SCTP sockets; a raw one sends and receives the packets all the same.
+fn sctp_socket() -> Result<socket2::Socket> {
+    let protocol = Some(socket2::Protocol::from(132));
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::RAW, protocol)?;
+    socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+    Ok(socket)
+}
+
+#[test]
+fn sctp_packets_reach_their_endpoint() -> Result<()> {
+    use std::io::Read;
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let mut both = service("amf", "10.96.0.60", 30082);
+    both["spec"]["ports"] = json!([
+        { "name": "n2", "port": 38412, "protocol": "SCTP" },
+        { "name": "web", "port": 38412, "protocol": "TCP" },
+    ]);
+    cluster.server.put(both);
+    // The same number over TCP is another Service port, with another endpoint.
+    for (name, protocol, port, address) in
+        [("n2", "SCTP", 9999, "10.244.1.12"), ("web", "TCP", 8080, "10.244.1.13")]
+    {
+        cluster.server.put(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("amf-{name}"), "namespace": "demo",
+                "labels": { "kubernetes.io/service-name": "amf" },
+            },
+            "addressType": "IPv4",
+            "ports": [{ "name": name, "port": port, "protocol": protocol }],
+            "endpoints": [{ "addresses": [address], "nodeName": "worker-1" }],
+        }));
+    }
+    let agent = cluster.start()?;
+    let mut receiver = cluster.lab.pod("pod-b")?.run(sctp_socket)?;
+    let sender = cluster.lab.client().run(sctp_socket)?;
+    let vip: SocketAddr = "10.96.0.60:0".parse()?;
+    let mut buffer = [0; 256];
+    let mut received = None;
+    for from in 40_000..40_040 {
+        sender.send_to(&sctp_init(from, 38412), &vip.into())?;
+        if let Ok(len) = receiver.read(&mut buffer) {
+            received = Some(buffer[..len].to_vec());
+            break;
+        }
+    }
+    let packet = received.with_context(|| format!("no SCTP packet arrived: {agent}"))?;
+    let sctp = &packet[usize::from(packet[0] & 0xf) * 4..];
+    assert_eq!(packet[16..20], [10, 244, 1, 12], "the endpoint's address");
+    assert_eq!(sctp[2..4], 9999_u16.to_be_bytes(), "the endpoint's port");
+    assert_eq!(packet[12..16], [192, 0, 2, 11], "masqueraded: the client is outside the cluster");
+    cluster.reach("10.96.0.60:38412", &["pod-c"])
+}
