@@ -17,6 +17,7 @@ mod explain;
 mod flows;
 mod logging;
 mod offline;
+mod pods;
 mod questions;
 mod run;
 mod settings;
