@@ -435,7 +435,7 @@ fn sctp_packets_reach_their_endpoint() -> Result<()> {
     let cluster = Cluster::new()?;
     let mut both = service("amf", "10.96.0.60", 30082);
     both["spec"]["ports"] = json!([
-        { "name": "n2", "port": 38412, "protocol": "SCTP" },
+        { "name": "n2", "port": 38412, "protocol": "SCTP", "nodePort": 30082 },
         { "name": "web", "port": 38412, "protocol": "TCP" },
     ]);
     cluster.server.put(both);

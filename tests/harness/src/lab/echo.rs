@@ -170,7 +170,8 @@ async fn serve(mut requests: UnboundedReceiver<Request>, names: Arc<Names>) {
 fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<AbortHandle> {
     let socket = proto.socket(address)?;
     socket.set_nonblocking(true)?;
-    if address.is_ipv6() {
+    // A raw socket is of one family anyway, and the kernel takes no such wish for it.
+    if address.is_ipv6() && proto != Proto::Sctp {
         socket.set_only_v6(true)?;
     }
     let names = Arc::clone(names);
