@@ -42,12 +42,12 @@ impl Init {
     }
 
     /// The packet.
-    pub(super) fn packet(&self) -> Vec<u8> {
-        packet(Self { tag: 0, ..*self }, INIT, self.tag, &[])
+    pub(super) fn packet(self) -> Vec<u8> {
+        packet(Self { tag: 0, ..self }, INIT, self.tag, &[])
     }
 
     /// The INIT ACK that answers it.
-    pub(super) fn answer(&self, line: &str) -> Vec<u8> {
+    pub(super) fn answer(self, line: &str) -> Vec<u8> {
         let mut cookie = Vec::from(STATE_COOKIE.to_be_bytes());
         cookie.extend(length(4 + line.len()));
         cookie.extend(line.bytes());
@@ -55,7 +55,7 @@ impl Init {
     }
 
     /// The line of a packet, if that is the INIT ACK that answers this INIT.
-    pub(super) fn line_of(&self, packet: &[u8]) -> Option<String> {
+    pub(super) fn line_of(self, packet: &[u8]) -> Option<String> {
         let (header, chunk) = parse(packet)?;
         let ours = header == Self { from: self.to, to: self.from, tag: self.tag };
         let parameter = chunk.get(CHUNK..).filter(|_| ours && chunk[0] == INIT_ACK)?;
@@ -108,7 +108,7 @@ fn length(bytes: usize) -> [u8; 2] {
     u16::try_from(bytes).unwrap_or(u16::MAX).to_be_bytes()
 }
 
-/// CRC32c of a packet, with zeros in place of the checksum itself.
+/// The CRC-32C of a packet, with zeros in place of the checksum itself.
 fn checksum(packet: &[u8]) -> [u8; 4] {
     let bytes = packet.iter().enumerate().map(|(i, byte)| if (8..HEADER).contains(&i) { 0 } else { *byte });
     let crc = bytes.fold(!0_u32, |crc, byte| {
