@@ -18,43 +18,71 @@ use tokio::task::block_in_place;
 
 use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
+use crate::config::{self, Configuration};
 use crate::dump;
 use crate::explain;
 use crate::flows::{Done, Flows};
-use crate::offline;
-use crate::settings::{Settings, parse_duration};
+use crate::settings::Settings;
 
 /// Updates that may wait between source and loop: enough for a burst, little enough for memory.
 const UPDATES_MAX: usize = 1024;
 
-pub(crate) fn run(args: &RunArgs) -> Result<()> {
-    let document = args.settings.config.as_deref().map(offline::read_config).transpose()?;
-    let mut settings = Settings::new(&args.settings, document.as_ref())?;
-    if let Some(period) = &args.min_sync_period {
-        settings.min_sync_period = Some(parse_duration(period).context("--min-sync-period")?);
+pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Settings) -> Result<()> {
+    if settings.auto {
+        let choice = shunt_modes::choose().map_err(|e| anyhow!("no mode can run here: {e}"))?;
+        tracing::info!("mode chosen: {}", choice.reason);
+        settings.mode = choice.mode;
     }
-    let node_name = node_name(args, &settings)?;
+    let node_name = node_name(&settings)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let result = runtime.block_on(run_async(args, settings, node_name));
+    let result = runtime.block_on(run_async(args, configuration, settings, node_name));
     runtime.shutdown_background();
-    result
+    match result? {
+        End::Stopped => Ok(()),
+        End::Reconfigured => Err(restart()),
+    }
 }
 
-/// The node's name: the flag wins over the configuration, the configuration over the host name.
-fn node_name(args: &RunArgs, settings: &Settings) -> Result<String> {
-    let named = args.hostname_override.as_deref().map(|n| n.trim().to_lowercase());
-    if let Some(name) = named.filter(|n| !n.is_empty()).or_else(|| settings.hostname_override.clone()) {
-        return Ok(name);
+/// Why the loop ended.
+enum End {
+    /// It was told to.
+    Stopped,
+    /// There is another configuration.
+    Reconfigured,
+}
+
+/// Starts this program anew in this process, with the same arguments. Rules stay in place meanwhile,
+/// and the new start adopts them. Returns only if that fails.
+fn restart() -> anyhow::Error {
+    use std::os::unix::process::CommandExt as _;
+    let mut arguments = std::env::args_os();
+    let mut command = std::process::Command::new("/proc/self/exe");
+    if let Some(name) = arguments.next() {
+        command.arg0(name);
+    }
+    let error = command.args(arguments).exec();
+    anyhow!("content of the proxy server's configuration file was updated, and starting anew failed: {error}")
+}
+
+/// The node's name: that of flag or configuration, else the host name.
+fn node_name(settings: &Settings) -> Result<String> {
+    if let Some(name) = &settings.hostname_override {
+        return Ok(name.clone());
     }
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").context("read the host name")?;
     Ok(name.trim().to_lowercase())
 }
 
-async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Result<()> {
+async fn run_async(
+    args: &RunArgs,
+    configuration: Configuration,
+    settings: Settings,
+    node_name: String,
+) -> Result<End> {
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         mode = %settings.mode,
@@ -66,12 +94,15 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (updates_tx, mut updates) = mpsc::channel(UPDATES_MAX);
-    let source = start_source(args, &node_name, updates_tx);
+    let source = start_source(args, &settings, &node_name, updates_tx);
+    let (reconfigured_tx, mut reconfigured) = mpsc::channel(1);
+    let configuration_watch = tokio::spawn(config::watch(args.clone(), configuration, reconfigured_tx));
     let (addresses_tx, mut addresses) = mpsc::channel(1);
     let watcher = tokio::spawn(shunt_node::addresses::watch(addresses_tx));
     let (asked_tx, mut asked) = mpsc::channel(1);
-    if !args.admin_socket.is_empty()
-        && let Err(error) = admin::listen(args.admin_socket.as_ref(), asked_tx.clone())
+    let admin_socket = settings.admin_socket.clone();
+    if !admin_socket.is_empty()
+        && let Err(error) = admin::listen(admin_socket.as_ref(), asked_tx.clone())
     {
         tracing::warn!("{error:#}: `shunt dump` and `shunt explain` cannot reach this agent");
     }
@@ -82,7 +113,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
     tokio::pin!(watcher);
-    loop {
+    let end = loop {
         let deadline = engine.deadline().map(tokio::time::Instant::from_std);
         let sleep = async {
             match deadline {
@@ -92,8 +123,9 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         };
         tokio::select! {
             biased;
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break End::Stopped,
+            _ = interrupt.recv() => break End::Stopped,
+            Some(_) = reconfigured.recv() => break End::Reconfigured,
             received = updates.recv_many(&mut batch, UPDATES_MAX), if !updates.is_closed() || !updates.is_empty() => {
                 if received > 0 {
                     engine.updates(&mut batch);
@@ -117,25 +149,29 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
             () = sleep => {}
         }
         block_in_place(|| engine.tick(Instant::now()));
+    };
+    match end {
+        End::Stopped => tracing::info!("stopping; rules stay in place"),
+        End::Reconfigured => tracing::info!("the configuration changed: starting anew; rules stay in place"),
     }
-    tracing::info!("stopping; rules stay in place");
     source.abort();
     watcher.abort();
+    configuration_watch.abort();
     drop(asked_tx);
-    if !args.admin_socket.is_empty() {
-        let _ = std::fs::remove_file(&args.admin_socket);
+    if !admin_socket.is_empty() {
+        let _ = std::fs::remove_file(&admin_socket);
     }
-    Ok(())
+    Ok(end)
 }
 
 type Source = tokio::task::JoinHandle<std::result::Result<(), shunt_watch::WatchError>>;
 
-fn start_source(args: &RunArgs, node_name: &str, tx: mpsc::Sender<Update>) -> Source {
+fn start_source(args: &RunArgs, settings: &Settings, node_name: &str, tx: mpsc::Sender<Update>) -> Source {
     if let Some(path) = &args.manifests {
         tokio::spawn(watch_manifests(path.clone(), node_name.to_owned(), tx))
     } else {
         let mut options = KubeOptions::new(node_name);
-        options.kubeconfig.clone_from(&args.kubeconfig);
+        options.kubeconfig.clone_from(&settings.kubeconfig);
         options.master.clone_from(&args.master);
         tokio::spawn(watch_kube(options, tx))
     }
@@ -153,10 +189,8 @@ fn ended_source(
 
 /// Opens the mode for both families. A kernel without one family serves the other.
 fn open_families(settings: &Settings) -> Result<Vec<Family>> {
-    let periods = Periods {
-        min_sync: settings.min_sync_period.unwrap_or(Periods::default().min_sync),
-        ..Periods::default()
-    };
+    let periods =
+        Periods { min_sync: settings.min_sync_period, resync: settings.resync_period, ..Periods::default() };
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
@@ -268,6 +302,11 @@ impl Engine {
         let config = self.settings.config_for(self.store.node());
         let mut context = Context::new(self.node_name.as_str(), config).with_node(self.store.node());
         context.interface_addresses = self.addresses.clone().unwrap_or_default();
+        if let Some(address) = self.settings.bind_address {
+            // The first of a family is its primary one.
+            context.node_addresses.retain(|a| *a != address);
+            context.node_addresses.insert(0, address);
+        }
         if context.node_addresses.is_empty() {
             // Without a Node object the interfaces say what the node's addresses are.
             context.node_addresses =

@@ -1,5 +1,8 @@
 //! Configurations as operators have them, and every value that is refused.
 
+// Helpers of tests are no tests to clippy.
+#![allow(clippy::expect_used, clippy::panic)]
+
 use serde_json::{Value, json};
 use shunt_config::{ConfigError, Duration, KubeProxyConfiguration, Loaded, decode, from_value, write};
 

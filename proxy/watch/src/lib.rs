@@ -32,7 +32,7 @@ pub use api::{KubeOptions, watch_kube};
 pub use convert::{Converted, Converter};
 pub use error::WatchError;
 pub use kind::Kind;
-pub use manifests::{ConfigDocument, Manifests, Pods, read_manifests, watch_manifests};
+pub use manifests::{ConfigDocument, FileWatcher, Manifests, Pods, read_manifests, watch_manifests};
 pub use problem::{Contact, Problem};
 
 use shunt_core::store::Event;
