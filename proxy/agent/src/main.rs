@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod account;
 mod admin;
 mod cli;
 mod config;
@@ -18,9 +19,11 @@ mod explain;
 mod flags;
 mod flows;
 mod logging;
+mod metrics;
 mod offline;
 mod questions;
 mod run;
+mod servers;
 mod settings;
 
 use std::ffi::OsString;

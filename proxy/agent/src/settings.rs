@@ -10,6 +10,7 @@ use shunt_config::shunt::Leftovers;
 use shunt_config::{ConfigError, KubeProxyConfiguration, ShuntConfiguration};
 use shunt_core::node::{Config, LocalDetector, Node, NodePortAddresses};
 use shunt_mode::Mode;
+use shunt_node::sysctl::Sizing;
 
 use crate::cli::SettingArgs;
 use crate::flags::{self, KubeProxyFlags};
@@ -49,6 +50,8 @@ pub(crate) struct Settings {
     pub oom_score_adj: Option<i32>,
     /// Where dumps and explanations are asked for; empty for nowhere.
     pub admin_socket: String,
+    /// Sizes and timeouts of connection tracking.
+    pub conntrack: Sizing,
     /// Rules of kube-proxy and of other modes go once ours are in place.
     pub remove_leftovers: bool,
 }
@@ -120,6 +123,7 @@ impl Settings {
                 .map(PathBuf::from),
             oom_score_adj: kube_proxy.oom_score_adj,
             admin_socket: shunt.admin_socket.clone().unwrap_or_else(|| crate::cli::ADMIN_SOCKET.to_owned()),
+            conntrack: sizing(&kube_proxy.conntrack, shunt.lower_sysctls),
             remove_leftovers: shunt.leftovers == Leftovers::Remove,
         })
     }
@@ -134,6 +138,21 @@ impl Settings {
             };
         }
         config
+    }
+}
+
+fn sizing(conntrack: &shunt_config::types::Conntrack, lower: bool) -> Sizing {
+    let count = |n: Option<i32>| n.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    let time = |t: Option<shunt_config::Duration>| t.unwrap_or_default().to_std();
+    Sizing {
+        max_per_core: count(conntrack.max_per_core),
+        min: count(conntrack.min),
+        tcp_established: time(conntrack.tcp_established_timeout),
+        tcp_close_wait: time(conntrack.tcp_close_wait_timeout),
+        tcp_be_liberal: conntrack.tcp_be_liberal,
+        udp: conntrack.udp_timeout.to_std(),
+        udp_stream: conntrack.udp_stream_timeout.to_std(),
+        lower,
     }
 }
 
