@@ -8,7 +8,7 @@ use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
-use crate::{Backend, KernelError, Mode, Plan, Unsupported, rendered};
+use crate::{Backend, KernelError, Mode, Plan, Unsupported, Usage, rendered};
 
 /// What a sync did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -71,6 +71,8 @@ pub trait Driver: Send {
     /// Reads the kernel and says what becomes of packets under what it holds. Of `table` only the
     /// node's addresses count.
     fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError>;
+    /// How full the kernel's tables are, as far as known.
+    fn usage(&self) -> Vec<Usage>;
     /// Removes everything that the mode owns.
     fn cleanup(&mut self) -> Result<(), KernelError>;
 }
@@ -166,6 +168,10 @@ impl<B: Backend> Driver for ModeDriver<B> {
     fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError> {
         let observed = self.backend.observe()?;
         Ok(trace::<B>(&observed, table, packets))
+    }
+
+    fn usage(&self) -> Vec<Usage> {
+        self.state.as_ref().map(B::usage).unwrap_or_default()
     }
 
     fn cleanup(&mut self) -> Result<(), KernelError> {

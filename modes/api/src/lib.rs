@@ -118,6 +118,17 @@ pub struct Unsupported {
     pub advice: String,
 }
 
+/// How full a table of the kernel is that has a limit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Usage {
+    /// The table, in the mode's own words.
+    pub table: &'static str,
+    /// Entries in it.
+    pub entries: usize,
+    /// Entries that it takes before it must be replaced or overflows.
+    pub limit: usize,
+}
+
 /// One mode for one IP family.
 ///
 /// Implementations hold a handle to the kernel and nothing else; what is known of the kernel is
@@ -159,6 +170,11 @@ pub trait Backend: Send {
     /// the table; `local` are the addresses of the node. The error says what in `state` cannot be
     /// followed. Pure.
     fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String>;
+
+    /// How full the tables of the kernel are that have a limit. Pure.
+    fn usage(_: &Self::State) -> Vec<Usage> {
+        Vec::new()
+    }
 
     /// Whether this node can run the mode; names what is missing.
     fn probe(&mut self) -> Result<(), Unsupported>;

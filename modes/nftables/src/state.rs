@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use nft_netlink::{BaseChain, Bytes, Element, ElementData, Verdict};
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, Frontend, LocalEndpoint};
+use shunt_mode::Usage;
 
 use crate::affinity::{self, Affinity};
 use crate::layout::{
@@ -131,6 +132,20 @@ impl State {
     /// Capacity of the map of endpoints that is in use; `None` when there is none.
     pub fn endpoints_capacity(&self) -> Option<u32> {
         self.sets.iter().filter_map(|s| if let SetKey::Endpoints(n) = s { Some(*n) } else { None }).max()
+    }
+
+    /// How full the sized maps are.
+    pub(crate) fn usage(&self) -> Vec<Usage> {
+        // Node ports have a map of their own, without a limit.
+        let services = self.frontends.keys().filter(|f| f.address.is_some()).count();
+        let tables = [
+            ("services", services, self.services_capacity()),
+            ("endpoints", self.endpoint_count, self.endpoints_capacity()),
+        ];
+        tables
+            .into_iter()
+            .filter_map(|(table, entries, limit)| Some(Usage { table, entries, limit: limit? as usize }))
+            .collect()
     }
 
     /// Whether there are node ports.

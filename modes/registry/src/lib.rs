@@ -6,6 +6,10 @@
 
 #![forbid(unsafe_code)]
 
+mod choose;
+
+pub use choose::{Choice, choose};
+
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::Packet;
@@ -28,6 +32,10 @@ pub enum OpenError {
 
 /// The modes of this build.
 pub const BUILT: &[Mode] = &[Mode::Nftables];
+
+/// Modes of this build from which `auto` takes the first that the kernel can run: first the one that
+/// costs least per connection and change and needs no privilege beyond `CAP_NET_ADMIN`.
+pub const AUTO: &[Mode] = &[Mode::Nftables];
 
 /// Opens a mode for a family in the calling thread's network namespace.
 pub fn open(mode: Mode, family: IpFamily) -> Result<Box<dyn Driver>, OpenError> {

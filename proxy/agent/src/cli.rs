@@ -6,6 +6,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use shunt_config::Duration;
+
+use crate::flags::KubeProxyFlags;
 
 /// Where the running agent listens for `shunt dump` and `shunt explain`.
 pub(crate) const ADMIN_SOCKET: &str = "/run/shunt/shunt.sock";
@@ -15,6 +18,7 @@ pub(crate) const ADMIN_SOCKET: &str = "/run/shunt/shunt.sock";
 #[command(
     name = "shunt",
     version,
+    propagate_version = true,
     after_help = "\
 Examples:
   shunt run --kubeconfig /etc/kubernetes/kubelet.conf --cluster-cidr 10.244.0.0/16
@@ -56,11 +60,31 @@ pub(crate) enum LogFormat {
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct LogArgs {
     /// Verbosity as in klog: 0 to 3 what an operator wants to know, 4 debug, 6 everything.
-    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 2, global = true)]
-    pub verbosity: u8,
-    /// Format of log lines, which go to standard error.
-    #[arg(long, value_enum, default_value_t, global = true)]
-    pub logging_format: LogFormat,
+    #[arg(short = 'v', long = "v", value_name = "LEVEL", global = true)]
+    pub verbosity: Option<u8>,
+    /// Format of log lines, which go to standard error. Default: text.
+    #[arg(long, value_enum, global = true)]
+    pub logging_format: Option<LogFormat>,
+    /// klog's flags that mean nothing here.
+    #[command(flatten)]
+    pub klog: KlogFlags,
+}
+
+/// Accepted and ignored: lines are written at once, and there are no Go source files.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct KlogFlags {
+    #[arg(long, value_name = "PATTERN=N,...", hide = true, global = true)]
+    pub vmodule: Option<String>,
+    #[arg(long, value_name = "DURATION", hide = true, global = true)]
+    pub log_flush_frequency: Option<String>,
+    #[arg(long, value_name = "QUANTITY", hide = true, global = true)]
+    pub log_json_info_buffer_size: Option<String>,
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = true, global = true)]
+    pub log_json_split_stream: Option<bool>,
+    #[arg(long, value_name = "QUANTITY", hide = true, global = true)]
+    pub log_text_info_buffer_size: Option<String>,
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = true, global = true)]
+    pub log_text_split_stream: Option<bool>,
 }
 
 /// Settings that flags and configuration file share. With `--config`, the file wins.
@@ -69,7 +93,8 @@ pub(crate) struct SettingArgs {
     /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1).
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// How to program the kernel: nftables (this build has no other mode).
+    /// How to program the kernel: nftables, iptables, ipvs, ebpf, or auto for the best that the kernel
+    /// can run. Default: auto.
     #[arg(long, visible_alias = "proxy-mode", value_name = "MODE")]
     pub mode: Option<String>,
     /// Range of pod addresses, one or one of each family: traffic from elsewhere to a cluster IP is
@@ -86,17 +111,17 @@ pub(crate) struct SettingArgs {
     #[arg(long, value_name = "PREFIX")]
     pub pod_interface_name_prefix: Option<String>,
     /// Masquerade all traffic to cluster IPs.
-    #[arg(long)]
-    pub masquerade_all: bool,
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pub masquerade_all: Option<bool>,
     /// Bit of the packet mark that asks for masquerade (0 to 31).
     #[arg(long, value_name = "BIT")]
     pub iptables_masquerade_bit: Option<u8>,
-    /// Addresses on which node ports answer: `primary`, or ranges. Default: primary.
+    /// Addresses on which node ports answer: primary, all, localhost, or ranges. Default: primary.
     #[arg(long = "nodeport-addresses", value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
     pub node_port_addresses: Vec<String>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   shunt run --config /var/lib/kube-proxy/config.conf
@@ -113,25 +138,35 @@ pub(crate) struct RunArgs {
     /// File or folder of manifests (YAML, JSON) to use instead of an API server; followed live.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["kubeconfig", "master"])]
     pub manifests: Option<PathBuf>,
-    /// Kubeconfig; without one, the pod's service account.
-    #[arg(long, value_name = "FILE")]
-    pub kubeconfig: Option<PathBuf>,
     /// URL of the API server; overrides that of the kubeconfig.
     #[arg(long, value_name = "URL")]
     pub master: Option<String>,
-    /// Name of this node; default: the host name in lower case.
+    /// Name of this node; default: the host name in lower case. Wins over the configuration.
     #[arg(long, visible_alias = "node", value_name = "NAME")]
     pub hostname_override: Option<String>,
+    /// File with a ShuntConfiguration, if it is not in that of --config.
+    #[arg(long, value_name = "FILE")]
+    pub shunt_config: Option<PathBuf>,
     /// Least time from the end of one sync to the start of the next, such as 1ms or 1s. Overrides the
     /// configuration.
     #[arg(long, value_name = "DURATION")]
-    pub min_sync_period: Option<String>,
-    /// Where `shunt dump` and `shunt explain` reach the running agent; empty for nowhere.
-    #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
-    pub admin_socket: String,
-    /// Remove everything that Shunt has put into the kernel, and exit.
-    #[arg(long)]
-    pub cleanup: bool,
+    pub min_sync_period: Option<Duration>,
+    /// Where `shunt dump` and `shunt explain` reach the running agent; empty for nowhere. Default:
+    /// /run/shunt/shunt.sock.
+    #[arg(long, value_name = "PATH")]
+    pub admin_socket: Option<String>,
+    /// Remove everything that Shunt and kube-proxy have put into the kernel, and exit.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pub cleanup: Option<bool>,
+    /// Write the configuration with all defaults to this file, and exit.
+    #[arg(long, value_name = "FILE")]
+    pub write_config_to: Option<PathBuf>,
+    /// Do what needs full root privileges (sysctls), and exit: for an init container. Afterwards
+    /// CAP_NET_ADMIN is enough.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pub init_only: Option<bool>,
+    #[command(flatten)]
+    pub kube_proxy: KubeProxyFlags,
 }
 
 #[derive(Args, Debug)]

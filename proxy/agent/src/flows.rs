@@ -29,6 +29,23 @@ pub(crate) struct Done {
     took: Duration,
 }
 
+impl Done {
+    /// Whose flows.
+    pub(crate) const fn family(&self) -> IpFamily {
+        self.family
+    }
+
+    /// What was done.
+    pub(crate) const fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// How long it took.
+    pub(crate) const fn took(&self) -> Duration {
+        self.took
+    }
+}
+
 /// What is known of the flows of one family.
 struct Family {
     serving: Serving,

@@ -2,20 +2,37 @@
 
 use std::io::IsTerminal;
 
+use shunt_config::types::Logging;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{LogArgs, LogFormat};
 
-/// Starts logging. `RUST_LOG`, where set, overrides the verbosity.
+/// Verbosity where nothing says another.
+const VERBOSITY: u32 = 2;
+
+/// Starts logging as flags say.
 pub(crate) fn start(args: &LogArgs) {
-    let level = match args.verbosity {
+    start_with(args.verbosity.map_or(VERBOSITY, u32::from), args.logging_format.unwrap_or_default());
+}
+
+/// Starts logging as the configuration says, into which flags have gone already. A verbosity of 0 in it
+/// cannot be told from none.
+pub(crate) fn start_configured(args: &LogArgs, logging: &Logging) {
+    let verbosity =
+        if args.verbosity.is_none() && logging.verbosity == 0 { VERBOSITY } else { logging.verbosity };
+    start_with(verbosity, if logging.format == "json" { LogFormat::Json } else { LogFormat::Text });
+}
+
+/// Starts logging. `RUST_LOG`, where set, overrides the verbosity.
+fn start_with(verbosity: u32, format: LogFormat) {
+    let level = match verbosity {
         0..=3 => LevelFilter::INFO,
         4..=5 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
     // Libraries speak up at the highest verbosity only.
-    let others = if args.verbosity < 8 { LevelFilter::WARN } else { level };
+    let others = if verbosity < 8 { LevelFilter::WARN } else { level };
     let ours = ["shunt", "shunt_watch", "shunt_node", "shunt_mode", "shunt_modes", "shunt_mode_nftables"];
     let filter = EnvFilter::builder().with_default_directive(others.into()).from_env_lossy();
     let filter = if std::env::var_os(EnvFilter::DEFAULT_ENV).is_some() {
@@ -29,7 +46,7 @@ pub(crate) fn start(args: &LogArgs) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    match args.logging_format {
+    match format {
         LogFormat::Text => builder.with_target(false).init(),
         LogFormat::Json => builder.json().init(),
     }

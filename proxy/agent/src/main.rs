@@ -10,33 +10,37 @@
 
 #![forbid(unsafe_code)]
 
+mod account;
 mod admin;
 mod cli;
+mod config;
 mod dump;
 mod explain;
+mod flags;
 mod flows;
 mod logging;
+mod metrics;
 mod offline;
 mod pods;
 mod questions;
 mod run;
+mod servers;
 mod settings;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser;
 use shunt_core::id::IpFamily;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, RunArgs};
+use crate::config::Configuration;
 
 fn main() -> ExitCode {
     let cli = Cli::parse_from(arguments());
     let result = match cli.command {
-        Command::Run(args) => {
-            logging::start(&args.log);
-            done(if args.cleanup { cleanup() } else { run::run(&args) })
-        }
+        Command::Run(args) => done(start(&args)),
         Command::Dump(args) => {
             logging::start(&args.log);
             done(dump::dump(&args))
@@ -60,18 +64,47 @@ fn main() -> ExitCode {
     }
 }
 
+/// What `shunt run` is asked to do: usually to run.
+fn start(args: &RunArgs) -> anyhow::Result<()> {
+    if args.cleanup == Some(true) {
+        logging::start(&args.log);
+        return cleanup();
+    }
+    let configuration = Configuration::load(args)?;
+    logging::start_configured(&args.log, &configuration.kube_proxy.logging);
+    for warning in &configuration.warnings {
+        tracing::warn!("{warning}");
+    }
+    let settings = configuration.settings()?;
+    if let Some(path) = &args.write_config_to {
+        std::fs::write(path, shunt_config::write(&configuration.kube_proxy)?)
+            .with_context(|| format!("write {}", path.display()))?;
+        tracing::info!(file = %path.display(), "wrote the configuration");
+        return Ok(());
+    }
+    run::run(args, configuration, settings)
+}
+
 fn done(result: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     result.map(|()| ExitCode::SUCCESS)
 }
 
-/// The arguments; called as `kube-proxy`, those of `shunt run`.
+/// The arguments; called as `kube-proxy`, those of `shunt run`. As Kubernetes' components do, it takes
+/// `_` for `-` in the names of flags.
 fn arguments() -> Vec<OsString> {
-    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let mut arguments: Vec<OsString> = std::env::args_os().map(dashed).collect();
     let called = arguments.first().map(std::path::PathBuf::from);
     if called.as_ref().and_then(|p| p.file_name()).is_some_and(|name| name == "kube-proxy") {
         arguments.insert(1, "run".into());
     }
     arguments
+}
+
+/// `--hostname_override=worker_1` is `--hostname-override=worker_1`.
+fn dashed(argument: OsString) -> OsString {
+    let Some(text) = argument.to_str().filter(|text| text.starts_with("--")) else { return argument };
+    let (name, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+    format!("{}{value}", name.replace('_', "-")).into()
 }
 
 fn cleanup() -> anyhow::Result<()> {

@@ -11,50 +11,87 @@ use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
 use shunt_mode::driver::{Driver, Report};
 use shunt_mode::sync::{Periods, Step, SyncLoop};
-use shunt_watch::{KubeOptions, Update, watch_kube, watch_manifests};
+use shunt_node::health::Health;
+use shunt_node::sysctl::{self, Sysctls};
+use shunt_watch::{
+    EventType, KubeOptions, Notice, Regarding, Update, send_events, watch_kube, watch_manifests,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
+use crate::account::{Account, Note};
 use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
+use crate::config::{self, Configuration};
 use crate::dump;
 use crate::explain;
 use crate::flows::{Done, Flows};
-use crate::offline;
-use crate::settings::{Settings, parse_duration};
+use crate::metrics::Metrics;
+use crate::servers;
+use crate::settings::Settings;
 
+/// Events that may wait to be sent; more are dropped.
+const EVENTS_MAX: usize = 64;
 /// Updates that may wait between source and loop: enough for a burst, little enough for memory.
 const UPDATES_MAX: usize = 1024;
 
-pub(crate) fn run(args: &RunArgs) -> Result<()> {
-    let document = args.settings.config.as_deref().map(offline::read_config).transpose()?;
-    let mut settings = Settings::new(&args.settings, document.as_ref())?;
-    if let Some(period) = &args.min_sync_period {
-        settings.min_sync_period = Some(parse_duration(period).context("--min-sync-period")?);
+pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Settings) -> Result<()> {
+    if settings.auto {
+        let choice = shunt_modes::choose().map_err(|e| anyhow!("no mode can run here: {e}"))?;
+        tracing::info!("mode chosen: {}", choice.reason);
+        settings.mode = choice.mode;
     }
-    let node_name = node_name(args, &settings)?;
+    let node_name = node_name(&settings)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let result = runtime.block_on(run_async(args, settings, node_name));
+    let result = runtime.block_on(run_async(args, configuration, settings, node_name));
     runtime.shutdown_background();
-    result
+    match result? {
+        End::Stopped => Ok(()),
+        End::Reconfigured => Err(restart()),
+    }
 }
 
-/// The node's name: the flag wins over the configuration, the configuration over the host name.
-fn node_name(args: &RunArgs, settings: &Settings) -> Result<String> {
-    let named = args.hostname_override.as_deref().map(|n| n.trim().to_lowercase());
-    if let Some(name) = named.filter(|n| !n.is_empty()).or_else(|| settings.hostname_override.clone()) {
-        return Ok(name);
+/// Why the loop ended.
+enum End {
+    /// It was told to.
+    Stopped,
+    /// There is another configuration.
+    Reconfigured,
+}
+
+/// Starts this program anew in this process, with the same arguments. Rules stay in place meanwhile,
+/// and the new start adopts them. Returns only if that fails.
+fn restart() -> anyhow::Error {
+    use std::os::unix::process::CommandExt as _;
+    let mut arguments = std::env::args_os();
+    let mut command = std::process::Command::new("/proc/self/exe");
+    if let Some(name) = arguments.next() {
+        command.arg0(name);
+    }
+    let error = command.args(arguments).exec();
+    anyhow!("content of the proxy server's configuration file was updated, and starting anew failed: {error}")
+}
+
+/// The node's name: that of flag or configuration, else the host name.
+fn node_name(settings: &Settings) -> Result<String> {
+    if let Some(name) = &settings.hostname_override {
+        return Ok(name.clone());
     }
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").context("read the host name")?;
     Ok(name.trim().to_lowercase())
 }
 
-async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Result<()> {
+async fn run_async(
+    args: &RunArgs,
+    configuration: Configuration,
+    settings: Settings,
+    node_name: String,
+) -> Result<End> {
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         mode = %settings.mode,
@@ -62,27 +99,52 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         "starting"
     );
     let families = open_families(&settings)?;
+    if let Some(Err(error)) = settings.oom_score_adj.map(sysctl::set_oom_score_adj) {
+        tracing::warn!("oom_score_adj stays as it is: {error}");
+    }
+    sysctl::configure(&Sysctls::default(), &settings.conntrack);
+    if args.init_only == Some(true) {
+        return Ok(End::Stopped);
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (updates_tx, mut updates) = mpsc::channel(UPDATES_MAX);
-    let source = start_source(args, &node_name, updates_tx);
+    let source = start_source(args, &settings, &node_name, updates_tx);
+    let (events, notices) = mpsc::channel(EVENTS_MAX);
+    let sender = start_events(args, &settings, &node_name, notices);
+    let (metrics, registry) = Metrics::new(settings.mode);
+    let health = Health::new(2 * settings.sync_period);
+    let (failed_tx, mut failed) = mpsc::channel(1);
+    let kube_proxy = &configuration.kube_proxy;
+    let servers = servers::start(&settings, kube_proxy, &health, &metrics, registry, &events, &failed_tx);
+    let _ = events.try_send(Notice {
+        regarding: Regarding::Node,
+        event_type: EventType::Normal,
+        reason: "Starting",
+        action: "StartKubeProxy",
+        note: String::new(),
+    });
+    let account = Account::new(metrics, health, events, node_name.clone());
+    let (reconfigured_tx, mut reconfigured) = mpsc::channel(1);
+    let configuration_watch = tokio::spawn(config::watch(args.clone(), configuration, reconfigured_tx));
     let (addresses_tx, mut addresses) = mpsc::channel(1);
     let watcher = tokio::spawn(shunt_node::addresses::watch(addresses_tx));
     let (asked_tx, mut asked) = mpsc::channel(1);
-    if !args.admin_socket.is_empty()
-        && let Err(error) = admin::listen(args.admin_socket.as_ref(), asked_tx.clone())
+    let admin_socket = settings.admin_socket.clone();
+    if !admin_socket.is_empty()
+        && let Err(error) = admin::listen(admin_socket.as_ref(), asked_tx.clone())
     {
         tracing::warn!("{error:#}: `shunt dump` and `shunt explain` cannot reach this agent");
     }
 
     let (done_tx, mut done) = mpsc::unbounded_channel();
     let flows = settings.mode.uses_conntrack().then(|| Flows::start(done_tx)).transpose()?;
-    let mut engine = Engine::new(settings, node_name, families, flows);
+    let mut engine = Engine::new(settings, node_name, families, flows, account);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
     tokio::pin!(watcher);
-    loop {
+    let end = loop {
         let deadline = engine.deadline().map(tokio::time::Instant::from_std);
         let sleep = async {
             match deadline {
@@ -92,8 +154,10 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         };
         tokio::select! {
             biased;
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break End::Stopped,
+            _ = interrupt.recv() => break End::Stopped,
+            Some(_) = reconfigured.recv() => break End::Reconfigured,
+            Some(error) = failed.recv() => return Err(error),
             received = updates.recv_many(&mut batch, UPDATES_MAX), if !updates.is_closed() || !updates.is_empty() => {
                 if received > 0 {
                     engine.updates(&mut batch);
@@ -117,28 +181,56 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
             () = sleep => {}
         }
         block_in_place(|| engine.tick(Instant::now()));
+    };
+    match end {
+        End::Stopped => tracing::info!("stopping; rules stay in place"),
+        End::Reconfigured => tracing::info!("the configuration changed: starting anew; rules stay in place"),
     }
-    tracing::info!("stopping; rules stay in place");
     source.abort();
     watcher.abort();
-    drop(asked_tx);
-    if !args.admin_socket.is_empty() {
-        let _ = std::fs::remove_file(&args.admin_socket);
+    configuration_watch.abort();
+    sender.abort();
+    for server in &servers {
+        server.abort();
     }
-    Ok(())
+    drop(asked_tx);
+    if !admin_socket.is_empty() {
+        let _ = std::fs::remove_file(&admin_socket);
+    }
+    Ok(end)
 }
 
 type Source = tokio::task::JoinHandle<std::result::Result<(), shunt_watch::WatchError>>;
 
-fn start_source(args: &RunArgs, node_name: &str, tx: mpsc::Sender<Update>) -> Source {
+fn start_source(args: &RunArgs, settings: &Settings, node_name: &str, tx: mpsc::Sender<Update>) -> Source {
     if let Some(path) = &args.manifests {
         tokio::spawn(watch_manifests(path.clone(), node_name.to_owned(), tx))
     } else {
-        let mut options = KubeOptions::new(node_name);
-        options.kubeconfig.clone_from(&args.kubeconfig);
-        options.master.clone_from(&args.master);
-        tokio::spawn(watch_kube(options, tx))
+        tokio::spawn(watch_kube(kube_options(args, settings, node_name), tx))
     }
+}
+
+/// Sends events, if there is an API server to send them to.
+fn start_events(
+    args: &RunArgs,
+    settings: &Settings,
+    node_name: &str,
+    notices: mpsc::Receiver<Notice>,
+) -> tokio::task::JoinHandle<()> {
+    let options = args.manifests.is_none().then(|| kube_options(args, settings, node_name));
+    tokio::spawn(async move {
+        let Some(options) = options else { return };
+        if let Err(error) = send_events(options, notices).await {
+            tracing::warn!("no events will be sent: {error}");
+        }
+    })
+}
+
+fn kube_options(args: &RunArgs, settings: &Settings, node_name: &str) -> KubeOptions {
+    let mut options = KubeOptions::new(node_name);
+    options.kubeconfig.clone_from(&settings.kubeconfig);
+    options.master.clone_from(&args.master);
+    options
 }
 
 fn ended_source(
@@ -153,10 +245,8 @@ fn ended_source(
 
 /// Opens the mode for both families. A kernel without one family serves the other.
 fn open_families(settings: &Settings) -> Result<Vec<Family>> {
-    let periods = Periods {
-        min_sync: settings.min_sync_period.unwrap_or(Periods::default().min_sync),
-        ..Periods::default()
-    };
+    let periods =
+        Periods { min_sync: settings.min_sync_period, resync: settings.resync_period, ..Periods::default() };
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
@@ -200,6 +290,7 @@ struct Engine {
     families: Vec<Family>,
     /// `None` in modes that track no flows.
     flows: Option<Flows>,
+    account: Account,
     /// What was complained about lately, so that it is said once.
     said: VecDeque<String>,
 }
@@ -208,7 +299,13 @@ struct Engine {
 const SAID_MAX: usize = 1000;
 
 impl Engine {
-    fn new(settings: Settings, node_name: String, families: Vec<Family>, flows: Option<Flows>) -> Self {
+    fn new(
+        settings: Settings,
+        node_name: String,
+        families: Vec<Family>,
+        flows: Option<Flows>,
+        account: Account,
+    ) -> Self {
         Self {
             settings,
             node_name,
@@ -218,6 +315,7 @@ impl Engine {
             addresses: None,
             families,
             flows,
+            account,
             said: VecDeque::new(),
         }
     }
@@ -225,18 +323,30 @@ impl Engine {
     fn deadline(&self) -> Option<Instant> {
         let flows = self.flows.as_ref();
         let of_flows = |f: &Family| flows?.deadline(f.driver.family()).filter(|_| f.in_sync());
-        self.families.iter().flat_map(|f| [f.sync.deadline(), of_flows(f)]).flatten().min()
+        let of_families = self.families.iter().flat_map(|f| [f.sync.deadline(), of_flows(f)]).flatten();
+        of_families.chain(self.account.deadline()).min()
     }
 
     fn updates(&mut self, batch: &mut Vec<Update>) {
         let mut dirty = Dirty::default();
         for update in batch.drain(..) {
             match update {
-                Update::Event(event) => dirty.merge(self.store.apply(event)),
+                Update::Event(event) => {
+                    let note = Note::of(&event);
+                    let touched = self.store.apply(event);
+                    self.account.took(note, &touched);
+                    dirty.merge(touched);
+                }
                 Update::Synced => self.synced = true,
-                Update::Problem(problem) => self.complain(problem.to_string()),
-                // The source logs what it waits for; rules stay in place meanwhile.
-                Update::Contact(contact) => tracing::debug!("{contact}"),
+                Update::Problem(problem) => {
+                    self.account.metrics.problem();
+                    self.complain(problem.to_string());
+                }
+                Update::Contact(contact) => {
+                    // The source logs what it waits for; rules stay in place meanwhile.
+                    tracing::debug!("{contact}");
+                    self.account.metrics.contact(contact.kind, contact.lost.is_some());
+                }
             }
         }
         for name in &dirty.services {
@@ -268,6 +378,11 @@ impl Engine {
         let config = self.settings.config_for(self.store.node());
         let mut context = Context::new(self.node_name.as_str(), config).with_node(self.store.node());
         context.interface_addresses = self.addresses.clone().unwrap_or_default();
+        if let Some(address) = self.settings.bind_address {
+            // The first of a family is its primary one.
+            context.node_addresses.retain(|a| *a != address);
+            context.node_addresses.insert(0, address);
+        }
         if context.node_addresses.is_empty() {
             // Without a Node object the interfaces say what the node's addresses are.
             context.node_addresses =
@@ -298,7 +413,9 @@ impl Engine {
         let now = Instant::now();
         for family in &mut self.families {
             family.sync.start(now);
+            self.account.waiting(family.driver.family(), family.sync.queued_since());
         }
+        self.account.compiled(None, &self.store, &compiler);
         if let Some(flows) = &mut self.flows {
             flows.all_known(&self.store, &compiler, now);
         }
@@ -335,7 +452,15 @@ impl Engine {
     fn changed(&mut self, services: &BTreeSet<NamespacedName>, changes: &[Change; 2]) {
         let now = Instant::now();
         for family in &mut self.families {
-            family.sync.changed(changes[family.driver.family() as usize].clone(), now);
+            let of = family.driver.family();
+            let waited = family.sync.queued_since().is_some();
+            family.sync.changed(changes[of as usize].clone(), now);
+            if !waited {
+                self.account.waiting(of, family.sync.queued_since());
+            }
+        }
+        if let Some(compiler) = &self.compiler {
+            self.account.compiled(Some(services), &self.store, compiler);
         }
         if let (Some(flows), Some(compiler)) = (&mut self.flows, &self.compiler) {
             flows.changed(services, changes, &self.store, compiler, now);
@@ -343,6 +468,7 @@ impl Engine {
     }
 
     fn cleaned(&mut self, ended: Done) {
+        self.account.metrics.flows(ended.family(), ended.report(), ended.took());
         let complaint = self.flows.as_mut().and_then(|flows| flows.done(ended, Instant::now()));
         if let Some(complaint) = complaint {
             self.complain(complaint);
@@ -351,16 +477,26 @@ impl Engine {
 
     /// Does what is due.
     fn tick(&mut self, now: Instant) {
+        self.account.tick(now);
         let Some(compiler) = &self.compiler else { return };
         for family in &mut self.families {
             let of = family.driver.family();
+            // A look at the kernel for which nothing waits finds what nobody asked for.
+            let idle = family.in_sync();
             if let Some(step) = family.sync.next(now) {
                 match family.driver.sync(compiler.table(of), &step) {
                     Ok(report) => {
                         log_sync(of, &step, &report);
+                        let full = step == Step::Resync;
+                        if idle && full && report.operations > 0 {
+                            tracing::warn!(family = %of, operations = report.operations, "the kernel held something else than we put there: mended");
+                            self.account.metrics.drift(of, report.operations);
+                        }
+                        self.account.synced(&*family.driver, full, &report);
                         family.sync.finished(Ok(step), Instant::now());
                     }
                     Err(error) => {
+                        self.account.metrics.failed(of);
                         family.sync.finished(Err(error.remedy), Instant::now());
                         tracing::error!(
                             family = %of,
@@ -369,6 +505,10 @@ impl Engine {
                         );
                     }
                 }
+                self.account.waiting(of, family.sync.queued_since());
+            }
+            if family.in_sync() {
+                self.account.serve(of, now);
             }
             // A flow that is deleted too early would be bound to the old endpoint again.
             if let Some(flows) = self.flows.as_mut().filter(|_| family.in_sync()) {

@@ -1,160 +1,130 @@
-//! Flags and `KubeProxyConfiguration` become settings.
+//! What configuration and flags decide, in the terms of those who act on it.
 
-use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow};
 use ipnet::IpNet;
-use serde::Deserialize;
+use shunt_config::shunt::Leftovers;
+use shunt_config::{ConfigError, KubeProxyConfiguration, ShuntConfiguration};
 use shunt_core::node::{Config, LocalDetector, Node, NodePortAddresses};
 use shunt_mode::Mode;
+use shunt_node::sysctl::Sizing;
 
 use crate::cli::SettingArgs;
+use crate::flags::{self, KubeProxyFlags};
 
 /// Everything that flags and configuration decide.
 #[derive(Clone, PartialEq, Eq, Debug)]
+// Switches of their own, as the operator sets them.
+#[allow(clippy::struct_excessive_bools)]
 pub(crate) struct Settings {
+    /// The mode; if it is to be found out, the one that is preferred.
     pub mode: Mode,
+    /// The mode is to be found out by asking the kernel.
+    pub auto: bool,
     /// What the compiler needs. A `NodeCIDR` detector is only known with the Node object.
     pub config: Config,
     /// The pod ranges of the Node object say what is a local pod (`NodeCIDR`).
     pub detect_by_node_cidr: bool,
-    /// Least time between two syncs; `None` for the mode's own.
-    pub min_sync_period: Option<Duration>,
+    /// Least time between two syncs.
+    pub min_sync_period: Duration,
+    /// Health is judged by twice this time.
+    pub sync_period: Duration,
     /// Most time between two looks at the whole kernel state.
+    pub resync_period: Duration,
+    /// Name of the node, if it is not the host name.
     pub hostname_override: Option<String>,
-}
-
-/// The fields of `KubeProxyConfiguration` that are used. Durations are texts such as `30s`.
-#[derive(Deserialize, Clone, Debug, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub(crate) struct KubeProxyConfiguration {
-    mode: String,
-    hostname_override: String,
-    #[serde(rename = "clusterCIDR")]
-    cluster_cidr: String,
-    detect_local_mode: String,
-    detect_local: DetectLocal,
-    node_port_addresses: Option<Vec<String>>,
-    feature_gates: BTreeMap<String, bool>,
-    iptables: ModeSection,
-    ipvs: ModeSection,
-    nftables: ModeSection,
-}
-
-#[derive(Deserialize, Clone, Debug, Default)]
-#[serde(rename_all = "camelCase", default)]
-struct DetectLocal {
-    bridge_interface: String,
-    interface_name_prefix: String,
-}
-
-#[derive(Deserialize, Clone, Debug, Default)]
-#[serde(rename_all = "camelCase", default)]
-struct ModeSection {
-    masquerade_bit: Option<u8>,
-    masquerade_all: bool,
-    min_sync_period: Option<String>,
+    /// The node's primary address, if it is not that of the Node.
+    pub bind_address: Option<IpAddr>,
+    /// Where /healthz and /livez answer.
+    pub healthz_bind_address: Option<SocketAddr>,
+    /// Where /metrics answers.
+    pub metrics_bind_address: Option<SocketAddr>,
+    /// Exit when a port cannot be bound.
+    pub bind_address_hard_fail: bool,
+    /// Kubeconfig; without one, the pod's service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// Score for the out-of-memory killer.
+    pub oom_score_adj: Option<i32>,
+    /// Where dumps and explanations are asked for; empty for nowhere.
+    pub admin_socket: String,
+    /// Sizes and timeouts of connection tracking.
+    pub conntrack: Sizing,
+    /// Rules of kube-proxy and of other modes go once ours are in place.
+    pub remove_leftovers: bool,
 }
 
 impl Settings {
-    /// Settings from flags alone, or from a configuration document, which then wins over flags
-    /// (kube-proxy's rule).
+    /// Settings from flags alone, or from a configuration document, whose mode a flag overrides.
     pub(crate) fn new(args: &SettingArgs, document: Option<&serde_json::Value>) -> Result<Self> {
-        match document {
-            Some(document) => Self::from_document(document, args.mode.as_deref()),
-            None => Self::from_document_parts(&Self::of_flags(args), None),
+        let mut warnings = Vec::new();
+        let mut kube_proxy = match document {
+            Some(document) => shunt_config::from_value(document, &mut warnings).context("settings")?,
+            None => flags::configuration(args, &KubeProxyFlags::default()),
+        };
+        for warning in warnings {
+            tracing::warn!("{warning}");
         }
-        .context("settings")
-    }
-
-    fn of_flags(args: &SettingArgs) -> KubeProxyConfiguration {
-        let section = ModeSection {
-            masquerade_bit: args.iptables_masquerade_bit,
-            masquerade_all: args.masquerade_all,
-            min_sync_period: None,
-        };
-        let text = |t: &Option<String>| t.clone().unwrap_or_default();
-        KubeProxyConfiguration {
-            mode: text(&args.mode),
-            hostname_override: String::new(),
-            cluster_cidr: text(&args.cluster_cidr),
-            detect_local_mode: text(&args.detect_local_mode),
-            detect_local: DetectLocal {
-                bridge_interface: text(&args.pod_bridge_interface),
-                interface_name_prefix: text(&args.pod_interface_name_prefix),
-            },
-            node_port_addresses: (!args.node_port_addresses.is_empty())
-                .then(|| args.node_port_addresses.clone()),
-            feature_gates: BTreeMap::new(),
-            iptables: section.clone(),
-            ipvs: section.clone(),
-            nftables: section,
+        if let Some(mode) = &args.mode {
+            kube_proxy.mode.clone_from(mode);
         }
+        Self::of(&kube_proxy, &ShuntConfiguration::default()).context("settings")
     }
 
-    /// Settings from a configuration document. `mode` overrides the document's.
-    pub(crate) fn from_document(document: &serde_json::Value, mode: Option<&str>) -> Result<Self> {
-        let parsed: KubeProxyConfiguration =
-            serde_json::from_value(document.clone()).context("KubeProxyConfiguration")?;
-        Self::from_document_parts(&parsed, mode)
-    }
-
-    fn from_document_parts(document: &KubeProxyConfiguration, mode: Option<&str>) -> Result<Self> {
-        let named = match mode {
-            Some(mode) => mode,
-            None => &document.mode,
-        };
-        let mode = if named.is_empty() { Mode::Nftables } else { named.parse().context("mode")? };
-        let section = match mode {
-            Mode::Iptables => &document.iptables,
-            Mode::Ipvs => &document.ipvs,
-            Mode::Nftables | Mode::Ebpf => &document.nftables,
-        };
-        let masquerade_bit = section.masquerade_bit.unwrap_or(14);
-        ensure!(masquerade_bit < 32, "masqueradeBit: {masquerade_bit} is not in 0 to 31");
-        let ranges = parse_ranges("clusterCIDR", document.cluster_cidr.split(','))?;
-        let mut detect_by_node_cidr = false;
-        let local_detector = match document.detect_local_mode.as_str() {
-            "" | "ClusterCIDR" if ranges.is_empty() => LocalDetector::None,
-            "" | "ClusterCIDR" => LocalDetector::Cidr(ranges),
-            "NodeCIDR" => {
-                detect_by_node_cidr = true;
-                LocalDetector::None
+    /// Settings from configurations.
+    pub(crate) fn of(kube_proxy: &KubeProxyConfiguration, shunt: &ShuntConfiguration) -> Result<Self> {
+        let invalid = kube_proxy.validate();
+        if !invalid.is_empty() {
+            return Err(ConfigError::Invalid(invalid).into());
+        }
+        let named = shunt.mode.as_ref().unwrap_or(&kube_proxy.mode);
+        let auto = matches!(named.as_str(), "" | "auto");
+        let mode = if auto { shunt_modes::AUTO[0] } else { named.parse().context("mode")? };
+        let of_mode = kube_proxy.of_mode();
+        let ranges = parse_ranges(kube_proxy.cluster_cidr.split(','))?;
+        let interface = |name: &str| name.into();
+        let local_detector = match kube_proxy.detect_local_mode.as_str() {
+            "BridgeInterface" => {
+                LocalDetector::BridgeInterface(interface(&kube_proxy.detect_local.bridge_interface))
             }
-            "BridgeInterface" => LocalDetector::BridgeInterface(
-                interface("detectLocal.bridgeInterface", &document.detect_local.bridge_interface)?.into(),
-            ),
-            "InterfaceNamePrefix" => LocalDetector::InterfaceNamePrefix(
-                interface("detectLocal.interfaceNamePrefix", &document.detect_local.interface_name_prefix)?
-                    .into(),
-            ),
-            other => bail!(
-                "detectLocalMode: unknown {other:?}: want ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
-            ),
+            "InterfaceNamePrefix" => {
+                LocalDetector::InterfaceNamePrefix(interface(&kube_proxy.detect_local.interface_name_prefix))
+            }
+            "NodeCIDR" => LocalDetector::None,
+            _ if ranges.is_empty() => LocalDetector::None,
+            _ => LocalDetector::Cidr(ranges),
         };
-        let min_sync_period = match &section.min_sync_period {
-            Some(text) => Some(parse_duration(text).context("minSyncPeriod")?),
-            None => None,
-        };
+        // KEP-5707: on by default until Kubernetes 1.40.
+        let allow_external_ips =
+            kube_proxy.feature_gates.get("AllowServiceExternalIPs").copied().unwrap_or(true);
         Ok(Self {
             mode,
+            auto,
             config: Config {
-                masquerade_all: section.masquerade_all,
-                masquerade_bit,
+                masquerade_all: of_mode.masquerade_all,
+                masquerade_bit: of_mode.masquerade_bit.and_then(|b| u8::try_from(b).ok()).unwrap_or(14),
                 local_detector,
-                node_port_addresses: node_ports(document.node_port_addresses.as_deref())?,
-                // KEP-5707: on by default until Kubernetes 1.40.
-                allow_external_ips: document
-                    .feature_gates
-                    .get("AllowServiceExternalIPs")
-                    .copied()
-                    .unwrap_or(true),
+                node_port_addresses: node_ports(kube_proxy.node_port_addresses.as_deref())?,
+                allow_external_ips,
             },
-            detect_by_node_cidr,
-            min_sync_period,
-            hostname_override: Some(document.hostname_override.trim().to_lowercase())
-                .filter(|name| !name.is_empty()),
+            detect_by_node_cidr: kube_proxy.detect_local_mode == "NodeCIDR",
+            min_sync_period: shunt.min_sync_period.unwrap_or(of_mode.min_sync_period).to_std(),
+            sync_period: of_mode.sync_period.to_std(),
+            resync_period: shunt.resync_period.to_std(),
+            hostname_override: node_name(&kube_proxy.hostname_override),
+            bind_address: kube_proxy.bind_address.parse().ok().filter(|a: &IpAddr| !a.is_unspecified()),
+            healthz_bind_address: socket_address(&kube_proxy.healthz_bind_address)?,
+            metrics_bind_address: socket_address(&kube_proxy.metrics_bind_address)?,
+            bind_address_hard_fail: kube_proxy.bind_address_hard_fail,
+            kubeconfig: Some(&kube_proxy.client_connection.kubeconfig)
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
+            oom_score_adj: kube_proxy.oom_score_adj,
+            admin_socket: shunt.admin_socket.clone().unwrap_or_else(|| crate::cli::ADMIN_SOCKET.to_owned()),
+            conntrack: sizing(&kube_proxy.conntrack, shunt.lower_sysctls),
+            remove_leftovers: shunt.leftovers == Leftovers::Remove,
         })
     }
 
@@ -171,18 +141,39 @@ impl Settings {
     }
 }
 
-fn interface<'a>(field: &str, name: &'a str) -> Result<&'a str> {
-    ensure!(!name.is_empty(), "{field}: an interface name is needed");
-    ensure!(name.len() <= 15, "{field}: {name:?} is longer than 15 characters");
-    Ok(name)
+fn sizing(conntrack: &shunt_config::types::Conntrack, lower: bool) -> Sizing {
+    let count = |n: Option<i32>| n.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    let time = |t: Option<shunt_config::Duration>| t.unwrap_or_default().to_std();
+    Sizing {
+        max_per_core: count(conntrack.max_per_core),
+        min: count(conntrack.min),
+        tcp_established: time(conntrack.tcp_established_timeout),
+        tcp_close_wait: time(conntrack.tcp_close_wait_timeout),
+        tcp_be_liberal: conntrack.tcp_be_liberal,
+        udp: conntrack.udp_timeout.to_std(),
+        udp_stream: conntrack.udp_stream_timeout.to_std(),
+        lower,
+    }
 }
 
-fn parse_ranges<'a>(field: &str, texts: impl Iterator<Item = &'a str>) -> Result<Vec<IpNet>> {
+/// The name of a node as it is written somewhere; empty is none.
+pub(crate) fn node_name(text: &str) -> Option<String> {
+    Some(text.trim().to_lowercase()).filter(|name| !name.is_empty())
+}
+
+fn socket_address(text: &str) -> Result<Option<SocketAddr>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| anyhow!("{text:?} is not an address and a port"))
+}
+
+fn parse_ranges<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<IpNet>> {
     texts
         .map(str::trim)
         .filter(|text| !text.is_empty())
         .map(|text| {
-            let range: IpNet = text.parse().with_context(|| format!("{field}: {text:?} is no CIDR"))?;
+            let range: IpNet = text.parse().with_context(|| format!("{text:?} is no CIDR"))?;
             Ok(range.trunc())
         })
         .collect()
@@ -190,45 +181,22 @@ fn parse_ranges<'a>(field: &str, texts: impl Iterator<Item = &'a str>) -> Result
 
 /// Without a list node ports answer on the node's primary addresses, in every mode.
 fn node_ports(list: Option<&[String]>) -> Result<NodePortAddresses> {
-    match list {
-        None | Some([]) => Ok(NodePortAddresses::Primary),
-        Some([word]) if word == "primary" => Ok(NodePortAddresses::Primary),
-        Some([word]) if word == "all" => Ok(NodePortAddresses::All),
-        Some(list) => {
-            let ranges = parse_ranges("nodePortAddresses", list.iter().map(String::as_str))?;
-            Ok(NodePortAddresses::Ranges(ranges))
+    let list = list.unwrap_or_default();
+    let has = |word: &str| list.iter().any(|item| item == word);
+    if list.is_empty() || has("primary") {
+        return Ok(NodePortAddresses::Primary);
+    }
+    if has("all") {
+        return Ok(NodePortAddresses::All);
+    }
+    let mut ranges = Vec::new();
+    for item in list {
+        match item.as_str() {
+            "localhost" => ranges.extend(parse_ranges(["127.0.0.0/8", "::1/128"].into_iter())?),
+            range => ranges.extend(parse_ranges([range].into_iter())?),
         }
     }
-}
-
-/// Reads a duration as Go prints it: `1h2m3.5s`, `100ms`, `0`.
-pub(crate) fn parse_duration(text: &str) -> Result<Duration> {
-    let mut rest = text.trim();
-    if rest == "0" {
-        return Ok(Duration::ZERO);
-    }
-    ensure!(!rest.is_empty(), "an empty text is no duration");
-    let mut total = 0.0;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let number: f64 = rest[..digits]
-            .parse()
-            .with_context(|| format!("{text:?} is no duration: want 30s, 1m30s, 100ms"))?;
-        rest = &rest[digits..];
-        let letters = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
-        let unit = match &rest[..letters] {
-            "h" => 3600.0,
-            "m" => 60.0,
-            "s" => 1.0,
-            "ms" => 1e-3,
-            "us" | "µs" => 1e-6,
-            "ns" => 1e-9,
-            unit => bail!("{text:?} is no duration: unknown unit {unit:?}"),
-        };
-        total += number * unit;
-        rest = &rest[letters..];
-    }
-    Duration::try_from_secs_f64(total).with_context(|| format!("{text:?} is no duration"))
+    Ok(NodePortAddresses::Ranges(ranges))
 }
 
 #[cfg(test)]
@@ -236,67 +204,77 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    #[test]
-    fn durations_are_read_as_go_prints_them() {
-        assert_eq!(parse_duration("1h2m3.5s").unwrap(), Duration::from_millis(3_723_500));
-        assert_eq!(parse_duration("100ms").unwrap(), Duration::from_millis(100));
-        assert_eq!(parse_duration("0").unwrap(), Duration::ZERO);
-        for bad in ["", "5", "5x", "s", "-1s", "1e400s"] {
-            assert!(parse_duration(bad).is_err(), "{bad}");
-        }
+    fn of(document: &serde_json::Value) -> Settings {
+        Settings::new(&SettingArgs::default(), Some(document)).unwrap()
     }
 
     #[test]
     fn the_section_of_the_mode_counts() {
-        let document = json!({
+        let settings = of(&json!({
             "mode": "nftables",
             "clusterCIDR": "10.0.0.0/8,fd00::/48",
             "iptables": { "masqueradeAll": true },
             "nftables": { "masqueradeBit": 3, "minSyncPeriod": "2s" },
             "someFieldOfTheFuture": 1,
-        });
-        let settings = Settings::from_document(&document, None).unwrap();
+        }));
         assert!(!settings.config.masquerade_all);
         assert_eq!(settings.config.masquerade_bit, 3);
-        assert_eq!(settings.min_sync_period, Some(Duration::from_secs(2)));
+        assert_eq!(settings.min_sync_period, Duration::from_secs(2));
         let LocalDetector::Cidr(ranges) = settings.config.local_detector else { panic!() };
         assert_eq!(ranges.len(), 2);
     }
 
     #[test]
-    fn external_ips_can_be_switched_off() {
-        let of = |document| Settings::from_document(&document, None).unwrap().config.allow_external_ips;
-        assert!(of(json!({})));
-        assert!(!of(json!({ "featureGates": { "AllowServiceExternalIPs": false } })));
+    fn what_is_not_said_is_the_best_mode_without_a_pause() {
+        let settings = of(&json!({}));
+        assert!(settings.auto);
+        assert_eq!(settings.min_sync_period, Duration::from_millis(1));
+        assert_eq!(settings.sync_period, Duration::from_secs(30));
+        assert_eq!(settings.healthz_bind_address.unwrap().to_string(), "0.0.0.0:10256");
+        assert_eq!(settings.bind_address, None);
     }
 
     #[test]
-    fn errors_name_the_field() {
-        for (document, field) in [
-            (json!({ "clusterCIDR": "10.0.0.0/33" }), "clusterCIDR"),
-            (json!({ "mode": "userspace" }), "mode"),
-            (json!({ "detectLocalMode": "BridgeInterface" }), "detectLocal.bridgeInterface"),
-            (json!({ "nodePortAddresses": ["10.0.0.1"] }), "nodePortAddresses"),
-            (json!({ "nftables": { "masqueradeBit": 32 } }), "masqueradeBit"),
-        ] {
-            let error = format!("{:#}", Settings::from_document(&document, None).unwrap_err());
-            assert!(error.contains(field), "{error}");
-        }
+    fn our_own_configuration_overrides() {
+        let kube_proxy = KubeProxyConfiguration::with_defaults();
+        let shunt = ShuntConfiguration {
+            mode: Some("nftables".to_owned()),
+            min_sync_period: Some(shunt_config::Duration::from_secs(3)),
+            leftovers: Leftovers::Keep,
+            ..ShuntConfiguration::default()
+        };
+        let settings = Settings::of(&kube_proxy, &shunt).unwrap();
+        assert!(!settings.auto && !settings.remove_leftovers);
+        assert_eq!((settings.mode, settings.min_sync_period), (Mode::Nftables, Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn external_ips_can_be_switched_off() {
+        assert!(of(&json!({})).config.allow_external_ips);
+        let off = of(&json!({ "featureGates": { "AllowServiceExternalIPs": false } }));
+        assert!(!off.config.allow_external_ips);
+    }
+
+    #[test]
+    fn a_flag_overrides_the_mode_of_a_document() {
+        let args = SettingArgs { mode: Some("nftables".to_owned()), ..SettingArgs::default() };
+        let settings = Settings::new(&args, Some(&json!({ "mode": "ipvs" }))).unwrap();
+        assert_eq!((settings.mode, settings.auto), (Mode::Nftables, false));
     }
 
     #[test]
     fn node_ports_answer_on_primary_addresses_unless_told_otherwise() {
-        let of = |list| {
-            let document = json!({ "nodePortAddresses": list });
-            Settings::from_document(&document, None).unwrap().config.node_port_addresses
-        };
+        let of = |list| of(&json!({ "nodePortAddresses": list })).config.node_port_addresses;
+        let ranges =
+            |texts: &[&str]| NodePortAddresses::Ranges(texts.iter().map(|t| t.parse().unwrap()).collect());
         assert_eq!(of(json!(null)), NodePortAddresses::Primary);
         assert_eq!(of(json!([])), NodePortAddresses::Primary);
         assert_eq!(of(json!(["primary"])), NodePortAddresses::Primary);
         assert_eq!(of(json!(["all"])), NodePortAddresses::All);
+        assert_eq!(of(json!(["192.168.0.0/24"])), ranges(&["192.168.0.0/24"]));
         assert_eq!(
-            of(json!(["192.168.0.0/24"])),
-            NodePortAddresses::Ranges(vec!["192.168.0.0/24".parse().unwrap()])
+            of(json!(["localhost", "192.168.0.0/24"])),
+            ranges(&["127.0.0.0/8", "::1/128", "192.168.0.0/24"])
         );
     }
 }

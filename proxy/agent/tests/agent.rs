@@ -403,7 +403,10 @@ fn errors_say_what_where_and_what_to_do() -> Result<()> {
     let config = config.to_str().context("path")?;
     for (arguments, expected) in [
         (&["run", "--mode", "ipvs", "--manifests", "/"][..], "mode ipvs is not part of this build"),
-        (&["run", "--config", config], "clusterCIDR: \"10.0.0.0/40\" is no CIDR"),
+        (
+            &["run", "--config", config],
+            "ClusterCIDRs[0]: Invalid value: \"10.0.0.0/40\": must be a valid CIDR block",
+        ),
         (&["run", "--config", "/nowhere"], "/nowhere"),
         (&["dump", "--manifests", "/nowhere", "--node", "n"], "/nowhere"),
         (&["run", "--config", "/nowhere", "--admin-socket", ""], "/nowhere"),

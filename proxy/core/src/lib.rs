@@ -16,6 +16,7 @@
 pub mod compile;
 pub mod endpoint;
 pub mod explain;
+pub mod health;
 pub mod id;
 pub mod node;
 pub mod service;

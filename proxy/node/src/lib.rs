@@ -3,6 +3,8 @@
 //! ```text
 //!   rtnetlink ──> addresses of all interfaces, now and whenever they change
 //!   ctnetlink <── deletes tracked flows that the core calls stale
+//!   HTTP      ──> how the proxy is, and which Services have endpoints here
+//!   sysctls   <── what connection tracking needs
 //! ```
 //!
 //! Nothing in here decides what a Service means. Start reading at [`addresses`], then [`conntrack`].
@@ -11,3 +13,6 @@
 
 pub mod addresses;
 pub mod conntrack;
+pub mod health;
+pub mod http;
+pub mod sysctl;

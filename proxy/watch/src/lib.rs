@@ -22,6 +22,7 @@ mod address;
 mod api;
 mod convert;
 mod error;
+mod events;
 mod intern;
 mod kind;
 mod manifests;
@@ -31,8 +32,9 @@ mod wire;
 pub use api::{KubeOptions, watch_kube};
 pub use convert::{Converted, Converter};
 pub use error::WatchError;
+pub use events::{EventType, Notice, Regarding, send_events};
 pub use kind::Kind;
-pub use manifests::{ConfigDocument, Manifests, Pods, read_manifests, watch_manifests};
+pub use manifests::{ConfigDocument, FileWatcher, Manifests, Pods, read_manifests, watch_manifests};
 pub use problem::{Contact, Problem};
 
 use shunt_core::store::Event;

@@ -41,6 +41,7 @@ use tokio::task::JoinHandle;
 
 pub use inside::ApiServerInside;
 use store::Store;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 
 /// Collections of objects that the server has.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -188,6 +189,10 @@ pub(crate) struct Shared {
     changed: watch::Sender<u64>,
     /// Counts the times that all connections were cut.
     cut: watch::Sender<u64>,
+    /// Speaks TLS.
+    tls: Option<tokio_rustls::TlsAcceptor>,
+    /// What clients must say to be let in.
+    token: Option<String>,
 }
 
 impl Shared {
@@ -207,11 +212,36 @@ pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
     accepting: JoinHandle<()>,
+    /// The certificate that clients trust, in PEM.
+    certificate: Option<String>,
 }
 
 impl ApiServer {
     /// Starts a server without objects on a free port of 127.0.0.1.
     pub async fn start() -> io::Result<Self> {
+        Self::start_with(None, None, None).await
+    }
+
+    /// The same with TLS, and for clients that know the token.
+    pub async fn start_tls(token: &str) -> io::Result<Self> {
+        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).map_err(io::Error::other)?;
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).map_err(io::Error::other)?;
+        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+        let config = tokio_rustls::rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(io::Error::other)?
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .map_err(io::Error::other)?;
+        let tls = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        Self::start_with(Some(tls), Some(token.to_owned()), Some(made.cert.pem())).await
+    }
+
+    async fn start_with(
+        tls: Option<tokio_rustls::TlsAcceptor>,
+        token: Option<String>,
+        certificate: Option<String>,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 store: Store::default(),
@@ -231,16 +261,24 @@ impl ApiServer {
             }),
             changed: watch::channel(0).0,
             cut: watch::channel(0).0,
+            tls,
+            token,
         });
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;
         let accepting = tokio::spawn(http::accept(shared.clone(), listener));
-        Ok(Self { shared, address, accepting })
+        Ok(Self { shared, address, accepting, certificate })
     }
 
-    /// `http://127.0.0.1:port`
+    /// `http://127.0.0.1:port`, or `https`.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.certificate.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
+    /// The certificate that clients must trust, in PEM; with TLS only.
+    pub fn certificate(&self) -> Option<&str> {
+        self.certificate.as_deref()
     }
 
     /// Text of a kubeconfig for this server.

@@ -18,7 +18,7 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) async fn connect(options: &KubeOptions) -> Result<Client, WatchError> {
+pub(crate) async fn connect(options: &KubeOptions) -> Result<Client, WatchError> {
     let mut config = config(options).await?;
     // Waits are ours to decide; two layers of retries multiply.
     config.default_retry = false;

@@ -21,6 +21,8 @@ use tokio::sync::mpsc;
 use crate::convert::Converter;
 use crate::error::WatchError;
 use crate::kind::Kind;
+pub(crate) use client::connect;
+
 use crate::{Update, api::reflector::Reflector};
 
 /// How to reach an API server and how to treat it.
@@ -77,7 +79,7 @@ impl KubeOptions {
 /// everything else is tried again for ever. All work is done in this future: it spawns no task of
 /// its own besides those of the HTTP connections.
 pub async fn watch_kube(options: KubeOptions, tx: mpsc::Sender<Update>) -> Result<(), WatchError> {
-    let client = client::connect(&options).await?;
+    let client = connect(&options).await?;
     let shared = reflector::Shared {
         client,
         converter: Mutex::new(Converter::new(&options.node_name)),

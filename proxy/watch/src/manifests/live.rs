@@ -72,6 +72,45 @@ pub(super) async fn follow(
     }
 }
 
+/// Tells when files may have changed. They are watched in their folders, so that it does not matter
+/// how they are replaced.
+#[derive(Debug)]
+pub struct FileWatcher {
+    files: Vec<PathBuf>,
+    notifiers: Vec<Option<Notifier>>,
+    signal: mpsc::Sender<()>,
+    changes: mpsc::Receiver<()>,
+}
+
+impl FileWatcher {
+    /// Watches these files, whether they exist or not.
+    pub fn new(files: Vec<PathBuf>) -> Self {
+        let (signal, changes) = mpsc::channel(1);
+        let notifiers = files.iter().map(|_| None).collect();
+        let mut watcher = Self { files, notifiers, signal, changes };
+        watcher.renew();
+        watcher
+    }
+
+    /// Returns when a file may have changed, and every two seconds in case nobody told.
+    pub async fn changed(&mut self) {
+        self.renew();
+        // Whether it was told or time, the files are to be looked at.
+        let _ = timeout(POLL, self.changes.recv()).await;
+    }
+
+    /// Notifications are about what a path led to when they were asked for.
+    fn renew(&mut self) {
+        for (path, notifier) in self.files.iter().zip(&mut self.notifiers) {
+            if let Ok(real) = std::fs::canonicalize(path)
+                && notifier.as_ref().is_none_or(|n| n.real != real)
+            {
+                *notifier = Some(Notifier::new(path, real, self.signal.clone()));
+            }
+        }
+    }
+}
+
 /// Waits until nothing changes any more, within reason.
 async fn settle(changed: &mut mpsc::Receiver<()>) {
     let longest = Instant::now() + LONGEST_SETTLE;
@@ -79,6 +118,7 @@ async fn settle(changed: &mut mpsc::Receiver<()>) {
 }
 
 /// Notifications about one path.
+#[derive(Debug)]
 struct Notifier {
     /// Where the path led when this was set up.
     real: PathBuf,

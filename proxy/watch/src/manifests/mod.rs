@@ -15,6 +15,7 @@ use crate::Update;
 use crate::error::WatchError;
 use crate::problem::Problem;
 use folder::Folder;
+pub use live::FileWatcher;
 pub use pods::Pods;
 
 /// A document that configures the proxy rather than describing the cluster

@@ -15,6 +15,7 @@ use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -49,19 +50,28 @@ pub(super) async fn accept(shared: Arc<Shared>, listener: TcpListener) {
             connection = open.accept() => {
                 let Ok((stream, _)) = connection else { continue };
                 let shared = shared.clone();
-                let mut cut = shared.cut.subscribe();
-                tokio::spawn(async move {
-                    let service = service_fn(|request| answer(shared.clone(), request));
-                    let serving = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), service);
-                    // The connection ends on both sides when its future is dropped.
-                    tokio::select! {
-                        _ = serving => {}
-                        _ = cut.changed() => {}
-                    }
-                });
+                match shared.tls.clone() {
+                    None => drop(tokio::spawn(serve(shared, stream))),
+                    Some(tls) => drop(tokio::spawn(async move {
+                        // A client that does not trust us has said so itself.
+                        if let Ok(stream) = tls.accept(stream).await {
+                            serve(shared, stream).await;
+                        }
+                    })),
+                }
             }
         }
+    }
+}
+
+async fn serve(shared: Arc<Shared>, stream: impl AsyncRead + AsyncWrite + Unpin + Send) {
+    let mut cut = shared.cut.subscribe();
+    let service = service_fn(|request| answer(shared.clone(), request));
+    let serving = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    // The connection ends on both sides when its future is dropped.
+    tokio::select! {
+        _ = serving => {}
+        _ = cut.changed() => {}
     }
 }
 
@@ -85,6 +95,12 @@ fn stream(receiver: mpsc::Receiver<io::Result<Bytes>>) -> Response<Body> {
 async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().trim_end_matches('/').to_owned();
     let query = parse_query(request.uri().query().unwrap_or_default());
+    if let Some(token) = &shared.token {
+        let given = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+        if given.and_then(|v| v.strip_prefix("Bearer ")) != Some(token) {
+            return Ok(full(401, status(401, "Unauthorized")));
+        }
+    }
     shared.state().queries.push(request.uri().to_string());
     if request.method() == Method::POST && path.starts_with("/apis/events.k8s.io/v1/") {
         let body = request.into_body().collect().await.map(http_body_util::Collected::to_bytes);

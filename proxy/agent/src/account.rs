@@ -1,0 +1,244 @@
+//! What the run loop tells about itself: metrics, health, checks of Services, events. It decides nothing
+//! about the tables, and costs what a change touches.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use shunt_core::compile::Compiler;
+use shunt_core::health::{HealthCheck, health_check, ports_without_local_endpoints};
+use shunt_core::id::{IpFamily, NamespacedName};
+use shunt_core::store::{Dirty, Event, Store};
+use shunt_core::table::NodePortMatch;
+use shunt_mode::driver::{Driver, Report};
+use shunt_node::health::Health;
+use shunt_node::health::service::ServiceHealth;
+use shunt_watch::{EventType, Notice, Regarding};
+use tokio::sync::mpsc;
+
+use crate::metrics::{self, Metrics};
+
+/// How soon ports that could not be opened are tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What is told of one family.
+struct Family {
+    /// Services of which changes of endpoints are on their way to the kernel, with the earliest time at
+    /// which one of them began (milliseconds since the epoch).
+    triggers: BTreeMap<NamespacedName, i64>,
+    /// Services with ports that have no local endpoints; others are left out.
+    no_local: BTreeMap<NamespacedName, [usize; 2]>,
+    checks: BTreeMap<NamespacedName, HealthCheck>,
+    /// Where the checks are served.
+    addresses: BTreeSet<IpAddr>,
+    servers: ServiceHealth,
+    /// Something about the checks changed.
+    dirty: bool,
+    /// Ports that could not be opened: it is said once.
+    failed: BTreeSet<(NamespacedName, u16)>,
+}
+
+/// What an event is about, noted before the store takes it in.
+pub(crate) enum Note {
+    Service,
+    Slice { family: IpFamily, service: NamespacedName, trigger: Option<i64> },
+    SliceGone,
+    Other,
+}
+
+impl Note {
+    /// Of an event.
+    pub(crate) fn of(event: &Event) -> Self {
+        match event {
+            Event::Service(_) | Event::ServiceGone(_) => Self::Service,
+            Event::Slice(slice) => Self::Slice {
+                family: slice.family,
+                service: slice.service.clone(),
+                trigger: slice.last_change_trigger,
+            },
+            Event::SliceGone(_) => Self::SliceGone,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Everything that is told.
+pub(crate) struct Account {
+    pub metrics: Metrics,
+    health: Health,
+    events: mpsc::Sender<Notice>,
+    node_name: String,
+    /// Milliseconds since the epoch: changes that began before were not ours to program.
+    started: f64,
+    families: [Family; 2],
+    pending: [i64; 2],
+    retry_at: Option<Instant>,
+}
+
+impl Account {
+    pub(crate) fn new(
+        metrics: Metrics,
+        health: Health,
+        events: mpsc::Sender<Notice>,
+        node_name: String,
+    ) -> Self {
+        let families = IpFamily::ALL.map(|_| Family {
+            triggers: BTreeMap::new(),
+            no_local: BTreeMap::new(),
+            checks: BTreeMap::new(),
+            addresses: BTreeSet::new(),
+            servers: ServiceHealth::new(health.clone()),
+            dirty: false,
+            failed: BTreeSet::new(),
+        });
+        let started = metrics::now() * 1e3;
+        Self { metrics, health, events, node_name, started, families, pending: [0, 0], retry_at: None }
+    }
+
+    /// The store took an event in, which touched something or nothing.
+    pub(crate) fn took(&mut self, note: Note, touched: &Dirty) {
+        if touched.is_empty() {
+            return;
+        }
+        match note {
+            Note::Service => {
+                self.metrics.service_change();
+                self.pending[0] += 1;
+            }
+            Note::Slice { family, service, trigger } => {
+                self.metrics.endpoint_change();
+                self.pending[1] += 1;
+                #[allow(clippy::cast_precision_loss)] // Milliseconds of this millennium.
+                if let Some(trigger) = trigger.filter(|t| *t as f64 >= self.started) {
+                    let triggers = &mut self.families[family as usize].triggers;
+                    triggers.entry(service).and_modify(|t| *t = trigger.min(*t)).or_insert(trigger);
+                }
+            }
+            Note::SliceGone => {
+                self.metrics.endpoint_change();
+                self.pending[1] += 1;
+            }
+            Note::Other => {}
+        }
+        self.metrics.pending(self.pending[0], self.pending[1]);
+    }
+
+    /// The tables were made of the store: everything, or what these Services say; or the node changed.
+    pub(crate) fn compiled(
+        &mut self,
+        services: Option<&BTreeSet<NamespacedName>>,
+        store: &Store,
+        compiler: &Compiler,
+    ) {
+        for (of, family) in IpFamily::ALL.into_iter().zip(&mut self.families) {
+            let table = compiler.table(of);
+            let mut one = |name: &NamespacedName| {
+                let ports = table.service(name).map_or([0, 0], |s| ports_without_local_endpoints(s));
+                if ports == [0, 0] {
+                    family.no_local.remove(name);
+                } else {
+                    family.no_local.insert(name.clone(), ports);
+                }
+                let check = health_check(store, name, of, &self.node_name);
+                let before = match check {
+                    Some(check) => family.checks.insert(name.clone(), check),
+                    None => family.checks.remove(name),
+                };
+                family.dirty |= before != check;
+            };
+            match services {
+                Some(services) => services.iter().for_each(&mut one),
+                None => store.services().for_each(|service| one(&service.name)),
+            }
+            let addresses: BTreeSet<IpAddr> = match (&table.node().node_ports, of) {
+                (NodePortMatch::Addresses(addresses), _) => addresses.iter().copied().collect(),
+                (NodePortMatch::AllLocal, IpFamily::V4) => [Ipv4Addr::UNSPECIFIED.into()].into(),
+                (NodePortMatch::AllLocal, IpFamily::V6) => [Ipv6Addr::UNSPECIFIED.into()].into(),
+            };
+            family.dirty |= addresses != family.addresses;
+            family.addresses = addresses;
+            self.metrics.services(of, table.len());
+            let sum = |i: usize| {
+                let sum: usize = family.no_local.values().map(|ports| ports[i]).sum();
+                i64::try_from(sum).unwrap_or(i64::MAX)
+            };
+            self.metrics.no_local_endpoints(of, [sum(0), sum(1)]);
+        }
+        self.health.node(store.node().is_some_and(|node| node.eligible));
+    }
+
+    /// Since when a family's kernel lacks something.
+    pub(crate) fn waiting(&self, family: IpFamily, since: Option<Instant>) {
+        self.health.waiting(family, since);
+        if since.is_some() {
+            self.metrics.queued(family);
+        }
+    }
+
+    /// A family's kernel was brought up to date.
+    pub(crate) fn synced(&mut self, driver: &dyn Driver, full: bool, report: &Report) {
+        let of = driver.family();
+        self.health.updated(of);
+        self.metrics.synced(of, full, report);
+        for usage in driver.usage() {
+            self.metrics.table(of, usage.table, usage.entries, usage.limit);
+        }
+        for trigger in std::mem::take(&mut self.families[of as usize].triggers).into_values() {
+            self.metrics.programmed(of, trigger);
+        }
+        self.pending = [0, 0];
+        self.metrics.pending(0, 0);
+    }
+
+    /// When ports are to be tried again.
+    pub(crate) const fn deadline(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    /// Does what is due.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            for family in &mut self.families {
+                family.dirty |= !family.failed.is_empty();
+            }
+        }
+    }
+
+    /// Brings the servers of checks up to date, for a family whose table is in the kernel.
+    pub(crate) fn serve(&mut self, of: IpFamily, now: Instant) {
+        let family = &mut self.families[of as usize];
+        if !std::mem::take(&mut family.dirty) {
+            return;
+        }
+        let before = std::mem::take(&mut family.failed);
+        for error in family.servers.sync(&family.checks, &family.addresses) {
+            self.retry_at.get_or_insert(now + RETRY);
+            let failed = (error.service.clone(), error.port);
+            let known = before.contains(&failed);
+            family.failed.insert(failed);
+            if known {
+                continue;
+            }
+            let note = format!(
+                "node {} failed to start healthcheck {:?} on port {}: {}",
+                self.node_name,
+                error.service.to_string(),
+                error.port,
+                error.reason
+            );
+            tracing::warn!("{note}");
+            // Nobody may be there to send it, or too much to send.
+            let _ = self.events.try_send(Notice {
+                regarding: Regarding::Service {
+                    namespace: error.service.namespace.to_string(),
+                    name: error.service.name.to_string(),
+                },
+                event_type: EventType::Warning,
+                reason: "FailedToStartServiceHealthcheck",
+                action: "Listen",
+                note,
+            });
+        }
+    }
+}

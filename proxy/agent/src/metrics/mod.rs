@@ -1,0 +1,437 @@
+//! Metrics: kube-proxy's, under its names, labels and buckets (kubernetes 1.36,
+//! `pkg/proxy/metrics/metrics.go`), and our own, which begin with `shunt_`.
+//!
+//! The run loop writes, a scrape reads; neither waits for the other.
+
+mod process;
+pub(crate) mod text;
+
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use shunt_core::id::IpFamily;
+use shunt_mode::Mode;
+use shunt_mode::driver::Report;
+use shunt_node::conntrack::Report as FlowsReport;
+use shunt_node::health::Endpoint;
+use shunt_watch::Kind;
+
+use process::Process;
+
+/// Kubernetes version whose kube-proxy this is compatible with.
+const KUBERNETES: (&str, &str) = ("1", "36");
+
+/// One label with a value that is always there.
+macro_rules! label {
+    ($(#[$doc:meta])* $name:ident, $key:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+        pub(crate) struct $name(pub &'static str);
+
+        impl EncodeLabelSet for $name {
+            fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> std::fmt::Result {
+                [($key, self.0)].encode(encoder)
+            }
+        }
+    };
+}
+
+label!(/** `code`: HTTP status. */ Code, "code");
+label!(/** `ip_family`: `IPv4` or `IPv6`. */ OfFamily, "ip_family");
+label!(/** `kind` of an object. */ OfKind, "kind");
+
+/// `ip_family` and another label.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct FamilyAnd(IpFamily, (&'static str, &'static str));
+
+impl EncodeLabelSet for FamilyAnd {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> std::fmt::Result {
+        [("ip_family", family_name(self.0)), self.1].encode(encoder)
+    }
+}
+
+const fn family_name(family: IpFamily) -> &'static str {
+    match family {
+        IpFamily::V4 => "IPv4",
+        IpFamily::V6 => "IPv6",
+    }
+}
+
+const fn of(family: IpFamily) -> OfFamily {
+    OfFamily(family_name(family))
+}
+
+type FloatGauge = Gauge<f64, AtomicU64>;
+type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// 1 ms, 2 ms, 4 ms ... 16.384 s.
+fn sync_buckets() -> Histogram {
+    Histogram::new((0..15).map(|n| 0.001 * f64::from(1 << n)))
+}
+
+/// A quarter of a second to five minutes: those of the network programming SLO.
+fn programming_buckets() -> Histogram {
+    let linear = |from: f64, step: f64, n: i32| (0..n).map(move |i| from + step * f64::from(i));
+    Histogram::new(
+        linear(0.25, 0.25, 2)
+            .chain(linear(1.0, 1.0, 59))
+            .chain(linear(60.0, 5.0, 12))
+            .chain(linear(120.0, 30.0, 7)),
+    )
+}
+
+/// 10 µs to about 5 s: phases of a sync are often shorter than a millisecond.
+fn phase_buckets() -> Histogram {
+    Histogram::new((0..10).map(|n| 0.00001 * f64::from(1 << (2 * n))))
+}
+
+/// All metrics.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    sync: Histograms<OfFamily>,
+    full_sync: Histograms<OfFamily>,
+    partial_sync: Histograms<OfFamily>,
+    last_sync: Family<OfFamily, FloatGauge>,
+    last_queued: Family<OfFamily, FloatGauge>,
+    programming: Histograms<OfFamily>,
+    endpoint_changes_pending: Gauge,
+    endpoint_changes: Counter,
+    service_changes_pending: Gauge,
+    service_changes: Counter,
+    no_local_endpoints: Family<FamilyAnd, Gauge>,
+    healthz: Family<Code, Counter>,
+    livez: Family<Code, Counter>,
+    sync_failures: Family<OfFamily, Counter>,
+    cleanup_failures: Family<OfFamily, Counter>,
+    conntrack_sync: Histograms<OfFamily>,
+    conntrack_deleted: Family<OfFamily, Counter>,
+    phases: Histograms<FamilyAnd>,
+    operations: Family<OfFamily, Counter>,
+    drift: Family<OfFamily, Counter>,
+    services: Family<OfFamily, Gauge>,
+    table_entries: Family<FamilyAnd, Gauge>,
+    table_capacity: Family<FamilyAnd, Gauge>,
+    contact: Family<OfKind, FloatGauge>,
+    connected: Family<OfKind, Gauge>,
+    problems: Counter,
+}
+
+impl Metrics {
+    /// All metrics, and the registry from which they are read.
+    pub(crate) fn new(mode: Mode) -> (Self, Registry) {
+        let histograms = |new: fn() -> Histogram| Family::new_with_constructor(new);
+        let metrics = Self {
+            sync: histograms(sync_buckets),
+            full_sync: histograms(sync_buckets),
+            partial_sync: histograms(sync_buckets),
+            last_sync: Family::default(),
+            last_queued: Family::default(),
+            programming: histograms(programming_buckets),
+            endpoint_changes_pending: Gauge::default(),
+            endpoint_changes: Counter::default(),
+            service_changes_pending: Gauge::default(),
+            service_changes: Counter::default(),
+            no_local_endpoints: Family::default(),
+            healthz: Family::default(),
+            livez: Family::default(),
+            sync_failures: Family::default(),
+            cleanup_failures: Family::default(),
+            conntrack_sync: histograms(sync_buckets),
+            conntrack_deleted: Family::default(),
+            phases: Family::new_with_constructor(phase_buckets),
+            operations: Family::default(),
+            drift: Family::default(),
+            services: Family::default(),
+            table_entries: Family::default(),
+            table_capacity: Family::default(),
+            contact: Family::default(),
+            connected: Family::default(),
+            problems: Counter::default(),
+        };
+        let mut registry = Registry::default();
+        metrics.register_kube_proxy(mode, &mut registry);
+        metrics.register_own(mode, &mut registry);
+        registry.register_collector(Box::new(Process::default()));
+        // What there is from the start is shown from the start.
+        for family in IpFamily::ALL {
+            drop(metrics.sync.get_or_create(&of(family)));
+            drop(metrics.full_sync.get_or_create(&of(family)));
+            drop(metrics.partial_sync.get_or_create(&of(family)));
+            drop(metrics.programming.get_or_create(&of(family)));
+            drop(metrics.drift.get_or_create(&of(family)));
+            drop(metrics.sync_failures.get_or_create(&of(family)));
+            drop(metrics.cleanup_failures.get_or_create(&of(family)));
+            drop(metrics.conntrack_sync.get_or_create(&of(family)));
+            drop(metrics.conntrack_deleted.get_or_create(&of(family)));
+            metrics.no_local_endpoints(family, [0, 0]);
+        }
+        (metrics, registry)
+    }
+
+    fn register_kube_proxy(&self, mode: Mode, registry: &mut Registry) {
+        let build: Family<[(&str, String); 5], Gauge> = Family::default();
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        };
+        let (major, minor) = KUBERNETES;
+        build
+            .get_or_create(&[
+                ("major", major.to_owned()),
+                ("minor", minor.to_owned()),
+                ("git_version", format!("v{major}.{minor}.0+shunt-{}", env!("CARGO_PKG_VERSION"))),
+                ("platform", format!("linux/{architecture}")),
+                ("compiler", "rustc".to_owned()),
+            ])
+            .set(1);
+        registry.register("kubernetes_build_info", "A metric with a constant '1' value labeled by major, minor, git version, platform, and compiler from which Kubernetes was built", build);
+
+        let r = registry.sub_registry_with_prefix("kubeproxy");
+        r.register(
+            "sync_proxy_rules_duration_seconds",
+            "SyncProxyRules latency in seconds",
+            self.sync.clone(),
+        );
+        r.register(
+            "sync_full_proxy_rules_duration_seconds",
+            "SyncProxyRules latency in seconds for full resyncs",
+            self.full_sync.clone(),
+        );
+        r.register(
+            "sync_partial_proxy_rules_duration_seconds",
+            "SyncProxyRules latency in seconds for partial resyncs",
+            self.partial_sync.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_last_timestamp_seconds",
+            "The last time proxy rules were successfully synced",
+            self.last_sync.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_last_queued_timestamp_seconds",
+            "The last time a sync of proxy rules was queued",
+            self.last_queued.clone(),
+        );
+        r.register(
+            "network_programming_duration_seconds",
+            "In Cluster Network Programming Latency in seconds",
+            self.programming.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_endpoint_changes_pending",
+            "Pending proxy rules Endpoint changes",
+            self.endpoint_changes_pending.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_endpoint_changes",
+            "Cumulative proxy rules Endpoint changes",
+            self.endpoint_changes.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_service_changes_pending",
+            "Pending proxy rules Service changes",
+            self.service_changes_pending.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_service_changes",
+            "Cumulative proxy rules Service changes",
+            self.service_changes.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_no_local_endpoints_total",
+            "Number of services with a Local traffic policy and no endpoints",
+            self.no_local_endpoints.clone(),
+        );
+        r.register("proxy_healthz", "Cumulative proxy healthz HTTP status", self.healthz.clone());
+        r.register("proxy_livez", "Cumulative proxy livez HTTP status", self.livez.clone());
+        let (failures, failures_help) = match mode {
+            Mode::Nftables => {
+                ("sync_proxy_rules_nftables_sync_failures", "Cumulative proxy nftables sync failures")
+            }
+            Mode::Iptables | Mode::Ipvs => {
+                ("sync_proxy_rules_iptables_restore_failures", "Cumulative proxy iptables restore failures")
+            }
+            Mode::Ebpf => ("sync_proxy_rules_ebpf_sync_failures", "Cumulative proxy eBPF sync failures"),
+        };
+        r.register(failures, failures_help, self.sync_failures.clone());
+        if mode == Mode::Nftables {
+            r.register(
+                "sync_proxy_rules_nftables_cleanup_failures",
+                "Cumulative proxy nftables cleanup failures",
+                self.cleanup_failures.clone(),
+            );
+        }
+        if mode.uses_conntrack() {
+            r.register(
+                "conntrack_reconciler_sync_duration_seconds",
+                "ReconcileConntrackFlowsLatency latency in seconds",
+                self.conntrack_sync.clone(),
+            );
+            r.register(
+                "conntrack_reconciler_deleted_entries",
+                "Cumulative conntrack flows deleted by conntrack reconciler",
+                self.conntrack_deleted.clone(),
+            );
+        }
+    }
+
+    fn register_own(&self, mode: Mode, registry: &mut Registry) {
+        let info: Family<[(&str, &str); 2], Gauge> = Family::default();
+        info.get_or_create(&[("version", env!("CARGO_PKG_VERSION")), ("mode", mode.name())]).set(1);
+        let r = registry.sub_registry_with_prefix("shunt");
+        r.register("info", "Version and mode in use; always 1", info);
+        r.register(
+            "sync_phase_duration_seconds",
+            "Time spent in one phase of a sync: observe, plan, apply",
+            self.phases.clone(),
+        );
+        r.register(
+            "sync_operations",
+            "Operations that syncs carried out in the kernel",
+            self.operations.clone(),
+        );
+        r.register(
+            "drift_repaired",
+            "Differences between the kernel and what belongs there, found by looking and put right",
+            self.drift.clone(),
+        );
+        r.register("services", "Services in the forwarding table", self.services.clone());
+        r.register(
+            "kernel_table_entries",
+            "Entries in a table of the kernel that has a limit",
+            self.table_entries.clone(),
+        );
+        r.register(
+            "kernel_table_entries_limit",
+            "Entries that a table of the kernel takes before it must be replaced by a larger one",
+            self.table_capacity.clone(),
+        );
+        r.register(
+            "watch_last_contact_timestamp_seconds",
+            "When the API server was heard from last, by kind of object",
+            self.contact.clone(),
+        );
+        r.register(
+            "watch_connected",
+            "1 while the API server is heard, 0 while it is lost, by kind of object",
+            self.connected.clone(),
+        );
+        r.register("object_problems", "Fields of objects that could not be used", self.problems.clone());
+    }
+
+    /// A sync of a family ended well.
+    pub(crate) fn synced(&self, family: IpFamily, full: bool, report: &Report) {
+        let total = report.observing + report.planning + report.applying;
+        let which = if full { &self.full_sync } else { &self.partial_sync };
+        self.sync.get_or_create(&of(family)).observe(total.as_secs_f64());
+        which.get_or_create(&of(family)).observe(total.as_secs_f64());
+        self.last_sync.get_or_create(&of(family)).set(now());
+        for (phase, time) in
+            [("observe", report.observing), ("plan", report.planning), ("apply", report.applying)]
+        {
+            if time > Duration::ZERO {
+                let phases = self.phases.get_or_create(&FamilyAnd(family, ("phase", phase)));
+                phases.observe(time.as_secs_f64());
+            }
+        }
+        self.operations.get_or_create(&of(family)).inc_by(report.operations as u64);
+    }
+
+    /// A sync of a family failed.
+    pub(crate) fn failed(&self, family: IpFamily) {
+        self.sync_failures.get_or_create(&of(family)).inc();
+    }
+
+    /// A look at the kernel found this many differences that nobody asked for.
+    pub(crate) fn drift(&self, family: IpFamily, operations: usize) {
+        self.drift.get_or_create(&of(family)).inc_by(operations as u64);
+    }
+
+    /// Something waits for the next sync of a family.
+    pub(crate) fn queued(&self, family: IpFamily) {
+        self.last_queued.get_or_create(&of(family)).set(now());
+    }
+
+    /// Changes that were taken in and are not in the kernel yet.
+    pub(crate) fn pending(&self, services: i64, endpoints: i64) {
+        self.service_changes_pending.set(services);
+        self.endpoint_changes_pending.set(endpoints);
+    }
+
+    /// A Service changed.
+    pub(crate) fn service_change(&self) {
+        self.service_changes.inc();
+    }
+
+    /// An `EndpointSlice` changed.
+    pub(crate) fn endpoint_change(&self) {
+        self.endpoint_changes.inc();
+    }
+
+    /// A change of endpoints that began at `trigger` (milliseconds since the epoch) is in the kernel.
+    pub(crate) fn programmed(&self, family: IpFamily, trigger: i64) {
+        let seconds = now() - std::time::Duration::from_millis(trigger.unsigned_abs()).as_secs_f64();
+        self.programming.get_or_create(&of(family)).observe(seconds.max(0.0));
+    }
+
+    /// Ports with a Local policy and no local endpoint: internal, external.
+    pub(crate) fn no_local_endpoints(&self, family: IpFamily, counts: [i64; 2]) {
+        for (policy, count) in ["internal", "external"].into_iter().zip(counts) {
+            self.no_local_endpoints.get_or_create(&FamilyAnd(family, ("traffic_policy", policy))).set(count);
+        }
+    }
+
+    /// Size of the forwarding table.
+    pub(crate) fn services(&self, family: IpFamily, count: usize) {
+        self.services.get_or_create(&of(family)).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// How full a table of the kernel is.
+    pub(crate) fn table(&self, family: IpFamily, name: &'static str, entries: usize, limit: usize) {
+        let labels = FamilyAnd(family, ("table", name));
+        let number = |n| i64::try_from(n).unwrap_or(i64::MAX);
+        self.table_entries.get_or_create(&labels).set(number(entries));
+        self.table_capacity.get_or_create(&labels).set(number(limit));
+    }
+
+    /// The health server answered.
+    pub(crate) fn health(&self, endpoint: Endpoint, ok: bool) {
+        let family = match endpoint {
+            Endpoint::Healthz => &self.healthz,
+            Endpoint::Livez => &self.livez,
+        };
+        family.get_or_create(&Code(if ok { "200" } else { "503" })).inc();
+    }
+
+    /// Tracked flows were cleaned up.
+    pub(crate) fn flows(&self, family: IpFamily, report: &FlowsReport, took: Duration) {
+        self.conntrack_sync.get_or_create(&of(family)).observe(took.as_secs_f64());
+        self.conntrack_deleted.get_or_create(&of(family)).inc_by(report.deleted_total());
+    }
+
+    /// The API server was heard from, or lost.
+    pub(crate) fn contact(&self, kind: Kind, lost: bool) {
+        self.connected.get_or_create(&OfKind(kind.name())).set(i64::from(!lost));
+        if !lost {
+            self.contact.get_or_create(&OfKind(kind.name())).set(now());
+        }
+    }
+
+    /// A field of an object cannot be used.
+    pub(crate) fn problem(&self) {
+        self.problems.inc();
+    }
+}
+
+/// Seconds since the epoch.
+pub(crate) fn now() -> f64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.unwrap_or_default().as_secs_f64()
+}

@@ -1,0 +1,130 @@
+//! The servers of health and metrics: started, and tried again every five seconds where a port is taken.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use prometheus_client::registry::Registry;
+use shunt_config::KubeProxyConfiguration;
+use shunt_mode::Mode;
+use shunt_node::health::Health;
+use shunt_node::http::{Answer, Handler, Server, StatusCode, answer, header, not_found};
+use shunt_watch::{EventType, Notice, Regarding};
+use tokio::sync::mpsc;
+
+use crate::metrics::Metrics;
+use crate::metrics::text::{OPENMETRICS, TEXT, classic};
+use crate::settings::Settings;
+
+/// Time between two tries to bind a port.
+const RETRY: Duration = Duration::from_secs(5);
+const PLAIN: &str = "text/plain; charset=utf-8";
+
+/// Starts both servers in tasks of their own. Where binding must not fail, `failed` hears of it.
+pub(crate) fn start(
+    settings: &Settings,
+    configuration: &KubeProxyConfiguration,
+    health: &Health,
+    metrics: &Metrics,
+    registry: Registry,
+    events: &mpsc::Sender<Notice>,
+    failed: &mpsc::Sender<anyhow::Error>,
+) -> Vec<tokio::task::JoinHandle<()>> {
+    let counted = metrics.clone();
+    let healthz = health.handler(move |endpoint, status| counted.health(endpoint, status == StatusCode::OK));
+    let pages = Pages {
+        registry,
+        mode: settings.mode,
+        configz: serde_json::json!({ "kubeproxy.config.k8s.io": configuration }).to_string(),
+    };
+    let pages: Handler = Arc::new(move |request| {
+        let accept = request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        pages.answer(request.uri().path(), request.uri().query().unwrap_or_default(), accept)
+    });
+    let hard = settings.bind_address_hard_fail.then(|| failed.clone());
+    let servers = [
+        (settings.healthz_bind_address, healthz, "healthz", "FailedToStartProxierHealthcheck"),
+        (settings.metrics_bind_address, pages, "metrics", "FailedToStartMetricServer"),
+    ];
+    servers
+        .into_iter()
+        .filter_map(|(address, handler, name, reason)| {
+            let task = keep(address?, handler, name, reason, events.clone(), hard.clone());
+            Some(tokio::spawn(task))
+        })
+        .collect()
+}
+
+/// Listens until it is aborted.
+async fn keep(
+    address: SocketAddr,
+    handler: Handler,
+    name: &'static str,
+    reason: &'static str,
+    events: mpsc::Sender<Notice>,
+    hard: Option<mpsc::Sender<anyhow::Error>>,
+) {
+    let mut told = false;
+    let _server = loop {
+        let error = match Server::start(address, handler.clone()) {
+            Ok(server) => break server,
+            Err(error) => error,
+        };
+        let note = format!("failed to start {name} server on {address}: {error}");
+        if let Some(hard) = hard {
+            // Whoever listens ends the process.
+            let _ = hard.send(anyhow!(note)).await;
+            return;
+        }
+        if !told {
+            told = true;
+            tracing::error!("{note}; trying again every {RETRY:?}");
+            // Nobody may be there to send it, or too much to send.
+            let _ = events.try_send(Notice {
+                regarding: Regarding::Node,
+                event_type: EventType::Warning,
+                reason,
+                action: "StartKubeProxy",
+                note,
+            });
+        }
+        tokio::time::sleep(RETRY).await;
+    };
+    tracing::debug!(%address, "{name} server listens");
+    std::future::pending::<()>().await;
+}
+
+/// What the metrics server shows.
+struct Pages {
+    registry: Registry,
+    mode: Mode,
+    configz: String,
+}
+
+impl Pages {
+    fn answer(&self, path: &str, query: &str, accept: &str) -> Answer {
+        match path {
+            "/metrics" => self.metrics(accept),
+            "/proxyMode" => answer(StatusCode::OK, PLAIN, self.mode.name()),
+            "/configz" => answer(StatusCode::OK, "application/json", self.configz.clone()),
+            "/healthz" if query.split('&').any(|q| q == "verbose" || q.starts_with("verbose=")) => {
+                answer(StatusCode::OK, PLAIN, "[+]ping ok\nhealthz check passed\n")
+            }
+            "/healthz" | "/healthz/ping" => answer(StatusCode::OK, PLAIN, "ok"),
+            _ => not_found(),
+        }
+    }
+
+    fn metrics(&self, accept: &str) -> Answer {
+        let mut text = String::new();
+        if prometheus_client::encoding::text::encode(&mut text, &self.registry).is_err() {
+            return answer(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, "metrics cannot be written\n");
+        }
+        if accept.contains("application/openmetrics-text") {
+            answer(StatusCode::OK, OPENMETRICS, text)
+        } else {
+            answer(StatusCode::OK, TEXT, classic(&text))
+        }
+    }
+}
