@@ -17,6 +17,7 @@
 pub mod driver;
 pub mod faulty;
 pub mod golden;
+pub mod ipvs;
 pub mod mode;
 pub mod objects;
 pub mod random;
@@ -27,6 +28,7 @@ pub mod town;
 #[macro_export]
 macro_rules! every_mode {
     ($($test:ident),* $(,)?) => {
+        $crate::for_mode!(ipvs, $crate::ipvs::IpvsMode; $($test),*);
         $crate::for_mode!(nftables, $crate::mode::NftablesMode; $($test),*);
     };
 }

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
 use shunt_core::id::IpFamily;
-use shunt_core::walk::{Outcome, Packet};
+use shunt_core::table::ForwardingTable;
+use shunt_core::walk::{Outcome, Packet, walk};
 use shunt_harness::lab::Namespace;
 use shunt_mode::{Backend, KernelError, Mode, Plan};
 use shunt_mode_nftables::Nftables;
@@ -52,6 +53,18 @@ pub trait ModeUnderTest: 'static {
     /// The mode's own walker.
     fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
         <Self::Fake as Backend>::trace(state, local, packet)
+    }
+    /// What the mode must make of a packet: what the table says, but for what is documented otherwise in
+    /// docs/differences.md.
+    fn expected(table: &ForwardingTable, packet: &Packet) -> Outcome {
+        walk(table, packet).outcome
+    }
+    /// Whether operations take effect one by one, so that a Service whose traffic policy changes may for
+    /// a moment be masqueraded although it is not before nor after.
+    const ONE_BY_ONE: bool = false;
+    /// Why the real kernel cannot be used here, if so.
+    fn cannot_run() -> Option<String> {
+        None
     }
     /// Whether the mode's own tool understands the text of states, without carrying it out.
     fn check_text(namespace: &Namespace, text: &str) -> Result<()>;

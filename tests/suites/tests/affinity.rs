@@ -258,6 +258,7 @@ impl<M: ModeUnderTest> Street<M> {
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
             affinity: Some(Duration::from_secs(timeout)),
+            scheduler: None,
             health_check_node_port: None,
         };
         let mut cluster = Cluster::new(Context::new(NODE, Config::default()));
@@ -528,6 +529,7 @@ fn a_changed_endpoint_is_a_handful_of_operations<M: ModeUnderTest>() {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Local,
         affinity: Some(Duration::from_mins(1)),
+        scheduler: None,
         health_check_node_port: None,
     })));
     cluster.step(&event(1..50));

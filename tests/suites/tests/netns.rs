@@ -366,6 +366,7 @@ fn service(name: &str, cluster_ip: IpAddr, vip: Option<IpAddr>) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
+        scheduler: None,
         health_check_node_port: None,
     }
 }

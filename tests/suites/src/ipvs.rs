@@ -1,0 +1,180 @@
+//! How the suites see ipvs mode.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, bail, ensure};
+use shunt_core::id::IpFamily;
+use shunt_core::node::LocalDetector;
+use shunt_core::table::{ForwardingTable, NodeFacts};
+use shunt_core::walk::{Outcome, Packet, walk};
+use shunt_harness::lab::Namespace;
+use shunt_mode::{Backend as _, KernelError, Plan};
+use shunt_mode_ipvs::Ipvs;
+use shunt_mode_ipvs::fake::FakeKernel;
+use shunt_mode_ipvs::kernel::{Linux, Options};
+use shunt_mode_ipvs::op::Op;
+use shunt_mode_ipvs::plan::plan_within;
+use shunt_mode_ipvs::render::Desired;
+use shunt_mode_ipvs::state::State;
+
+use crate::mode::ModeUnderTest;
+
+/// ipvs mode.
+#[derive(Debug)]
+pub struct IpvsMode;
+
+/// Whether an address is on the dummy link.
+fn is_vip(table: &ForwardingTable, address: IpAddr) -> bool {
+    (table.is_cluster_ip(address) || table.has_frontends_at(address)) && !table.node().is_local(address)
+}
+
+impl ModeUnderTest for IpvsMode {
+    type State = State;
+    type Desired = Desired;
+    type Op = Op;
+    type Fake = Ipvs<FakeKernel>;
+    type Real = Ipvs<Linux>;
+
+    const OPS_PER_ENDPOINT: usize = 12;
+    const ONE_BY_ONE: bool = true;
+
+    fn fake(family: IpFamily) -> Self::Fake {
+        Ipvs::new(FakeKernel::new(family))
+    }
+
+    fn real(family: IpFamily) -> Result<Self::Real, KernelError> {
+        Linux::open(family, Options::default()).map(Ipvs::new)
+    }
+
+    fn held(fake: &mut Self::Fake) -> State {
+        fake.kernel().state().clone()
+    }
+
+    fn fail_after(fake: &mut Self::Fake, commits: Option<usize>) {
+        fake.kernel().fail_after = commits;
+    }
+
+    fn reads(fake: &mut Self::Fake) -> usize {
+        fake.kernel().reads
+    }
+
+    fn plan_tight(observed: &State, desired: &Desired, tightness: u8) -> Plan<Op> {
+        let most = match tightness {
+            0 => usize::MAX,
+            1 => 1,
+            2 => 2,
+            3 => 3,
+            4 => 5,
+            _ => 11,
+        };
+        plan_within(observed, desired, most)
+    }
+
+    fn is_garbage(_op: &Op) -> bool {
+        false
+    }
+
+    /// VIPs are addresses of the node here. A packet that has one as its source is the node's own, and
+    /// masqueraded, as nobody else could answer it. What is not served on a VIP is refused, for the
+    /// node's own ports are behind it.
+    fn expected(table: &ForwardingTable, packet: &Packet) -> Outcome {
+        let mut outcome = if is_vip(table, packet.source) {
+            let mut of_node = table.clone();
+            let mut facts: NodeFacts = table.node().clone();
+            facts.local_addresses.insert(packet.source);
+            facts.local_detector = LocalDetector::None;
+            of_node.set_node(facts);
+            let exact = walk(table, packet).outcome;
+            match (walk(&of_node, packet).outcome, exact) {
+                // Source ranges and ports are the same whoever asks; what is local is not.
+                (Outcome::Forward(endpoints), Outcome::Forward(_)) => {
+                    Outcome::Forward(endpoints.into_iter().map(|(endpoint, _)| (endpoint, true)).collect())
+                }
+                (Outcome::Forward(endpoints), Outcome::Drop) if table.frontends().any(|_| true) => {
+                    Outcome::Forward(endpoints.into_iter().map(|(endpoint, _)| (endpoint, true)).collect())
+                }
+                (_, exact) => exact,
+            }
+        } else {
+            walk(table, packet).outcome
+        };
+        if outcome == Outcome::None && is_vip(table, packet.destination) {
+            outcome = Outcome::Reject;
+        }
+        outcome
+    }
+
+    fn cannot_run() -> Option<String> {
+        let lab = shunt_harness::lab::Lab::builder().build().ok()?;
+        let probed = lab.node().run(|| {
+            let mut real = Self::real(IpFamily::V4)?;
+            real.probe()?;
+            Ok(())
+        });
+        probed.err().map(|error| format!("{error:#}"))
+    }
+
+    fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
+        let mut sets = String::new();
+        let mut section = "";
+        for line in text.lines() {
+            match line.strip_prefix("# ") {
+                Some(name) => section = name,
+                None if section == "ipset save" => sets.extend([line, "\n"]),
+                None => {}
+            }
+        }
+        namespace.exec("ipset", ["restore"], &sets)?;
+        let mut checked = Ok(());
+        for (tool, header) in [("iptables", "# iptables-save"), ("ip6tables", "# ip6tables-save")] {
+            let rules: String = text
+                .split_once(&format!("{header}\n"))
+                .map(|(_, rest)| rest.lines().take_while(|l| !l.starts_with("# ")))
+                .into_iter()
+                .flatten()
+                .flat_map(|line| [line, "\n"])
+                .collect();
+            ensure!(rules.is_empty() || rules.ends_with("COMMIT\n"), "{tool}: no end of the rules");
+        }
+        if checked.is_ok() {
+            checked = namespace.exec("ipset", ["destroy"], "").map(drop);
+        }
+        checked
+    }
+
+    fn list(namespace: &Namespace) -> Result<String> {
+        let mut all = String::new();
+        for (tool, arguments) in [
+            ("ipvsadm", &["-Sn"][..]),
+            ("ipset", &["save"]),
+            ("ip", &["-o", "link", "show", "type", "dummy"]),
+            ("iptables-save", &[]),
+            ("ip6tables-save", &[]),
+        ] {
+            let text = namespace.exec(tool, arguments.iter().copied(), "")?;
+            let lines = text.lines().filter(|line| {
+                // Tables without rules come into being by being looked at.
+                let empty = line.starts_with(['#', '*', ':']) || *line == "COMMIT";
+                !empty || line.starts_with(":KUBE-")
+            });
+            all.extend(lines.flat_map(|line| [line, "\n"]));
+        }
+        Ok(all)
+    }
+
+    fn damages() -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
+
+    fn affinity_records(_namespace: &Namespace, _family: IpFamily) -> Result<usize> {
+        bail!("templates are counted in the guest")
+    }
+
+    fn add_affinity_records(_namespace: &Namespace, _family: IpFamily, _count: usize) -> Result<()> {
+        bail!("the kernel makes templates itself")
+    }
+
+    fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
+        None
+    }
+}
