@@ -3,6 +3,7 @@
 pub mod apiserver;
 #[cfg(feature = "cases")]
 pub mod cases;
+pub mod guest;
 pub mod lab;
 #[cfg(feature = "cases")]
 pub mod settings;
