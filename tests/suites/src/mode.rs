@@ -32,6 +32,8 @@ pub trait ModeUnderTest: 'static {
 
     /// Which mode it is.
     const MODE: Mode = <Self::Fake as Backend>::MODE;
+    /// Whether its tests in the real kernel run in a guest: most machines' own kernels lack what the mode needs.
+    const NEEDS_GUEST: bool = false;
     /// Most operations in the plan for one changed endpoint of one Service with one frontend.
     const OPS_PER_ENDPOINT: usize;
 
@@ -58,8 +60,13 @@ pub trait ModeUnderTest: 'static {
     /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
     /// find nothing of ours that a tool could trip over.
     fn list(namespace: &Namespace) -> Result<String>;
-    /// Ways to damage what the mode made of a case: the case, and a script for nft.
+    /// Gives the kernel what somebody else might have there, beside what the mode owns and as like it as can be.
+    /// [`ModeUnderTest::list`] shows it, and it must stay as it is.
+    fn add_foreign(namespace: &Namespace) -> Result<()>;
+    /// Ways to damage what the mode made of a case: the case, and a script for [`ModeUnderTest::damage`].
     fn damages() -> &'static [(&'static str, &'static str)];
+    /// Carries out one of them.
+    fn damage(namespace: &Namespace, script: &str) -> Result<()>;
     /// How many clients of Services with session affinity the kernel remembers.
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
@@ -67,6 +74,18 @@ pub trait ModeUnderTest: 'static {
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }
+
+/// What somebody else has in the kernel.
+const FOREIGN: &str = "
+table inet somebody {
+  set theirs { type ipv4_addr; elements = { 10.9.9.9 } }
+  chain forward { type filter hook forward priority 0; policy accept; ip saddr @theirs drop; }
+  chain post { type nat hook postrouting priority 90; policy accept; ip daddr { 10.9.9.8, 10.9.9.9 } masquerade; }
+}
+table ip shunts {
+  chain c { counter; }
+}
+";
 
 /// nftables mode.
 #[derive(Debug)]
@@ -151,6 +170,14 @@ impl ModeUnderTest for NftablesMode {
             listed.get_or_insert(text);
         }
         listed.context("SHUNT_NFT_BINARIES names no nft")
+    }
+
+    fn add_foreign(namespace: &Namespace) -> Result<()> {
+        namespace.nft(FOREIGN)
+    }
+
+    fn damage(namespace: &Namespace, script: &str) -> Result<()> {
+        namespace.nft(script)
     }
 
     fn damages() -> &'static [(&'static str, &'static str)] {

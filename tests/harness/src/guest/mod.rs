@@ -21,7 +21,7 @@ use std::fmt::Write as _;
 use std::io::{Read, Write, pipe};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
 use std::thread::{self, ScopedJoinHandle};
@@ -29,11 +29,9 @@ use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
+use nix::unistd::geteuid;
 
-pub use test::{INSIDE, inside, test_in_guest};
+pub use test::{INSIDE, inside, require_guest, test_in_guest};
 
 const INIT: &str = include_str!("init.sh");
 const POLL: Duration = Duration::from_millis(5);
@@ -62,6 +60,7 @@ impl Guest {
     /// A guest with 1 GiB of memory (taken as it is used) and five minutes for a command. The error names what this
     /// machine lacks, and how to install it.
     pub fn new() -> Result<Self> {
+        ensure!(geteuid().is_root(), "no guest kernel: that needs root");
         Ok(Self { kernel: uml::Kernel::find()?, memory_mib: 1024, timeout: Duration::from_mins(5) })
     }
 
@@ -116,15 +115,15 @@ impl Guest {
         let (mut err, err_end) = pipe()?;
         let (mut console, console_end) = pipe()?;
         let mut machine = guarded(&self.kernel.command(control, self.memory_mib)?);
-        machine.stdin(console_end).stdout(out_end).stderr(err_end).process_group(0);
+        machine.stdin(console_end).stdout(out_end).stderr(err_end);
         let (ended, console) = thread::scope(|scope| {
             // The kernel counts the end of the thread that started it as its parent's, so this one waits, too.
             let machine = scope.spawn(move || {
                 self.kernel.pin();
-                let group = Group(machine.spawn().context("start the guest")?);
+                let running = Running(machine.spawn().context("start the guest")?);
                 // With it go our ends of the pipes.
                 drop(machine);
-                group.wait(self.timeout)
+                running.wait(self.timeout)
             });
             let out = scope.spawn(move || io::copy(&mut out, &mut stdout));
             let err = scope.spawn(move || io::copy(&mut err, &mut stderr));
@@ -174,15 +173,14 @@ impl Guest {
     }
 }
 
-/// The guest's processes. UML has many, all in one process group; dropping this ends them.
-struct Group(Child);
+/// The guest; dropping this ends it.
+struct Running(Child);
 
-impl Group {
-    /// Waits for the first of them to end, and ends the rest; false when the time was up.
-    fn wait(self, timeout: Duration) -> Result<bool> {
+impl Running {
+    /// Waits for it to end; false when the time was up.
+    fn wait(mut self, timeout: Duration) -> Result<bool> {
         let deadline = Instant::now() + timeout;
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        while waitid(Id::Pid(self.pid()), flags)? == WaitStatus::StillAlive {
+        while self.0.try_wait()?.is_none() {
             if Instant::now() > deadline {
                 return Ok(false);
             }
@@ -190,25 +188,33 @@ impl Group {
         }
         Ok(true)
     }
-
-    fn pid(&self) -> Pid {
-        Pid::from_raw(self.0.id().cast_signed())
-    }
 }
 
-impl Drop for Group {
+impl Drop for Running {
     fn drop(&mut self) {
-        // The leader has not been waited for, so its number is still that of its group.
-        let _ = killpg(self.pid(), Signal::SIGKILL);
+        // After its end these do nothing.
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// The command, made to die with this process, and given the three pipes where the kernel looks for them: the
-/// command's output as descriptors 3 and 4, the console in place of its own output.
+/// The command, made to die with this process, and all that it starts with it (a PID namespace does that: UML's
+/// helper processes would live on); given the three pipes where the kernel looks for them: the command's output as
+/// descriptors 3 and 4, the console in place of its own output.
 fn guarded(machine: &Command) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", "sh", "-c"]);
+    command.args([
+        "--pdeathsig",
+        "KILL",
+        "--",
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--",
+        "sh",
+        "-c",
+    ]);
     command.arg("exec \"$@\" 3>&1 4>&2 >&0 2>&0 </dev/null").arg("sh");
     command.arg(machine.get_program()).args(machine.get_args());
     for (key, value) in machine.get_envs() {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::process::Command;
 
 use super::Guest;
+use crate::skip;
 
 /// Set to `1` in a guest. Set by hand, it lets the tests run in the machine's own kernel instead, which must then
 /// have what they need.
@@ -17,11 +18,16 @@ pub fn inside() -> bool {
     std::env::var_os(INSIDE).is_some_and(|value| value == "1")
 }
 
+/// How to run guests; nothing where that cannot be, which is printed, and a failure with `SHUNT_REQUIRE_KERNEL=1`.
+pub fn require_guest() -> Option<Guest> {
+    Guest::new().inspect_err(|missing| skip(&format!("{missing:#}"))).ok()
+}
+
 /// Runs a test in a guest: in one, calls `test`; outside, starts the same test of this binary in a guest of its own
 /// and fails if it fails there.
 ///
-/// `path` is what `module_path!()` says beside the function that has `#[test]`, `name` its name. Without a guest
-/// kernel the test is skipped; with `SHUNT_REQUIRE_KERNEL=1` that is a failure.
+/// `path` is what `module_path!()` says beside the function that has `#[test]`, `name` its name. Where there is no
+/// guest kernel, [`require_guest`] decides.
 ///
 /// ```no_run
 /// #[test]
@@ -39,15 +45,7 @@ pub fn test_in_guest(path: &str, name: &str, test: impl FnOnce()) {
     if inside() {
         return test();
     }
-    let guest = match Guest::new() {
-        Ok(guest) => guest,
-        Err(missing) => {
-            let required = std::env::var_os("SHUNT_REQUIRE_KERNEL").is_some_and(|value| value == "1");
-            assert!(!required, "SHUNT_REQUIRE_KERNEL=1 and {missing:#}");
-            eprintln!("skipped: {missing:#}");
-            return;
-        }
-    };
+    let Some(guest) = require_guest() else { return };
     // The test runner's names start below the crate.
     let modules = path.split_once("::").map(|(_, modules)| format!("{modules}::")).unwrap_or_default();
     let binary = std::env::current_exe().unwrap_or_else(|error| panic!("find this test's binary: {error}"));

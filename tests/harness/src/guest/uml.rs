@@ -33,6 +33,7 @@ impl Kernel {
             program
         };
         need("setpriv", "util-linux");
+        need("unshare", "util-linux");
         need("modprobe", "kmod");
         let program = need("linux.uml", "user-mode-linux");
         if !has_module("ip_vs.ko") {
