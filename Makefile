@@ -22,7 +22,7 @@ test: deps ## Runs all tests (needs root for those in network namespaces)
 
 guest: deps ## Runs a command in a kernel that has IPVS: make guest CMD='ipvsadm -L'
 	@$(CARGO) build --quiet -p shunt-harness --bin shunt-guest
-	@target/debug/shunt-guest sh -c '$(CMD)'
+	@target/debug/shunt-guest sh -c "$$CMD"
 
 lint: ## Formatting, clippy, licences and the direction of dependencies
 	$(CARGO) fmt --all --check

@@ -3,7 +3,7 @@
 # (see `write_control` in mod.rs) and powers off.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C
 control=${0%/*}
-# backend, modules (a folder with one folder for each kernel version)
+# modules: a folder with one folder for each kernel version
 . "$control/conf"
 
 fail() {
@@ -35,32 +35,24 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup 2>/dev/null
 mount -t bpf bpf /sys/fs/bpf 2>/dev/null
 
 mkdir /run/control || fail "make /run/control"
-case $backend in
-uml)
-  # Kernels since 6.10 want the name of the option.
-  mount -i -t hostfs -o "hostfs=$control" none /run/control 2>/dev/null ||
-    mount -i -t hostfs -o "$control" none /run/control || fail "mount $control"
-  out=/dev/ttyS0 err=/dev/ttyS1
-  stty raw -echo < $out && stty raw -echo < $err || fail "set up $out, $err"
-  # This kernel has no nf_tables for IP.
-  for tool in iptables ip6tables; do
-    for suffix in "" -save -restore; do
-      [ ! -e /usr/sbin/$tool-legacy$suffix ] || ln -sfn $tool-legacy$suffix /usr/sbin/$tool$suffix
-    done
+# Kernels since 6.10 want the name of the option.
+mount -i -t hostfs -o "hostfs=$control" none /run/control 2>/dev/null ||
+  mount -i -t hostfs -o "$control" none /run/control || fail "mount $control"
+stty raw -echo < /dev/ttyS0 && stty raw -echo < /dev/ttyS1 || fail "set up the serial lines"
+# This kernel has no nf_tables for IP.
+for tool in iptables ip6tables; do
+  for suffix in "" -save -restore; do
+    [ ! -e /usr/sbin/$tool-legacy$suffix ] || ln -sfn $tool-legacy$suffix /usr/sbin/$tool$suffix
   done
-  ;;
-tcg)
-  mount -i -t 9p -o trans=virtio,version=9p2000.L,msize=262144 control /run/control || fail "mount $control"
-  out=$(echo /dev/vport*p1) err=$(echo /dev/vport*p2)
-  ;;
-esac
+done
 ip link set lo up || fail "set lo up"
 modprobe -a ipv6 nf_conntrack ip_vs || fail "this kernel has no IPVS"
 
-setsid sh /run/control/command < /dev/null > "$out" 2> "$err"
+setsid sh /run/control/command < /dev/null > /dev/ttyS0 2> /dev/ttyS1
 status=$?
 # stty waits until everything that was written has left.
-[ $backend != uml ] || { stty raw < $out; stty raw < $err; }
+stty raw < /dev/ttyS0
+stty raw < /dev/ttyS1
 echo $status > /run/control/status.new && sync && mv /run/control/status.new /run/control/status
 sync
 echo o > /proc/sysrq-trigger

@@ -1,8 +1,8 @@
-//! A Linux kernel for tests, apart from the machine's own: with IPVS, or of another version.
+//! A Linux kernel for tests, apart from the machine's own: 6.1, with IPVS.
 //!
 //! ```text
 //!   host                              guest
-//!   Guest::run ──> UML or qemu ─────> init.sh (PID 1) ──> the command
+//!   Guest::run ──> linux.uml ───────> init.sh (PID 1) ──> the command
 //!   / ──────────── read-only ───────> /      what is written goes to memory and vanishes
 //!   control folder <──read-write────> /run/control: command, its status
 //!   three pipes <─────────────────── the command's stdout and stderr, the console
@@ -119,7 +119,7 @@ impl Guest {
         let (ended, console) = thread::scope(|scope| {
             // The kernel counts the end of the thread that started it as its parent's, so this one waits, too.
             let machine = scope.spawn(move || {
-                self.kernel.pin();
+                uml::Kernel::pin();
                 let running = Running(machine.spawn().context("start the guest")?);
                 // With it go our ends of the pipes.
                 drop(machine);
@@ -150,7 +150,7 @@ impl Guest {
         fs::write(&init, INIT)?;
         fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
         let modules = quoted(self.kernel.modules().as_os_str())?;
-        fs::write(control.join("conf"), format!("backend=uml modules={modules}\n"))?;
+        fs::write(control.join("conf"), format!("modules={modules}\n"))?;
 
         let directory =
             command.get_current_dir().map_or_else(std::env::current_dir, |path| Ok(path.to_owned()))?;

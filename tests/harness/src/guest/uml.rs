@@ -73,8 +73,7 @@ impl Kernel {
 
     /// Keeps the calling thread, and what it starts, on one CPU. The guest has one CPU and its processes take turns:
     /// on one CPU of the host that is two to three times faster. Guests of one process take different ones.
-    #[allow(clippy::unused_self)] // Other kernels are better left alone.
-    pub(super) fn pin(&self) {
+    pub(super) fn pin() {
         static TURN: AtomicUsize = AtomicUsize::new(0);
         // For speed only, so whatever is in its way is no reason to fail.
         let pinned = || {
