@@ -76,6 +76,10 @@ fn failures_are_told_apart() {
     assert_eq!(guest.run(&shell("kill -ABRT $$")).unwrap().status.code(), Some(134));
     let error = guest.run(&shell("echo o > /proc/sysrq-trigger; sleep 60")).unwrap_err();
     assert!(format!("{error:#}").contains("ended without a result"), "{error:#}");
+    let begin = Instant::now();
+    let error = guest.run(&shell("echo c > /proc/sysrq-trigger")).unwrap_err();
+    assert!(format!("{error:#}").contains("Kernel panic"), "{error:#}");
+    assert!(begin.elapsed() < Duration::from_mins(1), "{:?}", begin.elapsed());
 }
 
 #[test]

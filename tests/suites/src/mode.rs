@@ -62,11 +62,11 @@ pub trait ModeUnderTest: 'static {
     fn list(namespace: &Namespace) -> Result<String>;
     /// Gives the kernel what somebody else might have there, beside what the mode owns and as like it as can be.
     /// [`ModeUnderTest::list`] shows it, and it must stay as it is.
-    fn add_foreign(namespace: &Namespace) -> Result<()>;
+    fn foreign(namespace: &Namespace) -> Result<()>;
     /// Ways to damage what the mode made of a case: the case, and a script for [`ModeUnderTest::damage`].
     fn damages() -> &'static [(&'static str, &'static str)];
     /// Carries out one of them.
-    fn damage(namespace: &Namespace, script: &str) -> Result<()>;
+    fn damage(namespace: &Namespace, family: IpFamily, script: &str) -> Result<()>;
     /// How many clients of Services with session affinity the kernel remembers.
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
@@ -172,11 +172,11 @@ impl ModeUnderTest for NftablesMode {
         listed.context("SHUNT_NFT_BINARIES names no nft")
     }
 
-    fn add_foreign(namespace: &Namespace) -> Result<()> {
+    fn foreign(namespace: &Namespace) -> Result<()> {
         namespace.nft(FOREIGN)
     }
 
-    fn damage(namespace: &Namespace, script: &str) -> Result<()> {
+    fn damage(namespace: &Namespace, _family: IpFamily, script: &str) -> Result<()> {
         namespace.nft(script)
     }
 

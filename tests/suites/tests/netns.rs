@@ -68,7 +68,7 @@ fn has_affinity(table: &ForwardingTable, packet: &Packet) -> bool {
 fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
     let town = Town::build(case)?;
     let node = town.lab.node();
-    M::add_foreign(node)?;
+    M::foreign(node)?;
     let foreign = M::list(node)?;
     let mut kernels = Vec::new();
     for family in IpFamily::ALL {
@@ -223,7 +223,7 @@ fn damage_is_repaired<M: ModeUnderTest>() {
         let table = run.cluster.table(family);
         let mut kernel = adopt::<M>(node, family)?;
         kernel.sync(table, &Change::everything())?;
-        M::damage(node, damage)?;
+        M::damage(node, family, damage)?;
         let mut kernel = adopt::<M>(node, family)?;
         let want = rendered::<M::Real>(table);
         ensure!(kernel.mirror != want, "the damage is not seen");

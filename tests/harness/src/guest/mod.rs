@@ -16,14 +16,16 @@
 mod test;
 mod uml;
 
+use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::io::{Read, Write, pipe};
+use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -113,27 +115,27 @@ impl Guest {
 
         let (mut out, out_end) = pipe()?;
         let (mut err, err_end) = pipe()?;
-        let (mut console, console_end) = pipe()?;
+        let (console, console_end) = pipe()?;
         let mut machine = guarded(&self.kernel.command(control, self.memory_mib)?);
         machine.stdin(console_end).stdout(out_end).stderr(err_end);
+        let panicked = AtomicBool::new(false);
         let (ended, console) = thread::scope(|scope| {
             // The kernel counts the end of the thread that started it as its parent's, so this one waits, too.
-            let machine = scope.spawn(move || {
+            let machine = scope.spawn(|| {
+                let mut machine = machine;
                 uml::Kernel::pin();
                 let running = Running(machine.spawn().context("start the guest")?);
                 // With it go our ends of the pipes.
                 drop(machine);
-                running.wait(self.timeout)
+                running.wait(self.timeout, &panicked)
             });
             let out = scope.spawn(move || io::copy(&mut out, &mut stdout));
             let err = scope.spawn(move || io::copy(&mut err, &mut stderr));
-            let mut console_text = Vec::new();
-            console.read_to_end(&mut console_text)?;
+            let console = read_console(console, &panicked)?;
             joined(out)?.context("pass the output on")?;
             joined(err)?.context("pass the error output on")?;
-            Ok::<_, anyhow::Error>((joined(machine)??, String::from_utf8_lossy(&console_text).into_owned()))
+            Ok::<_, anyhow::Error>((joined(machine)??, console))
         })?;
-        let console = last_lines(&console);
         match fs::read_to_string(control.join("status")) {
             Ok(status) => {
                 let status: i32 = status.trim().parse().with_context(|| format!("status {status:?}"))?;
@@ -177,10 +179,10 @@ impl Guest {
 struct Running(Child);
 
 impl Running {
-    /// Waits for it to end; false when the time was up.
-    fn wait(mut self, timeout: Duration) -> Result<bool> {
+    /// Waits for it to end; false when the time was up. A kernel that panicked goes no further and is not waited for.
+    fn wait(mut self, timeout: Duration, panicked: &AtomicBool) -> Result<bool> {
         let deadline = Instant::now() + timeout;
-        while self.0.try_wait()?.is_none() {
+        while self.0.try_wait()?.is_none() && !panicked.load(Ordering::Relaxed) {
             if Instant::now() > deadline {
                 return Ok(false);
             }
@@ -239,9 +241,20 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> Result<T> {
     thread.join().map_err(|_| anyhow!("a thread of the guest's runner panicked"))
 }
 
-fn last_lines(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(CONSOLE_LINES)..].join("\n")
+/// Reads the console to its end, and gives its last lines; says at once when the kernel panicked.
+fn read_console(console: PipeReader, panicked: &AtomicBool) -> Result<String> {
+    let mut lines = VecDeque::new();
+    for line in BufReader::new(console).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).trim_end().to_owned();
+        if line.starts_with("Kernel panic") {
+            panicked.store(true, Ordering::Relaxed);
+        }
+        if lines.len() == CONSOLE_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line);
+    }
+    Ok(Vec::from(lines).join("\n"))
 }
 
 /// The program of this name that `PATH` leads to.
