@@ -1,21 +1,20 @@
 //! The binary, as an operator meets it: over a real list and watch, on a real kernel, in network
 //! namespaces of its own.
 
+mod common;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::mpsc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::{LONG, SHUNT, messages};
 use serde_json::{Value, json};
-use shunt_harness::apiserver::{ApiServer, Resource};
+use shunt_harness::apiserver::{ApiServer, ResidentServer, Resource};
 use shunt_harness::lab::{ChildGuard, Lab, Probe, StormSpec, TransferSpec, require_kernel};
 
-const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 const VIP: &str = "10.96.0.10:80";
-const LONG: Duration = Duration::from_secs(20);
 
 fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples")
@@ -24,10 +23,8 @@ fn examples() -> PathBuf {
 /// A node with three pods, a client, and an API server inside the node's namespace.
 struct Cluster {
     lab: Lab,
-    server: ApiServer,
+    server: ResidentServer,
     folder: tempfile::TempDir,
-    stop: Option<tokio::sync::oneshot::Sender<()>>,
-    thread: Option<JoinHandle<Result<()>>>,
 }
 
 impl Cluster {
@@ -43,23 +40,14 @@ impl Cluster {
         for pod in ["pod-a", "pod-b", "pod-c"] {
             lab.pod(pod)?.serve_ports([8080])?;
         }
-        let (started, server) = mpsc::channel();
-        let (stop, stopped) = tokio::sync::oneshot::channel();
-        let thread = lab.node().thread(move || {
-            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-                started.send(ApiServer::start().await?).ok();
-                let _ = stopped.await;
-                Ok(())
-            })
-        })?;
-        let server = server.recv().context("the API server did not start")?;
+        let server = ApiServer::start_in(lab.node())?;
         server.put(json!({
             "apiVersion": "v1", "kind": "Node", "metadata": { "name": "worker-1" },
             "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.11" }] },
         }));
         let folder = tempfile::tempdir()?;
         std::fs::write(folder.path().join("kubeconfig"), server.kubeconfig())?;
-        let cluster = Self { lab, server, folder, stop: Some(stop), thread: Some(thread) };
+        let cluster = Self { lab, server, folder };
         cluster.server.put(service("web", "10.96.0.10", 30080));
         cluster.endpoints("web", &["10.244.1.11", "10.244.1.12"]);
         Ok(cluster)
@@ -88,22 +76,7 @@ impl Cluster {
 
     /// Starts the agent; it is in sync for both families when this returns.
     fn start(&self) -> Result<ChildGuard> {
-        let mut command = Command::new(SHUNT);
-        command
-            .args(["run", "--hostname-override", "worker-1", "--cluster-cidr", "10.244.0.0/16"])
-            .args(["--logging-format", "json", "-v", "4"])
-            .arg("--kubeconfig")
-            .arg(self.folder.path().join("kubeconfig"))
-            .arg("--admin-socket")
-            .arg(self.socket());
-        let mut agent = self.lab.node().spawn(&command)?;
-        let deadline = Instant::now() + LONG;
-        while synced(&agent).len() < 2 {
-            ensure!(agent.try_wait()?.is_none(), "ended: {agent}");
-            ensure!(Instant::now() < deadline, "never in sync: {agent}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(agent)
+        common::start(self.lab.node(), self.folder.path(), &["--cluster-cidr", "10.244.0.0/16"])
     }
 
     fn shunt(&self, arguments: &[&str]) -> Result<Output> {
@@ -135,15 +108,6 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 fn service(name: &str, cluster_ip: &str, node_port: u16) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service",
@@ -156,19 +120,8 @@ fn service(name: &str, cluster_ip: &str, node_port: u16) -> Value {
     })
 }
 
-/// The fields of the log lines that say that a family is in sync, in order.
-fn synced(agent: &ChildGuard) -> Vec<Value> {
-    agent
-        .stderr()
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .map(|line| line["fields"].clone())
-        .filter(|fields| fields["message"] == "in sync with the kernel")
-        .collect()
-}
-
 fn operations(agent: &ChildGuard) -> u64 {
-    synced(agent).iter().filter_map(|fields| fields["operations"].as_u64()).sum()
+    messages(agent, "in sync with the kernel").iter().filter_map(|fields| fields["operations"].as_u64()).sum()
 }
 
 #[test]

@@ -35,6 +35,7 @@ impl ModeUnderTest for IpvsMode {
     type Fake = Ipvs<FakeKernel>;
     type Real = Ipvs<Linux>;
 
+    const NEEDS_GUEST: bool = true;
     const OPS_PER_ENDPOINT: usize = 12;
     const ONE_BY_ONE: bool = true;
 
@@ -104,16 +105,6 @@ impl ModeUnderTest for IpvsMode {
         outcome
     }
 
-    fn cannot_run() -> Option<String> {
-        let lab = shunt_harness::lab::Lab::builder().build().ok()?;
-        let probed = lab.node().run(|| {
-            let mut real = Self::real(IpFamily::V4)?;
-            real.probe()?;
-            Ok(())
-        });
-        probed.err().map(|error| format!("{error:#}"))
-    }
-
     fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
         let mut sets = String::new();
         let mut section = "";
@@ -162,8 +153,62 @@ impl ModeUnderTest for IpvsMode {
         Ok(all)
     }
 
+    fn foreign(namespace: &Namespace) -> Result<()> {
+        for tool in ["iptables", "ip6tables"] {
+            let rules = "*nat\n:OTHER - [0:0]\n-A PREROUTING -m comment --comment \"somebody's\" -j OTHER\n\
+                -A OTHER -m mark --mark 0x7 -j RETURN\nCOMMIT\n*filter\n:KUBE-FIREWALL - [0:0]\n\
+                -A FORWARD -j KUBE-FIREWALL\nCOMMIT\n";
+            namespace.exec(&format!("{tool}-restore"), ["--noflush"], rules)?;
+        }
+        namespace.exec("ipset", ["create", "KUBE-OTHER", "hash:ip"], "")?;
+        namespace.exec("ip", ["link", "add", "kube-other0", "type", "dummy"], "")?;
+        namespace.exec("ipvsadm", ["-A", "-f", "7", "-s", "rr"], "").map(drop)
+    }
+
+    fn damage(namespace: &Namespace, _family: IpFamily, script: &str) -> Result<()> {
+        namespace.exec("sh", ["-c", script], "").map(drop)
+    }
+
     fn damages() -> &'static [(&'static str, &'static str)] {
-        &[]
+        &[
+            ("008-etp-local", "ipvsadm -C"),
+            ("008-etp-local", "ip link del kube-ipvs0"),
+            ("008-etp-local", "ip -4 address flush dev kube-ipvs0"),
+            ("008-etp-local", "ip address add 9.9.9.9/32 dev kube-ipvs0"),
+            ("008-etp-local", "ipset flush KUBE-FWMARK"),
+            ("008-etp-local", "ipset flush KUBE-IPVS-IPS"),
+            ("008-etp-local", "ipset flush KUBE-CLUSTER-IP"),
+            ("008-etp-local", "ipset flush KUBE-LOAD-BALANCER"),
+            ("008-etp-local", "ipset flush KUBE-NODE-PORT-TCP"),
+            ("008-etp-local", "ipset flush KUBE-NODE-PORT-IPS"),
+            ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,tcp:80"),
+            ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,dccp:80"),
+            ("008-etp-local", "ipset add KUBE-LOOP-BACK 9.9.9.9,tcp:80,9.9.9.9"),
+            ("008-etp-local", "ipset add KUBE-NODE-PORT-UDP 77"),
+            ("008-etp-local", "ipset add KUBE-SERVICE-CIDR 9.9.0.0/16"),
+            ("008-etp-local", "ipset add KUBE-NO-LOCAL 9.9.9.9,tcp:80"),
+            (
+                "008-etp-local",
+                "ipset create other hash:ip,port family inet maxelem 100 timeout 100 && \
+                 ipset swap other KUBE-CLUSTER-IP && ipset destroy other",
+            ),
+            ("008-etp-local", "iptables -t nat -F KUBE-SERVICES"),
+            ("008-etp-local", "iptables -t nat -F PREROUTING"),
+            ("008-etp-local", "iptables -t mangle -F"),
+            ("008-etp-local", "iptables -I KUBE-IPVS-FILTER -s 9.9.9.9 -j ACCEPT"),
+            ("008-etp-local", "iptables -A FORWARD -j KUBE-FORWARD"),
+            ("008-etp-local", "iptables -t nat -N KUBE-LOAD-BALANCER"),
+            ("008-etp-local", "ipvsadm -A -t 9.9.9.9:80 -s rr"),
+            ("008-etp-local", "echo 0 > /proc/sys/net/ipv4/vs/conntrack"),
+            ("003-loadbalancer-source-ranges", "ipset flush KUBE-LOAD-BALANCER-FW"),
+            ("003-loadbalancer-source-ranges", "ipset flush KUBE-LOAD-BALANCER-SOURCE-CIDR"),
+            (
+                "003-loadbalancer-source-ranges",
+                "ipset add KUBE-LOAD-BALANCER-SOURCE-CIDR 1.2.3.4,tcp:80,9.9.0.0/16",
+            ),
+            ("006-nodeport-v6-primary", "ipset flush KUBE-6-CLUSTER-IP"),
+            ("006-nodeport-v6-primary", "ip6tables -t nat -F KUBE-MARK-MASQ"),
+        ]
     }
 
     fn affinity_records(_namespace: &Namespace, _family: IpFamily) -> Result<usize> {
