@@ -174,12 +174,26 @@ impl Planner<'_> {
                 self.push(Phase::Sets, Op::CreateSet(self.family, set));
             }
         }
-        if self.desired.everything {
-            let rules = skeleton(&self.desired.node);
-            if self.observed.rules != rules {
-                let op = Op::SetRules(self.family, self.observed.rules.clone(), rules);
-                self.push(Phase::Rules, op);
-            }
+        // Few, and missing after the table was empty.
+        let rules = skeleton(&self.desired.node);
+        if self.observed.rules != rules {
+            let op = Op::SetRules(self.family, self.observed.rules.clone(), rules);
+            self.push(Phase::Rules, op);
+        }
+        let node_port_ips = self.desired.node.node_port_addresses().into_iter().map(Entry::Ip).collect();
+        self.whole(SetName::NodePortIps, &node_port_ips);
+        let cidrs = self.desired.service_cidrs.iter();
+        let cidrs = cidrs.map(|range| Entry::Net(range.network(), range.prefix_len())).collect();
+        self.whole(SetName::ServiceCidr, &cidrs);
+    }
+
+    /// Makes a set hold these entries and no others.
+    fn whole(&mut self, set: SetName, wanted: &BTreeSet<Entry>) {
+        for entry in wanted {
+            self.element(set, *entry, true);
+        }
+        for entry in self.observed.sets.get(&set).into_iter().flat_map(|held| held.keys()) {
+            self.element(set, *entry, wanted.contains(entry));
         }
     }
 
@@ -443,13 +457,9 @@ impl Planner<'_> {
             of.map(|((_, port), _)| Entry::Port(*port)).collect()
         };
         let vips = desired.addresses.iter().filter(|(_, should)| **should);
-        let node_port_ips = desired.node.node_port_addresses();
-        let cidrs = desired.service_cidrs.iter();
         let loopbacks = desired.loopbacks.iter().filter(|(_, should)| **should);
-        let whole: [(SetName, BTreeSet<Entry>); 8] = [
+        let whole: [(SetName, BTreeSet<Entry>); 6] = [
             (SetName::IpvsIps, vips.map(|(a, _)| Entry::Ip(*a)).collect()),
-            (SetName::NodePortIps, node_port_ips.into_iter().map(Entry::Ip).collect()),
-            (SetName::ServiceCidr, cidrs.map(|r| Entry::Net(r.network(), r.prefix_len())).collect()),
             (SetName::LoopBack, loopbacks.map(|(e, _)| loopback(e)).collect()),
             (SetName::NodePortTcp, ports(Protocol::Tcp, false)),
             (SetName::NodePortLocalTcp, ports(Protocol::Tcp, true)),
@@ -457,11 +467,6 @@ impl Planner<'_> {
             (SetName::NodePortLocalUdp, ports(Protocol::Udp, true)),
         ];
         for (set, wanted) in whole {
-            if matches!(set, SetName::NodePortIps | SetName::ServiceCidr) {
-                for entry in &wanted {
-                    self.element(set, *entry, true);
-                }
-            }
             for entry in observed.sets.get(&set).into_iter().flat_map(|held| held.keys()) {
                 // What is listed as unwanted was seen to above.
                 let listed = match (set, entry) {

@@ -6,9 +6,9 @@ use anyhow::{Result, bail, ensure};
 use shunt_core::id::IpFamily;
 use shunt_core::node::LocalDetector;
 use shunt_core::table::{ForwardingTable, NodeFacts};
-use shunt_core::walk::{Outcome, Packet, walk};
+use shunt_core::walk::{Outcome, Packet, Reason, walk};
 use shunt_harness::lab::Namespace;
-use shunt_mode::{Backend as _, KernelError, Plan};
+use shunt_mode::{KernelError, Plan};
 use shunt_mode_ipvs::Ipvs;
 use shunt_mode_ipvs::fake::FakeKernel;
 use shunt_mode_ipvs::kernel::{Linux, Options};
@@ -79,30 +79,25 @@ impl ModeUnderTest for IpvsMode {
     /// masqueraded, as nobody else could answer it. What is not served on a VIP is refused, for the
     /// node's own ports are behind it.
     fn expected(table: &ForwardingTable, packet: &Packet) -> Outcome {
-        let mut outcome = if is_vip(table, packet.source) {
-            let mut of_node = table.clone();
-            let mut facts: NodeFacts = table.node().clone();
-            facts.local_addresses.insert(packet.source);
-            facts.local_detector = LocalDetector::None;
-            of_node.set_node(facts);
-            let exact = walk(table, packet).outcome;
-            match (walk(&of_node, packet).outcome, exact) {
-                // Source ranges and ports are the same whoever asks; what is local is not.
-                (Outcome::Forward(endpoints), Outcome::Forward(_)) => {
-                    Outcome::Forward(endpoints.into_iter().map(|(endpoint, _)| (endpoint, true)).collect())
-                }
-                (Outcome::Forward(endpoints), Outcome::Drop) if table.frontends().any(|_| true) => {
-                    Outcome::Forward(endpoints.into_iter().map(|(endpoint, _)| (endpoint, true)).collect())
-                }
-                (_, exact) => exact,
-            }
-        } else {
-            walk(table, packet).outcome
-        };
-        if outcome == Outcome::None && is_vip(table, packet.destination) {
-            outcome = Outcome::Reject;
+        let walked = walk(table, packet);
+        let miss = matches!(walked.reason, Reason::UnknownPort | Reason::Unallocated | Reason::NoFrontend);
+        if miss {
+            return if is_vip(table, packet.destination) { Outcome::Reject } else { walked.outcome };
         }
-        outcome
+        if !is_vip(table, packet.source) {
+            return walked.outcome;
+        }
+        let mut of_node = table.clone();
+        let mut facts: NodeFacts = table.node().clone();
+        facts.local_addresses.insert(packet.source);
+        facts.local_detector = LocalDetector::None;
+        of_node.set_node(facts);
+        match walk(&of_node, packet).outcome {
+            Outcome::Forward(endpoints) => {
+                Outcome::Forward(endpoints.into_iter().map(|(endpoint, _)| (endpoint, true)).collect())
+            }
+            outcome => outcome,
+        }
     }
 
     fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
