@@ -2,11 +2,12 @@
 
 CARGO ?= cargo
 # What tests, demo and benches use besides Rust, as Debian packages.
-PACKAGES := gcc libc6-dev iproute2 nftables prometheus util-linux
+PACKAGES := gcc libc6-dev iproute2 nftables prometheus util-linux \
+            user-mode-linux kmod ipvsadm ipset iptables
 SHUNT := target/debug/shunt
 TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: help demo test lint bench ebpf image deps build
+.PHONY: help demo test guest lint bench ebpf image deps build
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +19,10 @@ demo: deps ## Shows Shunt at work: a node, a client and three pods in network na
 test: deps ## Runs all tests (needs root for those in network namespaces)
 	second=$$(tests/fetch-nft target/nft-1.1.3) && \
 	SHUNT_REQUIRE_KERNEL=1 SHUNT_NFT_BINARIES="nft:$$second" $(CARGO) test --workspace
+
+guest: deps ## Runs a command in a kernel that has IPVS: make guest CMD='ipvsadm -L'
+	@$(CARGO) build --quiet -p shunt-harness --bin shunt-guest
+	@target/debug/shunt-guest sh -c "$$CMD"
 
 lint: ## Formatting, clippy, licences and the direction of dependencies
 	$(CARGO) fmt --all --check

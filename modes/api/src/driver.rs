@@ -60,6 +60,9 @@ pub trait Driver: Send {
     fn probe(&mut self) -> Result<(), Unsupported>;
     /// Makes the kernel hold what `table` asks for, as far as the step says.
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError>;
+    /// Does what is due because time has passed, and answers when to come again; `None` when nothing
+    /// waits.
+    fn tend(&mut self, now: Instant) -> Result<Option<Instant>, KernelError>;
     /// Prints a stage; `only` restricts it to what a change touches.
     fn dump(
         &mut self,
@@ -141,6 +144,17 @@ impl<B: Backend> Driver for ModeDriver<B> {
         report.applying = started.elapsed();
         self.state = Some(state);
         Ok(report)
+    }
+
+    fn tend(&mut self, now: Instant) -> Result<Option<Instant>, KernelError> {
+        let Some(mut state) = self.state.take() else { return Ok(None) };
+        let (plan, next) = self.backend.ripen(&state, now)?;
+        for transaction in plan.transactions {
+            self.backend.apply(&transaction)?;
+            B::advance(&mut state, &transaction);
+        }
+        self.state = Some(state);
+        Ok(next)
     }
 
     fn dump(

@@ -20,6 +20,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::time::Instant;
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
@@ -182,8 +183,19 @@ pub trait Backend: Send {
     /// Reads what the mode owns in the kernel, and only that.
     fn observe(&mut self) -> Result<Self::State, KernelError>;
 
-    /// Carries out one transaction: all of it or nothing.
+    /// Carries out one transaction. Where the kernel can, all of it or nothing; elsewhere operation by
+    /// operation in order. After an error the kernel is observed anew in any case.
     fn apply(&mut self, transaction: &Transaction<Self::Op>) -> Result<(), KernelError>;
+
+    /// What is due because time has passed, not because the table changed, and when to ask again;
+    /// `None` when nothing waits. Reads the kernel as far as that takes.
+    fn ripen(
+        &mut self,
+        _state: &Self::State,
+        _now: Instant,
+    ) -> Result<(Plan<Self::Op>, Option<Instant>), KernelError> {
+        Ok((Plan::default(), None))
+    }
 
     /// Removes everything that the mode owns. Safe to run twice.
     fn cleanup(&mut self) -> Result<(), KernelError>;

@@ -94,6 +94,7 @@ fn trial(family: IpFamily) -> Compiler {
         let name = NamespacedName::new("trial", if n == 1 { "plain" } else { "affinity" });
         let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
         store.apply(Event::Service(Service {
+            scheduler: None,
             name: name.clone(),
             created: 0,
             cluster_ips: vec![address(n)],
@@ -122,6 +123,7 @@ fn trial(family: IpFamily) -> Compiler {
                 .to_vec(),
             endpoints: (1..=2)
                 .map(|n| Endpoint {
+                    pod: None,
                     address: address(100 + n),
                     conditions: Conditions::default(),
                     node: Some("trial".into()),

@@ -15,6 +15,9 @@ use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::Packet;
 use shunt_mode::driver::{Driver, ModeDriver, Output, Stage, Traces, dump_offline, trace_offline};
 use shunt_mode::{KernelError, Mode};
+use shunt_mode_ipvs::Ipvs;
+use shunt_mode_ipvs::kernel::Linux;
+pub use shunt_mode_ipvs::kernel::Options as IpvsOptions;
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::kernel::Netlink;
 
@@ -31,17 +34,33 @@ pub enum OpenError {
 }
 
 /// The modes of this build.
-pub const BUILT: &[Mode] = &[Mode::Nftables];
+pub const BUILT: &[Mode] = &[Mode::Nftables, Mode::Ipvs];
 
 /// Modes of this build from which `auto` takes the first that the kernel can run: first the one that
 /// costs least per connection and change and needs no privilege beyond `CAP_NET_ADMIN`.
 pub const AUTO: &[Mode] = &[Mode::Nftables];
 
-/// Opens a mode for a family in the calling thread's network namespace.
+/// Settings that only one mode has.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Options {
+    /// Those of ipvs mode.
+    pub ipvs: IpvsOptions,
+}
+
+/// Opens a mode with its usual settings for a family in the calling thread's network namespace.
 pub fn open(mode: Mode, family: IpFamily) -> Result<Box<dyn Driver>, OpenError> {
+    open_with(mode, family, &Options::default())
+}
+
+/// [`open`] with other settings.
+pub fn open_with(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn Driver>, OpenError> {
     match mode {
         Mode::Nftables => {
             let backend = Nftables::new(Netlink::open(family)?);
+            Ok(Box::new(ModeDriver::new(backend, family)))
+        }
+        Mode::Ipvs => {
+            let backend = Ipvs::new(Linux::open(family, options.ipvs.clone())?);
             Ok(Box::new(ModeDriver::new(backend, family)))
         }
         other => Err(OpenError::NotBuilt(other)),
@@ -58,6 +77,7 @@ pub fn dump(
 ) -> Result<String, OpenError> {
     match mode {
         Mode::Nftables => Ok(dump_offline::<Nftables<Netlink>>(table, stage, only, output)),
+        Mode::Ipvs => Ok(dump_offline::<Ipvs<Linux>>(table, stage, only, output)),
         other => Err(OpenError::NotBuilt(other)),
     }
 }
@@ -66,6 +86,7 @@ pub fn dump(
 pub fn trace(mode: Mode, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, OpenError> {
     match mode {
         Mode::Nftables => Ok(trace_offline::<Nftables<Netlink>>(table, packets)),
+        Mode::Ipvs => Ok(trace_offline::<Ipvs<Linux>>(table, packets)),
         other => Err(OpenError::NotBuilt(other)),
     }
 }

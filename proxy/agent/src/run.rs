@@ -250,7 +250,7 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(settings.mode, family)?;
+        let mut driver = shunt_modes::open_with(settings.mode, family, &settings.options)?;
         match driver.probe() {
             Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
             Err(error) => {

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -9,7 +10,9 @@ use ipnet::IpNet;
 use shunt_config::shunt::Leftovers;
 use shunt_config::{ConfigError, KubeProxyConfiguration, ShuntConfiguration};
 use shunt_core::node::{Config, LocalDetector, Node, NodePortAddresses};
+use shunt_core::service::Scheduler;
 use shunt_mode::Mode;
+use shunt_modes::{IpvsOptions, Options};
 use shunt_node::sysctl::Sizing;
 
 use crate::cli::SettingArgs;
@@ -54,6 +57,8 @@ pub(crate) struct Settings {
     pub conntrack: Sizing,
     /// Rules of kube-proxy and of other modes go once ours are in place.
     pub remove_leftovers: bool,
+    /// Settings that only one mode has.
+    pub options: Options,
 }
 
 impl Settings {
@@ -108,6 +113,7 @@ impl Settings {
                 local_detector,
                 node_port_addresses: node_ports(kube_proxy.node_port_addresses.as_deref())?,
                 allow_external_ips,
+                scheduler: scheduler(&kube_proxy.ipvs.scheduler),
             },
             detect_by_node_cidr: kube_proxy.detect_local_mode == "NodeCIDR",
             min_sync_period: shunt.min_sync_period.unwrap_or(of_mode.min_sync_period).to_std(),
@@ -125,6 +131,7 @@ impl Settings {
             admin_socket: shunt.admin_socket.clone().unwrap_or_else(|| crate::cli::ADMIN_SOCKET.to_owned()),
             conntrack: sizing(&kube_proxy.conntrack, shunt.lower_sysctls),
             remove_leftovers: shunt.leftovers == Leftovers::Remove,
+            options: Options { ipvs: ipvs(&kube_proxy.ipvs)? },
         })
     }
 
@@ -139,6 +146,22 @@ impl Settings {
         }
         config
     }
+}
+
+/// kube-proxy lets `mh` hash source ports too.
+fn scheduler(name: &str) -> Option<Arc<Scheduler>> {
+    (!name.is_empty()).then(|| Arc::new(Scheduler { name: name.into(), flags: [false, name == "mh", false] }))
+}
+
+fn ipvs(section: &shunt_config::types::Ipvs) -> Result<IpvsOptions> {
+    let seconds = |time: shunt_config::Duration| u32::try_from(time.to_std().as_secs()).unwrap_or(u32::MAX);
+    Ok(IpvsOptions {
+        exclude_cidrs: parse_ranges(section.exclude_cidrs.iter().flatten().map(String::as_str))?,
+        strict_arp: section.strict_arp,
+        tcp_timeout: seconds(section.tcp_timeout),
+        tcp_fin_timeout: seconds(section.tcp_fin_timeout),
+        udp_timeout: seconds(section.udp_timeout),
+    })
 }
 
 fn sizing(conntrack: &shunt_config::types::Conntrack, lower: bool) -> Sizing {

@@ -1,19 +1,20 @@
 //! The binary, as an operator meets it: over a real list and watch, on a real kernel, in network
 //! namespaces of its own.
 
+mod common;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::{LONG, SHUNT, messages};
 use serde_json::{Value, json};
 use shunt_harness::apiserver::{ApiServer, ApiServerInside, Resource};
 use shunt_harness::lab::{ChildGuard, Lab, Probe, Proto, StormSpec, TransferSpec, require_kernel};
 
-const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 const VIP: &str = "10.96.0.10:80";
-const LONG: Duration = Duration::from_secs(20);
 
 fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples")
@@ -75,22 +76,7 @@ impl Cluster {
 
     /// Starts the agent; it is in sync for both families when this returns.
     fn start(&self) -> Result<ChildGuard> {
-        let mut command = Command::new(SHUNT);
-        command
-            .args(["run", "--hostname-override", "worker-1", "--cluster-cidr", "10.244.0.0/16"])
-            .args(["--logging-format", "json", "-v", "4"])
-            .arg("--kubeconfig")
-            .arg(self.folder.path().join("kubeconfig"))
-            .arg("--admin-socket")
-            .arg(self.socket());
-        let mut agent = self.lab.node().spawn(&command)?;
-        let deadline = Instant::now() + LONG;
-        while synced(&agent).len() < 2 {
-            ensure!(agent.try_wait()?.is_none(), "ended: {agent}");
-            ensure!(Instant::now() < deadline, "never in sync: {agent}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(agent)
+        common::start(self.lab.node(), self.folder.path(), &["--cluster-cidr", "10.244.0.0/16"])
     }
 
     fn shunt(&self, arguments: &[&str]) -> Result<Output> {
@@ -134,19 +120,8 @@ fn service(name: &str, cluster_ip: &str, node_port: u16) -> Value {
     })
 }
 
-/// The fields of the log lines that say that a family is in sync, in order.
-fn synced(agent: &ChildGuard) -> Vec<Value> {
-    agent
-        .stderr()
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .map(|line| line["fields"].clone())
-        .filter(|fields| fields["message"] == "in sync with the kernel")
-        .collect()
-}
-
 fn operations(agent: &ChildGuard) -> u64 {
-    synced(agent).iter().filter_map(|fields| fields["operations"].as_u64()).sum()
+    messages(agent, "in sync with the kernel").iter().filter_map(|fields| fields["operations"].as_u64()).sum()
 }
 
 #[test]

@@ -58,6 +58,7 @@ mod tests {
 
     fn endpoint(address: &str, node: &str, ready: bool) -> Endpoint {
         Endpoint {
+            pod: None,
             address: address.parse().unwrap(),
             conditions: Conditions { ready, serving: true, terminating: !ready },
             node: Some(node.into()),
@@ -72,6 +73,7 @@ mod tests {
         let mut store = Store::default();
         let port = ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None };
         store.apply(Event::Service(Service {
+            scheduler: None,
             name: name.clone(),
             created: 0,
             cluster_ips: vec!["10.96.0.1".parse().unwrap()],

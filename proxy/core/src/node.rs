@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::id::IpFamily;
+use crate::service::Scheduler;
 
 /// Label that holds a node's zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
@@ -83,6 +84,8 @@ pub struct Config {
     pub node_port_addresses: NodePortAddresses,
     /// Whether `spec.externalIPs` is honoured (gate `AllowServiceExternalIPs`, KEP-5707).
     pub allow_external_ips: bool,
+    /// How IPVS chooses among the endpoints of Services that do not say (`ipvs.scheduler`).
+    pub scheduler: Option<Arc<Scheduler>>,
 }
 
 impl Default for Config {
@@ -93,6 +96,7 @@ impl Default for Config {
             local_detector: LocalDetector::None,
             node_port_addresses: NodePortAddresses::Primary,
             allow_external_ips: true,
+            scheduler: None,
         }
     }
 }

@@ -36,6 +36,31 @@ pub struct ServicePort {
     pub node_port: Option<u16>,
 }
 
+/// How IPVS chooses among endpoints.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Scheduler {
+    /// The kernel's name, `rr` for instance.
+    pub name: Arc<str>,
+    /// The scheduler's own flags 1 to 3.
+    pub flags: [bool; 3],
+}
+
+impl Scheduler {
+    /// The schedulers of Linux.
+    pub const KNOWN: [&str; 14] =
+        ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "mh", "fo", "ovf", "twos"];
+
+    /// Which of the flags a word means, from 0, as ipvsadm names them.
+    pub fn flag(word: &str) -> Option<usize> {
+        match word {
+            "flag-1" | "sh-fallback" | "mh-fallback" => Some(0),
+            "flag-2" | "sh-port" | "mh-port" => Some(1),
+            "flag-3" => Some(2),
+            _ => None,
+        }
+    }
+}
+
 /// A Service that has cluster IPs (headless and `ExternalName` Services never get this far).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
@@ -60,6 +85,8 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// Timeout of `sessionAffinity: ClientIP`; `None` for no affinity.
     pub affinity: Option<Duration>,
+    /// How IPVS should choose among its endpoints (annotations of kube-router); other modes choose at random.
+    pub scheduler: Option<Arc<Scheduler>>,
     /// `spec.healthCheckNodePort`, for `externalTrafficPolicy: Local` load balancers.
     pub health_check_node_port: Option<u16>,
 }

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use crate::id::{IpFamily, NamespacedName, Protocol, ServicePortName};
 use crate::node::LocalDetector;
-use crate::service::TrafficPolicy;
+use crate::service::{Scheduler, TrafficPolicy};
 
 /// What a packet must match: destination address (or any address on which the node serves
 /// `NodePort`s), protocol and port.
@@ -201,6 +201,8 @@ pub struct PortEntry {
     pub has_any_endpoints: bool,
     /// Timeout of the session affinity by client address.
     pub affinity: Option<Duration>,
+    /// How IPVS chooses among endpoints; `None` for its usual way. Other modes choose at random.
+    pub scheduler: Option<Arc<Scheduler>>,
     /// Frontends in order of kind.
     pub frontends: Vec<FrontendEntry>,
 }
@@ -362,6 +364,8 @@ pub struct Change {
     pub cluster_ips: BTreeSet<IpAddr>,
     /// Local endpoints that may have come or gone.
     pub local_endpoints: BTreeSet<LocalEndpoint>,
+    /// Addresses of the node that came or went. Modes that ask the kernel for them need not look.
+    pub node_addresses: BTreeSet<IpAddr>,
 }
 
 impl Change {
@@ -376,6 +380,7 @@ impl Change {
             && self.frontends.is_empty()
             && self.cluster_ips.is_empty()
             && self.local_endpoints.is_empty()
+            && self.node_addresses.is_empty()
     }
 
     /// Adds what another change touches.
@@ -384,6 +389,7 @@ impl Change {
         self.frontends.extend(other.frontends);
         self.cluster_ips.extend(other.cluster_ips);
         self.local_endpoints.extend(other.local_endpoints);
+        self.node_addresses.extend(other.node_addresses);
     }
 }
 
@@ -423,13 +429,14 @@ impl ForwardingTable {
         &self.node
     }
 
-    /// Replaces what is known of the node. Answers whether that changes anything for the modes, which
+    /// Replaces what is known of the node. Addresses that came or went are only named, since most modes
     /// ask the kernel which addresses are local: those of every new pod's interface come and go.
     pub fn set_node(&mut self, node: NodeFacts) -> Change {
         let local_addresses = self.node.local_addresses.clone();
-        let same = NodeFacts { local_addresses, ..node.clone() } == self.node;
+        let same = NodeFacts { local_addresses: local_addresses.clone(), ..node.clone() } == self.node;
+        let node_addresses = local_addresses.symmetric_difference(&node.local_addresses).copied().collect();
         self.node = node;
-        if same { Change::default() } else { Change::everything() }
+        if same { Change { node_addresses, ..Change::default() } } else { Change::everything() }
     }
 
     /// Ranges from which cluster IPs are allocated, of this family.
@@ -550,6 +557,12 @@ impl ForwardingTable {
         let holder = &self.frontends.get(frontend)?.holder;
         let port = self.services.get(&holder.service)?.ports.get(holder.port)?;
         Some((port, port.frontends.get(holder.entry)?))
+    }
+
+    /// Whether something is served at an address, on any port.
+    pub fn has_frontends_at(&self, address: IpAddr) -> bool {
+        let first = Frontend { address: Some(address), protocol: Protocol::Tcp, port: 0 };
+        self.frontends.range(first..).next().is_some_and(|(f, _)| f.address == Some(address))
     }
 
     /// All frontends with who serves them, in order.

@@ -189,6 +189,7 @@ fn stale_service(cluster_ip: &str) -> StaleFlows {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
+        scheduler: None,
         health_check_node_port: None,
     }));
     let compiler = Compiler::full(Context::new("worker-1", Config::default()), &store);

@@ -128,6 +128,10 @@ pub(crate) struct Annotations<'a> {
     pub(crate) last_change_trigger: Option<Text<'a>>,
     #[serde(rename = "k8s.io/initial-events-end", borrow)]
     pub(crate) initial_events_end: Option<Text<'a>>,
+    #[serde(rename = "kube-router.io/service.scheduler", borrow)]
+    pub(crate) scheduler: Option<Text<'a>>,
+    #[serde(rename = "kube-router.io/service.schedflags", borrow)]
+    pub(crate) scheduler_flags: Option<Text<'a>>,
 }
 
 /// Any object, its metadata only: bookmarks, and the name of what does not fit otherwise.

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
 use shunt_core::id::IpFamily;
-use shunt_core::walk::{Outcome, Packet};
+use shunt_core::table::ForwardingTable;
+use shunt_core::walk::{Outcome, Packet, walk};
 use shunt_harness::lab::Namespace;
 use shunt_mode::{Backend, KernelError, Mode, Plan};
 use shunt_mode_nftables::Nftables;
@@ -32,6 +33,8 @@ pub trait ModeUnderTest: 'static {
 
     /// Which mode it is.
     const MODE: Mode = <Self::Fake as Backend>::MODE;
+    /// Whether its tests in the real kernel run in a guest: most machines' own kernels lack what the mode needs.
+    const NEEDS_GUEST: bool = false;
     /// Most operations in the plan for one changed endpoint of one Service with one frontend.
     const OPS_PER_ENDPOINT: usize;
 
@@ -53,13 +56,26 @@ pub trait ModeUnderTest: 'static {
     fn trace(state: &Self::State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
         <Self::Fake as Backend>::trace(state, local, packet)
     }
+    /// What the mode must make of a packet: what the table says, but for what is documented otherwise in
+    /// docs/differences.md.
+    fn expected(table: &ForwardingTable, packet: &Packet) -> Outcome {
+        walk(table, packet).outcome
+    }
+    /// Whether operations take effect one by one, so that a Service whose traffic policy changes may for
+    /// a moment be masqueraded although it is not before nor after.
+    const ONE_BY_ONE: bool = false;
     /// Whether the mode's own tool understands the text of states, without carrying it out.
     fn check_text(namespace: &Namespace, text: &str) -> Result<()>;
     /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
     /// find nothing of ours that a tool could trip over.
     fn list(namespace: &Namespace) -> Result<String>;
-    /// Ways to damage what the mode made of a case: the case, and a script for nft.
+    /// Gives the kernel what somebody else might have there, beside what the mode owns and as like it as can be.
+    /// [`ModeUnderTest::list`] shows it, and it must stay as it is.
+    fn foreign(namespace: &Namespace) -> Result<()>;
+    /// Ways to damage what the mode made of a case: the case, and a script for [`ModeUnderTest::damage`].
     fn damages() -> &'static [(&'static str, &'static str)];
+    /// Carries out one of them.
+    fn damage(namespace: &Namespace, family: IpFamily, script: &str) -> Result<()>;
     /// How many clients of Services with session affinity the kernel remembers.
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
@@ -67,6 +83,18 @@ pub trait ModeUnderTest: 'static {
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }
+
+/// What somebody else has in the kernel.
+const FOREIGN: &str = "
+table inet somebody {
+  set theirs { type ipv4_addr; elements = { 10.9.9.9 } }
+  chain forward { type filter hook forward priority 0; policy accept; ip saddr @theirs drop; }
+  chain post { type nat hook postrouting priority 90; policy accept; ip daddr { 10.9.9.8, 10.9.9.9 } masquerade; }
+}
+table ip shunts {
+  chain c { counter; }
+}
+";
 
 /// nftables mode.
 #[derive(Debug)]
@@ -151,6 +179,14 @@ impl ModeUnderTest for NftablesMode {
             listed.get_or_insert(text);
         }
         listed.context("SHUNT_NFT_BINARIES names no nft")
+    }
+
+    fn foreign(namespace: &Namespace) -> Result<()> {
+        namespace.nft(FOREIGN)
+    }
+
+    fn damage(namespace: &Namespace, _family: IpFamily, script: &str) -> Result<()> {
+        namespace.nft(script)
     }
 
     fn damages() -> &'static [(&'static str, &'static str)] {

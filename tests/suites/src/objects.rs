@@ -5,7 +5,7 @@ use shunt_core::compile::Context;
 use shunt_core::id::IpFamily;
 use shunt_core::node::Config;
 use shunt_core::table::Change;
-use shunt_core::walk::{self, Packet};
+use shunt_core::walk::Packet;
 use shunt_watch::{Converter, Kind};
 
 use crate::driver::{Cluster, Synced};
@@ -51,7 +51,7 @@ pub fn take_in<M: ModeUnderTest>(lines: &[u8]) {
                 port: entry.frontend.port,
                 protocol: entry.frontend.protocol,
             };
-            let wanted = walk::walk(table, &packet).outcome;
+            let wanted = M::expected(table, &packet);
             let traced = M::trace(&kernel.mirror, &table.node().local_addresses, &packet).unwrap();
             assert_eq!(traced, wanted, "{packet}\n{table}");
         }

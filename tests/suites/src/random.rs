@@ -167,6 +167,7 @@ fn service() -> impl Strategy<Value = Service> {
                     internal_policy,
                     external_policy,
                     affinity: affinity.map(Duration::from_secs),
+                    scheduler: None,
                     health_check_node_port: None,
                 }
             },
@@ -248,6 +249,7 @@ fn config() -> impl Strategy<Value = Config> {
             local_detector,
             node_port_addresses,
             allow_external_ips,
+            scheduler: None,
         },
     )
 }

@@ -21,7 +21,7 @@ use shunt_core::store::Event;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::{Packet, Reason, walk};
 use shunt_harness::cases::{self, Case, SourceKind};
-use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec, require_kernel};
+use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
 use shunt_mode::{Backend, rendered};
 use shunt_suites::driver::{CaseRun, Cluster, Synced};
 use shunt_suites::every_mode;
@@ -31,18 +31,6 @@ use shunt_suites::town::Town;
 
 /// Cases that run at the same time. They wait most of the time.
 const WORKERS: usize = 6;
-
-/// What somebody else has in the kernel; it must stay as it is.
-const FOREIGN: &str = "
-table inet somebody {
-  set theirs { type ipv4_addr; elements = { 10.9.9.9 } }
-  chain forward { type filter hook forward priority 0; policy accept; ip saddr @theirs drop; }
-  chain post { type nat hook postrouting priority 90; policy accept; ip daddr { 10.9.9.8, 10.9.9.9 } masquerade; }
-}
-table ip shunts {
-  chain c { counter; }
-}
-";
 
 fn adopt<M: ModeUnderTest>(node: &Namespace, family: IpFamily) -> Result<Synced<M::Real>> {
     node.run(|| {
@@ -80,7 +68,7 @@ fn has_affinity(table: &ForwardingTable, packet: &Packet) -> bool {
 fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
     let town = Town::build(case)?;
     let node = town.lab.node();
-    node.nft(FOREIGN)?;
+    M::foreign(node)?;
     let foreign = M::list(node)?;
     let mut kernels = Vec::new();
     for family in IpFamily::ALL {
@@ -155,9 +143,6 @@ impl Report {
 }
 
 fn packets_meet_their_fate<M: ModeUnderTest>() {
-    if !require_kernel() {
-        return;
-    }
     let cases = cases::all().unwrap();
     let cases: Vec<&Case> = cases.iter().filter(|case| case.modes.contains(&M::MODE)).collect();
     let (next, report) = (AtomicUsize::new(0), Report::default());
@@ -182,9 +167,6 @@ fn packets_meet_their_fate<M: ModeUnderTest>() {
 /// The real kernel takes every plan that random clusters lead to, and holds afterwards what the mirror
 /// says: transactions split at any place, maps that grow, changes one by one.
 fn the_kernel_takes_random_plans<M: ModeUnderTest>() {
-    if !require_kernel() {
-        return;
-    }
     let count = std::env::var("SHUNT_PROPERTY_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
     let strategy = (context(), steps(10..60), 0..6_u8);
     let mut runner = TestRunner::default();
@@ -231,9 +213,6 @@ fn the_kernel_takes_random_plans<M: ModeUnderTest>() {
 
 /// Whatever somebody does to our rules by hand, the next look at the kernel repairs.
 fn damage_is_repaired<M: ModeUnderTest>() {
-    if !require_kernel() {
-        return;
-    }
     let repair = |case: &Case, damage: &str| -> Result<()> {
         let lab = Lab::builder().build()?;
         let node = lab.node();
@@ -243,7 +222,7 @@ fn damage_is_repaired<M: ModeUnderTest>() {
         let table = run.cluster.table(family);
         let mut kernel = adopt::<M>(node, family)?;
         kernel.sync(table, &Change::everything())?;
-        node.nft(damage)?;
+        M::damage(node, family, damage)?;
         let mut kernel = adopt::<M>(node, family)?;
         let want = rendered::<M::Real>(table);
         ensure!(kernel.mirror != want, "the damage is not seen");
@@ -279,9 +258,6 @@ fn connections_while_endpoints_change<M: ModeUnderTest>(affinity: bool) {
     const PODS: u8 = 6;
     // Few operations a transaction where the order allows, and maps that start small.
     const MOST_TIGHT: u8 = 5;
-    if !require_kernel() {
-        return;
-    }
     let pod = |n: u8| IpAddr::from([10, 180, 0, n]);
     let mut builder = Lab::builder().node(["192.168.0.2".parse().unwrap()]);
     builder = builder.client(["203.0.113.2".parse().unwrap()]);
@@ -365,6 +341,7 @@ fn service(name: &str, cluster_ip: IpAddr, vip: Option<IpAddr>) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
+        scheduler: None,
         health_check_node_port: None,
     }
 }
@@ -388,7 +365,7 @@ fn slice(service: &str, addresses: &[IpAddr]) -> EndpointSlice {
     }
 }
 
-every_mode!(
+every_mode!(in kernel:
     no_connection_fails_while_endpoints_change,
     no_connection_fails_while_affinity_changes,
     packets_meet_their_fate,

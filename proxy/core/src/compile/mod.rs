@@ -174,6 +174,7 @@ fn compile_port(
         local: usable.local,
         has_any_endpoints: usable.any,
         affinity: service.affinity,
+        scheduler: service.scheduler.clone().or_else(|| context.config.scheduler.clone()),
         frontends,
     }
 }

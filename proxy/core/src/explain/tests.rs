@@ -34,6 +34,7 @@ fn service() -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
+        scheduler: None,
         health_check_node_port: None,
     }
 }

@@ -44,6 +44,7 @@ fn service(name: &str, cluster_ip: &str, protocols: &[Protocol], node_port: Opti
         internal_policy: crate::service::TrafficPolicy::Cluster,
         external_policy: crate::service::TrafficPolicy::Cluster,
         affinity: None,
+        scheduler: None,
         health_check_node_port: None,
     }
 }

@@ -1,11 +1,12 @@
 //! Services.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
-use shunt_core::service::{Service, ServicePort, TrafficPolicy};
+use shunt_core::service::{Scheduler, Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 
 use super::{Converter, Report, port, protocol, time};
@@ -54,6 +55,7 @@ impl Converter {
             ),
             external_policy,
             affinity: affinity(spec, report),
+            scheduler: scheduler(&meta.annotations, report),
             health_check_node_port: if health_checked {
                 port(spec.health_check_node_port, || "spec.healthCheckNodePort".to_owned(), report)
             } else {
@@ -107,6 +109,29 @@ fn cluster_ips(spec: &wire::ServiceSpec<'_>, report: &mut Report) -> Vec<IpAddr>
         }
     }
     ips
+}
+
+/// How IPVS should choose among endpoints: kube-router's annotations, so that moving is easy. A name that
+/// no kernel knows would be refused there, with everything that goes with it.
+fn scheduler(annotations: &wire::Annotations<'_>, report: &mut Report) -> Option<Arc<Scheduler>> {
+    let name = annotations.scheduler.as_ref().map(|text| text.trim()).filter(|name| !name.is_empty())?;
+    let Some(known) = Scheduler::KNOWN.into_iter().find(|known| *known == name) else {
+        let field = "metadata.annotations[kube-router.io/service.scheduler]";
+        report.add(field, format!("{name:?} is no scheduler of IPVS: ignored"));
+        return None;
+    };
+    let mut flags = [false; 3];
+    let words = annotations.scheduler_flags.as_ref().map_or("", |text| &**text);
+    for word in words.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+        match Scheduler::flag(word) {
+            Some(flag) => flags[flag] = true,
+            None => report.add(
+                "metadata.annotations[kube-router.io/service.schedflags]",
+                format!("{word:?} is no flag of a scheduler: ignored"),
+            ),
+        }
+    }
+    Some(Arc::new(Scheduler { name: known.into(), flags }))
 }
 
 /// VIPs of the load balancer. A hostname is not ours to answer for; with `ipMode: Proxy` traffic

@@ -18,10 +18,13 @@ use tokio::net::{TcpStream, UdpSocket};
 use super::echo::{Proto, parse_line};
 use super::namespace::Namespace;
 use super::sctp;
+use crate::guest;
 
 /// How long a probe waits unless told otherwise. Everything in a lab is on one machine; what has not come by then
-/// was dropped.
-const TIMEOUT: Duration = Duration::from_millis(300);
+/// was dropped. A guest has one slow CPU.
+fn patience() -> Duration {
+    Duration::from_millis(if guest::inside() { 1000 } else { 300 })
+}
 
 /// A question to an echo server.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -59,7 +62,7 @@ impl Probe {
 
     /// A question over `proto` to `dst`.
     pub fn new(proto: Proto, dst: SocketAddr) -> Self {
-        Self { proto, dst, src: None, src_port: 0, foreign: false, timeout: TIMEOUT }
+        Self { proto, dst, src: None, src_port: 0, foreign: false, timeout: patience() }
     }
 
     /// The same from this source address.

@@ -1,0 +1,229 @@
+//! IPVS of a real kernel. Skipped where the kernel has none, unless `SHUNT_REQUIRE_IPVS=1` (set in the
+//! guest). Each test has a network namespace of its own.
+
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
+
+use ipvs_netlink::{
+    Config, Destination, Error, Flags, Forwarding, Ipvs, Persistence, Protocol, Service, ServiceKey,
+};
+use nix::sched::{CloneFlags, unshare};
+
+const EEXIST: i32 = 17;
+const ENOENT: i32 = 2;
+const ESRCH: i32 = 3;
+
+/// A namespace of the test's thread and its IPVS; `None` where there is none.
+fn open() -> Option<Ipvs> {
+    let required = std::env::var("SHUNT_REQUIRE_IPVS").is_ok_and(|v| v == "1");
+    let opened = unshare(CloneFlags::CLONE_NEWNET).map_err(|_| Error::NoIpvs).and_then(|()| Ipvs::open());
+    match opened {
+        Ok(ipvs) => {
+            // Without a local routing table the kernel takes no IPv4 destination.
+            assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+            Some(ipvs)
+        }
+        Err(Error::NoIpvs) if !required => {
+            println!("skipped: no IPVS in this kernel, or no privilege");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn key(address: &str, protocol: Protocol, port: u16) -> ServiceKey {
+    ServiceKey::Address { address: address.parse().unwrap(), protocol, port }
+}
+
+fn socket(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// What `ipvsadm -Sn` prints, sorted.
+fn saved() -> BTreeSet<String> {
+    let output = Command::new("ipvsadm").arg("-Sn").output().unwrap();
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).unwrap().lines().map(|l| l.trim_end().to_owned()).collect()
+}
+
+#[test]
+fn services_of_every_kind_are_read_back_as_made() {
+    let Some(mut ipvs) = open() else { return };
+    let mut wanted = Vec::new();
+    for address in ["10.96.0.10", "fd00:96::10"] {
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            wanted.push(Service::new(key(address, protocol, 80), "rr"));
+        }
+    }
+    for (ipv6, mark) in [(false, 7), (true, 7), (false, 0x7fff_ffff)] {
+        wanted.push(Service::new(ServiceKey::Mark { ipv6, mark }, "wrr"));
+    }
+    for (i, scheduler) in
+        ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "mh", "fo", "ovf"]
+            .iter()
+            .enumerate()
+    {
+        let mut service = Service::new(key("10.96.0.11", Protocol::Tcp, 100 + i as u16), scheduler);
+        if ["sh", "mh"].contains(scheduler) {
+            service.flags.scheduler = [true, true, false];
+        }
+        wanted.push(service);
+    }
+    for (address, prefix) in [("10.96.0.12", 32), ("10.96.0.13", 24), ("fd00::12", 128), ("fd00::13", 64)] {
+        let mut service = Service::new(key(address, Protocol::Tcp, 443), "rr");
+        service.persistence = Some(Persistence { timeout: 10_800, prefix });
+        wanted.push(service);
+    }
+    let mut one_packet = Service::new(key("10.96.0.14", Protocol::Udp, 53), "rr");
+    one_packet.flags = Flags { one_packet: true, ..Flags::default() };
+    wanted.push(one_packet);
+
+    let mut commands = ipvs.commands();
+    for service in &wanted {
+        commands.add_service(service);
+    }
+    assert_eq!(commands.len(), wanted.len());
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    let read: BTreeSet<Service> = ipvs.services().unwrap().into_iter().map(|e| e.service).collect();
+    assert_eq!(read, wanted.iter().cloned().collect());
+    let printed: BTreeSet<String> = wanted.iter().map(|s| format!("-A {s}")).collect();
+    assert_eq!(saved(), printed);
+
+    let mut commands = ipvs.commands();
+    commands.flush();
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    assert_eq!(ipvs.services().unwrap(), []);
+}
+
+#[test]
+fn a_refused_command_is_named_and_the_others_are_in_force() {
+    let Some(mut ipvs) = open() else { return };
+    let service = Service::new(key("10.96.0.10", Protocol::Tcp, 80), "rr");
+    let other = Service::new(key("10.96.0.10", Protocol::Tcp, 81), "rr");
+    let mut unknown = other.clone();
+    unknown.key = key("10.96.0.10", Protocol::Tcp, 82);
+    unknown.scheduler = "nosuch".to_owned();
+    let mut commands = ipvs.commands();
+    commands.add_service(&service);
+    commands.add_service(&service);
+    commands.add_service(&unknown);
+    commands.delete_destination(&service.key, socket("10.0.0.1:80"));
+    commands.add_service(&other);
+    commands.delete_service(&key("10.96.0.99", Protocol::Tcp, 80));
+    let refusals = ipvs.execute(&mut commands).unwrap();
+    let refused: Vec<_> = refusals.iter().map(|r| (r.index, r.errno)).collect();
+    assert_eq!(refused, [(1, EEXIST), (2, ENOENT), (3, ENOENT), (5, ESRCH)]);
+    assert_eq!(ipvs.services().unwrap().len(), 2);
+    // A batch whose last command is refused is answered like any other.
+    let mut commands = ipvs.commands();
+    commands.add_service(&service);
+    assert_eq!(ipvs.execute(&mut commands).unwrap().len(), 1);
+}
+
+#[test]
+fn destinations_keep_what_they_are_given() {
+    let Some(mut ipvs) = open() else { return };
+    let v4 = key("10.96.0.10", Protocol::Tcp, 80);
+    let v6 = key("fd00:96::10", Protocol::Udp, 53);
+    let mark = ServiceKey::Mark { ipv6: false, mark: 0x4000 };
+    let mut commands = ipvs.commands();
+    for key in [v4, v6, mark] {
+        commands.add_service(&Service::new(key, "wrr"));
+    }
+    let mut thresholds = Destination::new(socket("10.0.0.2:8080"), 3);
+    thresholds.upper_threshold = 100;
+    thresholds.lower_threshold = 50;
+    let mut route = Destination::new(socket("10.0.0.3:80"), 1);
+    route.forwarding = Forwarding::Route;
+    let mut tunnel = Destination::new(socket("10.0.0.4:80"), 1);
+    tunnel.forwarding = Forwarding::Tunnel;
+    let of_v4 = [Destination::new(socket("10.0.0.1:8080"), 1), thresholds, route, tunnel];
+    for d in &of_v4 {
+        commands.add_destination(&v4, d);
+    }
+    let of_v6 =
+        [Destination::new(socket("[fd00::1]:5353"), 1), Destination::new(socket("[fd00::2]:5353"), 0)];
+    for d in &of_v6 {
+        commands.add_destination(&v6, d);
+    }
+    let of_mark = [Destination::new(socket("10.0.0.1:0"), 1)];
+    for d in &of_mark {
+        commands.add_destination(&mark, d);
+    }
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    let read = |ipvs: &mut Ipvs, key| -> BTreeSet<Destination> {
+        ipvs.destinations(key).unwrap().into_iter().map(|e| e.destination).collect()
+    };
+    assert_eq!(read(&mut ipvs, &v4), of_v4.into());
+    assert_eq!(read(&mut ipvs, &v6), of_v6.into());
+    assert_eq!(read(&mut ipvs, &mark), of_mark.into());
+
+    let drained = Destination { weight: 0, ..of_v4[0] };
+    let mut commands = ipvs.commands();
+    commands.set_destination(&v4, &drained);
+    commands.delete_destination(&v4, of_v4[1].address);
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    assert_eq!(read(&mut ipvs, &v4), [drained, of_v4[2], of_v4[3]].into());
+    let entry = ipvs.destinations(&v4).unwrap().remove(0);
+    assert_eq!((entry.active, entry.inactive, entry.persistent, entry.stats.connections), (0, 0, 0, 0));
+    // A service that is not there has none.
+    assert_eq!(ipvs.destinations(&key("10.96.0.99", Protocol::Tcp, 80)).unwrap(), []);
+}
+
+#[test]
+fn a_service_is_changed_in_place() {
+    let Some(mut ipvs) = open() else { return };
+    let mut service = Service::new(key("10.96.0.10", Protocol::Tcp, 80), "rr");
+    let destination = Destination::new(socket("10.0.0.1:8080"), 1);
+    let mut commands = ipvs.commands();
+    commands.add_service(&service);
+    commands.add_destination(&service.key, &destination);
+    service.scheduler = "mh".to_owned();
+    service.flags.scheduler = [false, true, false];
+    service.persistence = Some(Persistence { timeout: 60, prefix: 32 });
+    commands.set_service(&service);
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    assert_eq!(ipvs.services().unwrap()[0].service, service);
+    service = Service::new(service.key, "lc");
+    let mut commands = ipvs.commands();
+    commands.set_service(&service);
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    assert_eq!(ipvs.services().unwrap()[0].service, service);
+    assert_eq!(ipvs.destinations(&service.key).unwrap()[0].destination, destination);
+}
+
+#[test]
+fn timeouts_are_set_and_zero_leaves_them_alone() {
+    let Some(mut ipvs) = open() else { return };
+    let before = ipvs.config().unwrap();
+    assert!(before.tcp > 0 && before.tcp_fin > 0 && before.udp > 0);
+    ipvs.set_config(&Config { tcp: 1000, tcp_fin: 0, udp: 77 }).unwrap();
+    assert_eq!(ipvs.config().unwrap(), Config { tcp: 1000, tcp_fin: before.tcp_fin, udp: 77 });
+    let info = ipvs.info().unwrap();
+    assert_eq!(info.version.0, 1);
+    assert!(info.connection_table >= 256);
+}
+
+#[test]
+fn thousands_of_services_are_made_and_listed_at_once() {
+    const SERVICES: u16 = 5000;
+    let Some(mut ipvs) = open() else { return };
+    let mut commands = ipvs.commands();
+    for port in 1..=SERVICES {
+        let service = Service::new(key("10.96.0.10", Protocol::Tcp, port), "rr");
+        commands.add_service(&service);
+        for n in 1..=3 {
+            let address = SocketAddr::new(IpAddr::from([10, 0, 0, n]), port);
+            commands.add_destination(&service.key, &Destination::new(address, 1));
+        }
+    }
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    assert_eq!(ipvs.services().unwrap().len(), usize::from(SERVICES));
+    for port in [1, 777, SERVICES] {
+        assert_eq!(ipvs.destinations(&key("10.96.0.10", Protocol::Tcp, port)).unwrap().len(), 3);
+    }
+}

@@ -1,0 +1,495 @@
+//! The only part that touches the kernel: virtual servers and sets by netlink, the dummy link and its
+//! addresses by rtnetlink, rules by `iptables-restore` where the skeleton changes, settings by `/proc`.
+
+mod link;
+mod namespace;
+mod tables;
+mod tuning;
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use ipset_netlink::{Element, Ipset};
+use ipvs_netlink::{Config, Ipvs, NetlinkError, Refusal, ServiceKey};
+use shunt_core::id::IpFamily;
+use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
+
+use crate::drain::Drained;
+use crate::layout::{self, SetName};
+use crate::op::Op;
+use crate::state::{Server, State};
+use link::Links;
+use namespace::Namespace;
+
+/// Connections of drained destinations.
+pub type Connections = BTreeMap<Drained, u32>;
+
+/// What the mode needs of a kernel, in the mode's own types.
+pub trait Kernel {
+    /// Whether this kernel has what the mode needs.
+    fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Reads what is ours, and nothing else.
+    fn observe(&mut self) -> Result<State, KernelError>;
+    /// Carries out operations one after the other.
+    fn carry_out(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError>;
+    /// Counts the connections of the destinations of some virtual servers; those without may be left out.
+    fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError>;
+    /// Removes everything that is ours.
+    fn remove_everything(&mut self) -> Result<(), KernelError>;
+}
+
+/// Settings of the mode (`ipvs` of `KubeProxyConfiguration`).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Options {
+    /// Virtual servers with addresses in these ranges are somebody else's (`excludeCIDRs`).
+    pub exclude_cidrs: Vec<IpNet>,
+    /// Answer ARP only for addresses of the asked interface, so that the node does not claim VIPs.
+    pub strict_arp: bool,
+    /// Seconds after which established TCP connections without packets are forgotten; 0 to leave it.
+    pub tcp_timeout: u32,
+    /// The same after a FIN.
+    pub tcp_fin_timeout: u32,
+    /// The same for UDP.
+    pub udp_timeout: u32,
+}
+
+/// Bytes that are handed to the kernel at once.
+const BATCH_BYTES: usize = 1 << 20;
+const EINVAL: i32 = 22;
+const EADDRNOTAVAIL: i32 = 99;
+
+/// The kernel of the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Linux {
+    family: IpFamily,
+    options: Options,
+    namespace: Namespace,
+    links: Links,
+    /// `None` where the kernel has none.
+    ipvs: Option<Ipvs>,
+    /// `None` where the kernel has none.
+    sets: Option<Ipset>,
+}
+
+fn failed(
+    context: impl Into<String>,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    remedy: Remedy,
+) -> KernelError {
+    KernelError { context: context.into(), source: source.into(), remedy }
+}
+
+impl Linux {
+    /// Opens the kernel in the calling thread's network namespace.
+    pub fn open(family: IpFamily, options: Options) -> Result<Self, KernelError> {
+        let retry = |what: &str, source: Box<dyn std::error::Error + Send + Sync>| {
+            failed(what, source, Remedy::Retry)
+        };
+        let ipvs = match Ipvs::open() {
+            Ok(ipvs) => Some(ipvs),
+            Err(ipvs_netlink::Error::NoIpvs) => None,
+            Err(error) => return Err(retry("open IPVS", error.into())),
+        };
+        let sets = match Ipset::open() {
+            Ok(sets) => Some(sets),
+            Err(ipset_netlink::Error::NoIpset) => None,
+            // Without privileges the kernel does not say.
+            Err(error) if ipvs.is_some() => return Err(retry("open ipset", error.into())),
+            Err(_) => None,
+        };
+        Ok(Self {
+            family,
+            options,
+            namespace: Namespace::current().map_err(|e| retry("find the network namespace", e.into()))?,
+            links: Links::open().map_err(|e| retry("open rtnetlink", e.into()))?,
+            ipvs,
+            sets,
+        })
+    }
+
+    fn ipvs(&mut self) -> Result<&mut Ipvs, KernelError> {
+        let missing = || failed("reach IPVS", "the kernel has none", Remedy::Fatal);
+        self.ipvs.as_mut().ok_or_else(missing)
+    }
+
+    fn sets(&mut self) -> Result<&mut Ipset, KernelError> {
+        let missing = || failed("reach ipset", "the kernel has none", Remedy::Fatal);
+        self.sets.as_mut().ok_or_else(missing)
+    }
+
+    /// Whether a virtual server is of our family and not somebody else's.
+    fn is_ours(&self, key: &ServiceKey) -> bool {
+        if key.is_ipv6() != (self.family == IpFamily::V6) {
+            return false;
+        }
+        match key {
+            ServiceKey::Mark { mark, .. } => layout::is_our_mark(*mark),
+            ServiceKey::Address { address, .. } => {
+                !self.options.exclude_cidrs.iter().any(|range| range.contains(address))
+            }
+        }
+    }
+
+    fn servers(&mut self) -> Result<BTreeMap<ServiceKey, Server>, KernelError> {
+        let lost = |error: ipvs_netlink::Error| failed("list virtual servers", error, Remedy::Retry);
+        let listed = self.ipvs()?.services().map_err(lost)?;
+        let mut servers = BTreeMap::new();
+        for entry in listed {
+            let key = entry.service.key;
+            if !self.is_ours(&key) {
+                continue;
+            }
+            let destinations = self.ipvs()?.destinations(&key).map_err(lost)?;
+            let destinations =
+                destinations.into_iter().map(|e| (e.destination.address, e.destination)).collect();
+            servers.insert(key, Server { service: entry.service, destinations });
+        }
+        Ok(servers)
+    }
+
+    fn read_sets(&mut self, state: &mut State) -> Result<(), KernelError> {
+        let family = self.family;
+        let lost = |error: ipset_netlink::Error| failed("list sets", error, Remedy::Retry);
+        for listed in self.sets()?.list(None).map_err(lost)? {
+            let Some(set) = SetName::from_name(family, &listed.name) else { continue };
+            if listed.set.as_ref() != Some(&set.declaration(family)) {
+                state.misdeclared.insert(set);
+            }
+            // Of a set of another type nothing can be kept.
+            let elements = listed.elements.into_iter().filter(|e| e.entry.kind() == set.kind());
+            state.sets.insert(set, elements.map(|e| (e.entry, e.mark)).collect());
+        }
+        Ok(())
+    }
+
+    fn timeouts(&self) -> Config {
+        Config {
+            tcp: self.options.tcp_timeout,
+            tcp_fin: self.options.tcp_fin_timeout,
+            udp: self.options.udp_timeout,
+        }
+    }
+
+    fn is_tuned(&mut self) -> Result<bool, KernelError> {
+        let wanted = self.timeouts();
+        let lost = |error: ipvs_netlink::Error| failed("read timeouts", error, Remedy::Retry);
+        let held = self.ipvs()?.config().map_err(lost)?;
+        let kept = |wanted, held| wanted == 0 || wanted == held;
+        let strict_arp = self.options.strict_arp;
+        Ok(kept(wanted.tcp, held.tcp)
+            && kept(wanted.tcp_fin, held.tcp_fin)
+            && kept(wanted.udp, held.udp)
+            && self.namespace.run(move || tuning::is_tuned(strict_arp)))
+    }
+
+    fn tune(&mut self) -> Result<(), KernelError> {
+        let strict_arp = self.options.strict_arp;
+        self.namespace
+            .run(move || tuning::tune(strict_arp))
+            .map_err(|error| failed("set the kernel's settings", error, Remedy::Retry))?;
+        let timeouts = self.timeouts();
+        if timeouts != Config::default() {
+            let lost = |error: ipvs_netlink::Error| failed("set timeouts", error, Remedy::Retry);
+            self.ipvs()?.set_config(&timeouts).map_err(lost)?;
+        }
+        Ok(())
+    }
+
+    /// Carries out operations that are no messages.
+    fn carry_out_alone(&mut self, op: &Op) -> Result<(), KernelError> {
+        match op {
+            Op::Tune => self.tune(),
+            Op::AddLink => {
+                let lost = |error: NetlinkError| failed(op.to_string(), error, Remedy::Resync);
+                self.links.add().map_err(lost)
+            }
+            Op::ReplaceSet(family, set, elements) => self.replace_set(*family, *set, elements),
+            Op::SetRules(family, was, rules) => {
+                let (family, text) = (*family, tables::restore_text(*family, was, rules));
+                self.namespace
+                    .run(move || tables::restore(family, &text))
+                    .map_err(|error| failed(op.to_string(), error, Remedy::Resync))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes a set anew under another name and lets the two change places, so that rules never see
+    /// it empty. A set of another type cannot be exchanged as long as rules refer to it.
+    fn replace_set(
+        &mut self,
+        family: IpFamily,
+        set: SetName,
+        elements: &[Element],
+    ) -> Result<(), KernelError> {
+        const SPARE: &str = "KUBE-SHUNT-SPARE";
+        let declaration = set.declaration(family);
+        let mut commands = ipset_netlink::Commands::default();
+        commands.create(&ipset_netlink::Set { name: SPARE.to_owned(), ..declaration.clone() });
+        for element in elements {
+            commands.add(SPARE, element);
+        }
+        commands.swap(SPARE, &declaration.name);
+        commands.destroy(SPARE);
+        let context = || format!("declare set {} anew", declaration.name);
+        let lost = |error: ipset_netlink::Error| failed(context(), error, Remedy::Retry);
+        let mut stale = ipset_netlink::Commands::default();
+        stale.destroy(SPARE);
+        // One may be left by a process that was killed half-way; usually there is none.
+        self.sets()?.execute(&mut stale).map_err(lost)?;
+        match self.sets()?.execute(&mut commands).map_err(lost)?.first() {
+            Some(refusal) => Err(failed(context(), set_words(refusal), Remedy::Resync)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn set_words(refusal: &Refusal) -> String {
+    ipset_netlink::explain(refusal.errno).map_or_else(|| refusal.to_string(), str::to_owned)
+}
+
+/// Operations of one kind that are sent together.
+#[derive(Debug)]
+enum Batch {
+    Servers(ipvs_netlink::Commands),
+    Sets(ipset_netlink::Commands),
+    Addresses(netlink_requests::Batch),
+}
+
+impl Batch {
+    /// Whether an operation is of its kind.
+    const fn takes(&self, op: &Op) -> bool {
+        match self {
+            Self::Servers(_) => is_of_servers(op),
+            Self::Sets(_) => is_of_sets(op),
+            Self::Addresses(_) => is_of_addresses(op),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Servers(commands) => commands.bytes(),
+            Self::Sets(commands) => commands.bytes(),
+            Self::Addresses(batch) => batch.bytes(),
+        }
+    }
+}
+
+impl Linux {
+    /// The batch for an operation: the open one if it is of its kind. `None` for those that are no
+    /// messages.
+    fn batch_for(&mut self, op: &Op, open: Option<Batch>) -> Result<Option<Batch>, KernelError> {
+        if open.as_ref().is_some_and(|batch| batch.takes(op)) {
+            return Ok(open);
+        }
+        Ok(if is_of_servers(op) {
+            Some(Batch::Servers(self.ipvs()?.commands()))
+        } else if is_of_sets(op) {
+            Some(Batch::Sets(ipset_netlink::Commands::default()))
+        } else if is_of_addresses(op) {
+            Some(Batch::Addresses(netlink_requests::Batch::default()))
+        } else {
+            None
+        })
+    }
+
+    fn encode(&mut self, batch: &mut Batch, op: &Op) -> Result<(), KernelError> {
+        match (batch, op) {
+            (Batch::Servers(commands), Op::AddServer(service)) => commands.add_service(service),
+            (Batch::Servers(commands), Op::SetServer(service)) => commands.set_service(service),
+            (Batch::Servers(commands), Op::DeleteServer(key)) => commands.delete_service(key),
+            (Batch::Servers(commands), Op::AddDestination(key, destination)) => {
+                commands.add_destination(key, destination);
+            }
+            (Batch::Servers(commands), Op::SetDestination(key, destination)) => {
+                commands.set_destination(key, destination);
+            }
+            (Batch::Servers(commands), Op::DeleteDestination(key, address)) => {
+                commands.delete_destination(key, *address);
+            }
+            (Batch::Sets(commands), Op::CreateSet(family, set)) => {
+                commands.create(&set.declaration(*family));
+            }
+            (Batch::Sets(commands), Op::DestroySet(family, set)) => commands.destroy(&set.name(*family)),
+            (Batch::Sets(commands), Op::AddElement(family, set, element)) => {
+                commands.add(&set.name(*family), element);
+            }
+            (Batch::Sets(commands), Op::DeleteElement(family, set, entry)) => {
+                commands.delete(&set.name(*family), &(*entry).into());
+            }
+            (Batch::Addresses(batch), Op::AddAddress(address) | Op::DeleteAddress(address)) => {
+                let lost = |error: NetlinkError| failed("find the dummy link", error, Remedy::Resync);
+                let index = self.links.index().map_err(lost)?;
+                let index = index.ok_or_else(|| failed(op.to_string(), "no such link", Remedy::Resync))?;
+                link::address(batch, index, *address, matches!(op, Op::AddAddress(_)));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Sends a batch; `ops` are its operations.
+    fn send(&mut self, batch: Option<Batch>, ops: &[&Op]) -> Result<(), KernelError> {
+        let Some(batch) = batch else { return Ok(()) };
+        let unknown = |error: Box<dyn std::error::Error + Send + Sync>| {
+            failed("talk to the kernel", error, Remedy::Retry)
+        };
+        let refusals = match batch {
+            Batch::Servers(mut commands) => {
+                self.ipvs()?.execute(&mut commands).map_err(|e| unknown(e.into()))?
+            }
+            Batch::Sets(mut commands) => {
+                self.sets()?.execute(&mut commands).map_err(|e| unknown(e.into()))?
+            }
+            Batch::Addresses(mut batch) => self.links.execute(&mut batch).map_err(|e| unknown(e.into()))?,
+        };
+        for refusal in refusals {
+            let Some(op) = ops.get(refusal.index) else { continue };
+            let strange = matches!(op, Op::AddDestination(..) | Op::AddAddress(_))
+                && [EINVAL, EADDRNOTAVAIL].contains(&refusal.errno);
+            if strange {
+                // One address that nobody can use must not hold up everything else.
+                tracing::warn!("{op}: {refusal}: left out");
+                continue;
+            }
+            let words = match op {
+                Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..) => {
+                    set_words(&refusal)
+                }
+                Op::AddServer(service) | Op::SetServer(service) if refusal.errno == 2 => {
+                    format!("the kernel has no scheduler {0} (module ip_vs_{0})", service.scheduler)
+                }
+                _ => refusal.to_string(),
+            };
+            return Err(failed(op.to_string(), words, Remedy::Resync));
+        }
+        Ok(())
+    }
+}
+
+impl Kernel for Linux {
+    fn probe(&mut self) -> Result<(), Unsupported> {
+        let unsupported = |missing: String, advice: &str| {
+            Err(Unsupported { mode: Mode::Ipvs, missing, advice: advice.to_owned() })
+        };
+        if self.ipvs.is_none() {
+            return unsupported(
+                "the kernel has no IPVS (CONFIG_IP_VS, module ip_vs)".to_owned(),
+                "load the module (modprobe ip_vs), use a kernel that has it, or choose another --mode",
+            );
+        }
+        if self.sets.is_none() {
+            return unsupported(
+                "the kernel has no ipset (CONFIG_IP_SET, module ip_set)".to_owned(),
+                "load the module (modprobe ip_set), use a kernel that has it, or choose another --mode",
+            );
+        }
+        if let Err(error) = self.namespace.run(tuning::check) {
+            return unsupported(
+                format!("IPVS without connection tracking ({error})"),
+                "the kernel needs CONFIG_IP_VS_NFCT, and /proc/sys must be writable",
+            );
+        }
+        let family = self.family;
+        match self.namespace.run(move || tables::save(family)) {
+            Ok(_) => Ok(()),
+            Err(error) => unsupported(
+                format!("{} does not answer ({error})", crate::skeleton::tool(family)),
+                "install iptables; the kernel needs its tables and CONFIG_NETFILTER_XT_SET",
+            ),
+        }
+    }
+
+    fn observe(&mut self) -> Result<State, KernelError> {
+        let mut state = State::empty(self.family);
+        state.tuned = self.is_tuned()?;
+        let lost = |error: NetlinkError| failed("list addresses", error, Remedy::Retry);
+        state.link = self.links.index().map_err(lost)?.is_some();
+        let family = self.family;
+        let of_family = |a: &std::net::IpAddr| IpFamily::of(*a) == family;
+        state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
+        state.servers = self.servers()?;
+        self.read_sets(&mut state)?;
+        state.rules = self
+            .namespace
+            .run(move || tables::save(family))
+            .map_err(|error| failed("read the rules", error, Remedy::Retry))?;
+        Ok(state)
+    }
+
+    fn carry_out(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError> {
+        let mut open: Option<Batch> = None;
+        let mut ops: Vec<&Op> = Vec::new();
+        for op in &transaction.ops {
+            let fits = match &open {
+                Some(batch) => batch.bytes() < BATCH_BYTES && batch.takes(op),
+                None => true,
+            };
+            if !fits {
+                self.send(open.take(), &ops)?;
+                ops.clear();
+            }
+            match self.batch_for(op, open.take())? {
+                Some(mut batch) => {
+                    self.encode(&mut batch, op)?;
+                    ops.push(op);
+                    open = Some(batch);
+                }
+                None => self.carry_out_alone(op)?,
+            }
+        }
+        self.send(open, &ops)
+    }
+
+    fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError> {
+        let mut connections = Connections::new();
+        for key in keys {
+            let lost = |error: ipvs_netlink::Error| failed("count connections", error, Remedy::Retry);
+            for entry in self.ipvs()?.destinations(key).map_err(lost)? {
+                let count = entry.active.saturating_add(entry.inactive);
+                connections.insert((*key, entry.destination.address), count);
+            }
+        }
+        Ok(connections)
+    }
+
+    fn remove_everything(&mut self) -> Result<(), KernelError> {
+        if self.ipvs.is_none() || self.sets.is_none() {
+            return Ok(());
+        }
+        let state = self.observe()?;
+        // Virtual servers bear no names: without link and sets they were never ours.
+        let was_here = state.link || !state.sets.is_empty();
+        let mut ops: Vec<Op> = state.addresses.iter().map(|a| Op::DeleteAddress(*a)).collect();
+        if was_here {
+            ops.extend(state.servers.keys().map(|key| Op::DeleteServer(*key)));
+        }
+        if !state.rules.is_empty() {
+            ops.push(Op::SetRules(self.family, state.rules.clone(), crate::rules::Rules::default()));
+        }
+        ops.extend(state.sets.keys().map(|set| Op::DestroySet(self.family, *set)));
+        self.carry_out(&Transaction { ops })?;
+        let lost = |error: NetlinkError| failed("delete the dummy link", error, Remedy::Retry);
+        self.links.delete_if_empty().map_err(lost)
+    }
+}
+
+const fn is_of_servers(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::AddServer(_)
+            | Op::SetServer(_)
+            | Op::DeleteServer(_)
+            | Op::AddDestination(..)
+            | Op::SetDestination(..)
+            | Op::DeleteDestination(..)
+    )
+}
+
+const fn is_of_addresses(op: &Op) -> bool {
+    matches!(op, Op::AddAddress(_) | Op::DeleteAddress(_))
+}
+
+const fn is_of_sets(op: &Op) -> bool {
+    matches!(op, Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..))
+}

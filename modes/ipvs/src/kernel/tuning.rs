@@ -1,0 +1,80 @@
+//! The kernel's settings for IPVS.
+
+use std::fs;
+use std::io;
+
+/// What `net.ipv4.vs` must say: connections are tracked, so that they can be masqueraded; packets of
+/// connections whose destination is gone, and clients who are remembered for a drained one, go to another.
+const ALWAYS: [(&str, &str); 3] = [
+    ("net/ipv4/vs/conntrack", "1"),
+    ("net/ipv4/vs/expire_nodest_conn", "1"),
+    ("net/ipv4/vs/expire_quiescent_template", "1"),
+];
+
+/// Answer ARP only for addresses of the asked interface, and ask with them.
+const STRICT_ARP: [(&str, &str); 2] =
+    [("net/ipv4/conf/all/arp_ignore", "1"), ("net/ipv4/conf/all/arp_announce", "2")];
+
+/// Before 5.9 a SYN from the port of a connection that just ended waited a second for the old one to go
+/// (kernel commit f0a5e4d7a594); with mode 0 it goes on with the old one at once.
+const REUSE: (&str, &str) = ("net/ipv4/vs/conn_reuse_mode", "0");
+const REUSE_SOUND_SINCE: (u32, u32) = (5, 9);
+
+fn path(key: &str) -> String {
+    format!("/proc/sys/{key}")
+}
+
+fn wanted(strict_arp: bool) -> Vec<(&'static str, &'static str)> {
+    let mut wanted = ALWAYS.to_vec();
+    if strict_arp {
+        wanted.extend(STRICT_ARP);
+    }
+    let release = fs::read_to_string(path("kernel/osrelease")).unwrap_or_default();
+    if version(&release).is_some_and(|version| version < REUSE_SOUND_SINCE) {
+        wanted.push(REUSE);
+    }
+    wanted
+}
+
+/// Major and minor number of a kernel's release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn holds(key: &str, value: &str) -> bool {
+    fs::read_to_string(path(key)).is_ok_and(|held| held.trim() == value)
+}
+
+/// Whether the kernel has what the mode needs.
+pub(super) fn check() -> io::Result<()> {
+    fs::read_to_string(path("net/ipv4/vs/conntrack")).map(drop)
+}
+
+/// Whether everything is as it should be.
+pub(super) fn is_tuned(strict_arp: bool) -> bool {
+    wanted(strict_arp).iter().all(|(key, value)| holds(key, value))
+}
+
+/// Writes what is not as it should be.
+pub(super) fn tune(strict_arp: bool) -> io::Result<()> {
+    for (key, value) in wanted(strict_arp).into_iter().filter(|(key, value)| !holds(key, value)) {
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{key}: {error}"));
+        fs::write(path(key), value).map_err(named)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_read() {
+        assert_eq!(version("6.1.176"), Some((6, 1)));
+        assert_eq!(version("5.9-rc1"), Some((5, 9)));
+        assert_eq!(version("4.19.0-amd64\n"), Some((4, 19)));
+        assert_eq!(version(""), None);
+        assert!(version("5.10.2").unwrap() > REUSE_SOUND_SINCE);
+    }
+}

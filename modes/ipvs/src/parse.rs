@@ -1,0 +1,288 @@
+//! Reads what `iptables-save` prints, as far as it concerns us.
+
+use shunt_core::id::{IpFamily, Protocol};
+
+use crate::layout::SetName;
+use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target};
+use crate::skeleton::{is_ours, leads_to_us};
+
+/// Our chains, and rules in others that lead to them. Rules of ours that are not understood are kept as
+/// [`Target::Unknown`].
+pub fn parse(family: IpFamily, text: &str) -> Rules {
+    let mut rules = Rules::default();
+    let mut table = None;
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix('*') {
+            table = Table::ALL.into_iter().find(|t| t.name() == name.trim());
+            continue;
+        }
+        let Some(table) = table else { continue };
+        if let Some(chain) = line.strip_prefix(':') {
+            let name = chain.split(' ').next().unwrap_or_default();
+            if is_ours(table, name) {
+                rules.chains.push(Chain { table, name: name.to_owned(), rules: Vec::new() });
+            }
+            continue;
+        }
+        let words = words(line);
+        let [add, name, rest @ ..] = words.as_slice() else { continue };
+        if add != "-A" {
+            continue;
+        }
+        let list = if is_ours(table, name) {
+            &mut rules.chains
+        } else if leads_to_us(table, rest) {
+            &mut rules.hooks
+        } else {
+            continue;
+        };
+        let rule = rule(family, rest).unwrap_or_else(|| unknown(line));
+        match list.iter_mut().find(|c| c.table == table && c.name == *name) {
+            Some(chain) => chain.rules.push(rule),
+            None => list.push(Chain { table, name: name.clone(), rules: vec![rule] }),
+        }
+    }
+    rules.chains.sort();
+    rules.hooks.sort();
+    rules
+}
+
+fn unknown(line: &str) -> Rule {
+    let text = line.splitn(3, ' ').nth(2).unwrap_or_default();
+    Rule::new([], Target::Unknown(text.to_owned()))
+}
+
+/// Words at spaces; those in quotes may contain some.
+fn words(line: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut quoted = false;
+    let mut characters = line.chars();
+    while let Some(c) = characters.next() {
+        match c {
+            '"' => quoted = !quoted,
+            '\\' if quoted => {
+                if let (Some(word), Some(c)) = (words.last_mut(), characters.next()) {
+                    word.push(c);
+                }
+            }
+            ' ' if !quoted => words.push(String::new()),
+            c => {
+                if let Some(word) = words.last_mut() {
+                    word.push(c);
+                }
+            }
+        }
+    }
+    words.retain(|w| !w.is_empty());
+    words
+}
+
+struct Reader<'a> {
+    family: IpFamily,
+    words: std::iter::Peekable<std::slice::Iter<'a, String>>,
+}
+
+impl Reader<'_> {
+    fn word(&mut self) -> Option<&str> {
+        self.words.next().map(String::as_str)
+    }
+
+    /// The next word must be this one.
+    fn expect(&mut self, word: &str) -> Option<()> {
+        (self.word()? == word).then_some(())
+    }
+
+    /// Skips a `!`; true if there was none.
+    fn positive(&mut self) -> bool {
+        self.words.next_if(|w| *w == "!").is_none()
+    }
+
+    fn set(&mut self) -> Option<(SetName, &'static str)> {
+        let name = self.words.next()?;
+        let set = SetName::from_name(self.family, name)?;
+        let by = self.words.next()?;
+        let by = ["dst", "src", "dst,dst", "dst,dst,src"].into_iter().find(|known| known == by)?;
+        Some((set, by))
+    }
+
+    /// `value/mask`, or `value` alone.
+    fn bits(&mut self) -> Option<(u32, u32)> {
+        let word = self.word()?;
+        let number = |text: &str| u32::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+        match word.split_once('/') {
+            Some((value, mask)) => Some((number(value)?, number(mask)?)),
+            None => Some((number(word)?, u32::MAX)),
+        }
+    }
+
+    fn module(&mut self) -> Option<Match> {
+        let module = self.words.next()?;
+        let positive = self.positive();
+        match module.as_str() {
+            "set" => {
+                self.expect("--match-set")?;
+                let (set, by) = self.set()?;
+                Some(Match::Set(set, by, positive))
+            }
+            "addrtype" if positive => {
+                self.expect("--src-type")?;
+                self.expect("LOCAL")?;
+                Some(Match::SourceLocal)
+            }
+            "addrtype" => {
+                self.expect("--dst-type")?;
+                self.expect("LOCAL")?;
+                Some(Match::DestinationNotLocal)
+            }
+            "conntrack" if positive => {
+                self.expect("--ctstate")?;
+                match self.word()? {
+                    "NEW" => Some(Match::New),
+                    "RELATED,ESTABLISHED" => Some(Match::Established),
+                    _ => None,
+                }
+            }
+            "mark" => {
+                self.expect("--mark")?;
+                let (value, mask) = self.bits()?;
+                Some(Match::Mark(value, mask, positive))
+            }
+            "ipvs" => {
+                self.expect("--ipvs")?;
+                Some(Match::Ipvs(positive))
+            }
+            "comment" if positive => {
+                self.expect("--comment")?;
+                Some(Match::Comment(self.word()?.to_owned()))
+            }
+            _ => None,
+        }
+    }
+
+    fn target(&mut self) -> Option<Target> {
+        let target = self.words.next()?;
+        Some(match target.as_str() {
+            "RETURN" => Target::Return,
+            "ACCEPT" => Target::Accept,
+            "DROP" => Target::Drop,
+            "REJECT" => {
+                self.expect("--reject-with")?;
+                match self.word()? {
+                    "icmp-port-unreachable" | "icmp6-port-unreachable" => Target::Reject,
+                    _ => return None,
+                }
+            }
+            "MARK" => {
+                self.expect("--set-xmark")?;
+                let (value, mask) = self.bits()?;
+                Target::SetMark(value, mask)
+            }
+            "SET" => {
+                self.expect("--map-set")?;
+                let (set, by) = self.set()?;
+                self.expect("--map-mark")?;
+                Target::MapMark(set, by)
+            }
+            "MASQUERADE" => {
+                self.expect("--random-fully")?;
+                Target::Masquerade
+            }
+            chain => Target::Jump(chain.to_owned()),
+        })
+    }
+}
+
+/// A rule without `-A` and the chain; `None` if it is none that we would write.
+fn rule(family: IpFamily, words: &[String]) -> Option<Rule> {
+    let mut reader = Reader { family, words: words.iter().peekable() };
+    let mut matches = Vec::new();
+    loop {
+        let Some(word) = reader.words.next() else {
+            return None;
+        };
+        match word.as_str() {
+            "-s" => matches.push(Match::Source(reader.word()?.parse().ok()?)),
+            "-i" => matches.push(Match::Interface(reader.word()?.to_owned())),
+            "-p" => {
+                let protocol = match reader.word()? {
+                    "icmp" | "ipv6-icmp" => RuleProtocol::Icmp,
+                    name => RuleProtocol::Transport(name.parse::<Protocol>().ok()?),
+                };
+                matches.push(Match::Protocol(protocol));
+                // Repeated as a module by some versions, without options.
+                let mut ahead = reader.words.clone();
+                if ahead.next().is_some_and(|w| w == "-m")
+                    && ahead.next().is_some_and(|w| w.parse::<Protocol>().is_ok())
+                {
+                    reader.words = ahead;
+                }
+            }
+            "-m" => matches.push(reader.module()?),
+            "-j" | "-g" => {
+                let target = match (word.as_str(), reader.target()?) {
+                    ("-g", Target::Jump(chain)) => Target::Goto(chain),
+                    ("-g", _) => return None,
+                    (_, target) => target,
+                };
+                return reader.words.next().is_none().then_some(Rule { matches, target });
+            }
+            _ => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use shunt_core::node::LocalDetector;
+    use shunt_core::table::NodeFacts;
+
+    use super::*;
+    use crate::skeleton::skeleton;
+
+    #[test]
+    fn skeletons_are_read_as_written() {
+        let detectors = [
+            LocalDetector::None,
+            LocalDetector::Cidr(vec!["10.244.0.0/16".parse().unwrap(), "10.245.0.0/16".parse().unwrap()]),
+            LocalDetector::BridgeInterface("cni0".into()),
+            LocalDetector::InterfaceNamePrefix("veth".into()),
+        ];
+        for family in IpFamily::ALL {
+            for local_detector in detectors.clone() {
+                for masquerade_all in [false, true] {
+                    for masquerade_bit in [0, 14, 27, 31] {
+                        let local_detector = local_detector.clone();
+                        let facts = NodeFacts {
+                            local_detector,
+                            masquerade_all,
+                            masquerade_bit,
+                            ..NodeFacts::unknown()
+                        };
+                        let rules = skeleton(&facts);
+                        assert_eq!(parse(family, &rules.text(family)), rules);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rules_of_others_are_left_out_and_strange_ones_of_ours_kept() {
+        let text = "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n:CNI-X - [0:0]\n\
+            -A PREROUTING -j CNI-X\n-A PREROUTING -m comment --comment \"a \\\"b\\\"\" -j KUBE-SERVICES\n\
+            -A CNI-X -j ACCEPT\n-A KUBE-SERVICES -d 1.2.3.4/32 -j ACCEPT\nCOMMIT\n";
+        let rules = parse(IpFamily::V4, text);
+        assert_eq!(rules.chains.len(), 1);
+        assert_eq!(rules.chains[0].rules[0].target, Target::Unknown("-d 1.2.3.4/32 -j ACCEPT".to_owned()));
+        assert_eq!(rules.hooks.len(), 1);
+        assert_eq!(rules.hooks[0].rules[0].matches, [Match::Comment("a \"b\"".to_owned())]);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_does_not_panic(text in "(\\*nat\n)?(:KUBE-SERVICES - \\[0:0\\]\n)?(-A KUBE-SERVICES [-a-z!\" \\\\]{0,40}\n){0,3}") {
+            parse(IpFamily::V4, &text);
+        }
+    }
+}
