@@ -54,6 +54,7 @@ struct DetectLocal {
 struct ModeSection {
     masquerade_bit: Option<u8>,
     masquerade_all: bool,
+    localhost_node_ports: Option<bool>,
     min_sync_period: Option<String>,
 }
 
@@ -72,6 +73,7 @@ impl Settings {
         let section = ModeSection {
             masquerade_bit: args.iptables_masquerade_bit,
             masquerade_all: args.masquerade_all,
+            localhost_node_ports: None,
             min_sync_period: None,
         };
         let text = |t: &Option<String>| t.clone().unwrap_or_default();
@@ -150,6 +152,7 @@ impl Settings {
                     .get("AllowServiceExternalIPs")
                     .copied()
                     .unwrap_or(true),
+                localhost_node_ports: mode == Mode::Iptables && section.localhost_node_ports.unwrap_or(true),
             },
             detect_by_node_cidr,
             min_sync_period,
