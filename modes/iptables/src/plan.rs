@@ -103,6 +103,7 @@ impl<'a> Planner<'a> {
         for ((table, name), rules) in &self.desired.fixed {
             self.chain(*table, name, rules);
         }
+        self.mark_first();
         self.hooks();
         for name in gone {
             self.delete(Table::Nat, &name);
@@ -115,16 +116,16 @@ impl<'a> Planner<'a> {
                 }
             }
         }
-        // Chains before the sets that they look at.
-        self.after.sort_by_key(|op| matches!(op, Op::DestroySet(_)));
         self.transactions(limit)
     }
 
     fn transactions(self, limit: usize) -> Plan<Op> {
         let mut plan = Plan::default();
         let mut ops: Vec<Op> = Vec::new();
-        let groups = self.before.into_iter().map(|op| vec![op]).chain([self.switch]);
-        for group in groups.chain(self.after.into_iter().map(|op| vec![op])) {
+        let each = |ops: Vec<Op>| ops.into_iter().map(|op| vec![op]);
+        // Chains may lead to each other, and look at sets.
+        let (chains, others) = self.after.into_iter().partition(|op| matches!(op, Op::DeleteChain(..)));
+        for group in each(self.before).chain([self.switch, chains]).chain(each(others)) {
             if !ops.is_empty() && ops.len() + group.len() > limit {
                 plan.push(std::mem::take(&mut ops));
             }
@@ -142,6 +143,17 @@ impl<'a> Planner<'a> {
         }
         if self.desired.everything {
             self.wanted.insert(key);
+        }
+    }
+
+    /// Chains of Service ports lead to the one that marks: if it is new, it comes before them.
+    fn mark_first(&mut self) {
+        let is_mark = |op: &Op| matches!(op, Op::SetChain(_, name, _) if &**name == names::MARK_MASQ);
+        if !self.observed.chains.contains_key(&(Table::Nat, names::MARK_MASQ.into()))
+            && let Some(at) = self.switch.iter().position(is_mark)
+        {
+            let op = self.switch.remove(at);
+            self.before.insert(0, op);
         }
     }
 
@@ -301,7 +313,8 @@ impl<'a> Planner<'a> {
         let same = |(frontend, leaf): &(&Frontend, Option<Rule>)| {
             find_leaf(observed, table, root, frontend) == *leaf
         };
-        if !desired.everything && edits.iter().all(same) {
+        let is_there = observed.chains.contains_key(&(table, root.into()));
+        if !desired.everything && is_there && edits.iter().all(same) {
             return;
         }
         let mut leaves = Leaves::new();
