@@ -190,7 +190,7 @@ impl Tools {
             "*filter\n:SHUNT-PROBE - [0:0]\n\
              -A SHUNT-PROBE -m conntrack --ctstate NEW -m mark --mark 0x1/0x1 -j REJECT\n\
              -A SHUNT-PROBE -m addrtype --dst-type LOCAL -m comment --comment probe -j RETURN\n\
-             -X SHUNT-PROBE\nCOMMIT\n\
+             COMMIT\n\
              *nat\n:SHUNT-PROBE - [0:0]\n\
              -A SHUNT-PROBE -m set --match-set {set} src -j SET --add-set {set} src --exist --timeout 1\n\
              -A SHUNT-PROBE -p tcp -m statistic --mode random --probability 0.5 -j DNAT --to-destination {to}\n\
