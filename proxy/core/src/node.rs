@@ -86,6 +86,9 @@ pub struct Config {
     pub allow_external_ips: bool,
     /// How IPVS chooses among the endpoints of Services that do not say (`ipvs.scheduler`).
     pub scheduler: Option<Arc<Scheduler>>,
+    /// Whether `NodePort`s answer on IPv4 loopback where `node_port_addresses` include it; only for a mode
+    /// that can (`iptables.localhostNodePorts`).
+    pub localhost_node_ports: bool,
 }
 
 impl Default for Config {
@@ -97,6 +100,7 @@ impl Default for Config {
             node_port_addresses: NodePortAddresses::Primary,
             allow_external_ips: true,
             scheduler: None,
+            localhost_node_ports: false,
         }
     }
 }

@@ -20,7 +20,6 @@ use shunt_harness::lab::require_kernel;
 pub mod driver;
 pub mod faulty;
 pub mod golden;
-pub mod ipvs;
 pub mod mode;
 pub mod objects;
 pub mod random;
@@ -37,8 +36,10 @@ pub mod town;
 macro_rules! every_mode {
     (in kernel: $($real:ident),* $(,)?) => { $crate::every_mode!(; in kernel: $($real),*); };
     ($($test:ident),* $(,)? $(; in kernel: $($real:ident),* $(,)?)?) => {
-        $crate::for_mode!(ipvs, $crate::ipvs::IpvsMode; $($test),*; $($($real),*)?);
+        $crate::for_mode!(ipvs, $crate::mode::IpvsMode; $($test),*; $($($real),*)?);
         $crate::for_mode!(nftables, $crate::mode::NftablesMode; $($test),*; $($($real),*)?);
+        $crate::for_mode!(iptables, $crate::mode::IptablesLegacy; $($test),*; $($($real),*)?);
+        $crate::for_mode!(iptables_nft, $crate::mode::IptablesNft; ; $($($real),*)?);
     };
 }
 

@@ -250,6 +250,7 @@ fn config() -> impl Strategy<Value = Config> {
             node_port_addresses,
             allow_external_ips,
             scheduler: None,
+            localhost_node_ports: false,
         },
     )
 }

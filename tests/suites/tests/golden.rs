@@ -11,9 +11,9 @@ use shunt_harness::cases;
 use shunt_harness::lab::{Lab, require_kernel};
 use shunt_mode::rendered;
 use shunt_suites::driver::CaseRun;
-use shunt_suites::every_mode;
 use shunt_suites::golden::Goldens;
 use shunt_suites::mode::ModeUnderTest;
+use shunt_suites::{every_mode, for_mode};
 
 fn every_step_of_every_case_renders_to_its_text<M: ModeUnderTest>() {
     let lab = require_kernel().then(|| Lab::builder().build().unwrap());
@@ -38,3 +38,5 @@ fn every_step_of_every_case_renders_to_its_text<M: ModeUnderTest>() {
 }
 
 every_mode!(every_step_of_every_case_renders_to_its_text);
+// Both flavours of the tools must understand the text.
+for_mode!(iptables_nft_tools, shunt_suites::mode::IptablesNft; every_step_of_every_case_renders_to_its_text; );

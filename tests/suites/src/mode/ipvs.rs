@@ -17,7 +17,7 @@ use shunt_mode_ipvs::plan::plan_within;
 use shunt_mode_ipvs::render::Desired;
 use shunt_mode_ipvs::state::State;
 
-use crate::mode::ModeUnderTest;
+use super::ModeUnderTest;
 
 /// ipvs mode.
 #[derive(Debug)]
