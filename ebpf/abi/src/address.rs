@@ -34,6 +34,12 @@ impl Address {
         self.0[3]
     }
 
+    /// Whether this is 0.0.0.0 or `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        self.0[0] | self.0[1] | self.0[3] == 0 && (self.0[2] == 0 || self.0[2] == MAPPED)
+    }
+
     /// Whether this is 127.0.0.0/8 or `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {

@@ -41,8 +41,8 @@
 //! | `sockets` | LRU hash, 262,144 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
 //! | `flows` | LRU hash, 524,288 | [`FlowKey`] → [`Flow`] | programs (tc) |
 //! | `fragments` | LRU hash, 8,192 | [`FragmentKey`] → [`Fragment`] | programs (tc) |
-//! | `service_counters` | per-CPU array, 65,536 | service id → [`ServiceCounters`] | programs |
-//! | `endpoint_counters` | per-CPU array, 262,144 | endpoint id → `u64` new flows | programs |
+//! | `service_stats` | per-CPU array, 65,536 | service id → [`ServiceCounters`] | programs |
+//! | `endpoint_stats` | per-CPU array, 262,144 | endpoint id → `u64` new flows | programs |
 //! | `events` | per-CPU array | [`Event`] → `u64` | programs |
 //!
 //! The mode's state is the first eight, less what the agent learns from the kernel and not from the
@@ -53,7 +53,7 @@
 //!
 //! * A *service id* stands for one port of one Service in one family (a `PortEntry`); its lowest bit
 //!   is 0 for IPv4 and 1 for IPv6, so that the families allocate apart. Ids begin at
-//!   [`FIRST_SERVICE_ID`] and are smaller than the size of `service_counters`.
+//!   [`FIRST_SERVICE_ID`] and are smaller than the size of `service_stats`.
 //! * An *endpoint id* stands for one endpoint of one service id, and has the same lowest bit. 0 and 1
 //!   are never used: a zero in `slots` is no endpoint.
 //!

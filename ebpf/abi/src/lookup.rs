@@ -95,6 +95,10 @@ pub fn class<T: Tables>(tables: &T, source: &Address, pod_interface: bool) -> Cl
 /// The frontend of a destination: its own, or else that of a node port where those answer.
 #[inline(always)]
 pub fn find<T: Tables>(tables: &T, key: &FrontendKey) -> Found {
+    // The unspecified addresses stand for node ports as keys; as destinations they mean loopback.
+    if key.address.is_unspecified() {
+        return Found::Nothing;
+    }
     if let Some(frontend) = tables.frontend(key) {
         return Found::Frontend(frontend);
     }

@@ -25,19 +25,19 @@ pub const FLOWS: &str = "flows";
 /// Ports of packets whose fragments are on the way.
 pub const FRAGMENTS: &str = "fragments";
 /// Counters per service id.
-pub const SERVICE_COUNTERS: &str = "service_counters";
+pub const SERVICE_STATS: &str = "service_stats";
 /// Counters per endpoint id.
-pub const ENDPOINT_COUNTERS: &str = "endpoint_counters";
+pub const ENDPOINT_STATS: &str = "endpoint_stats";
 /// Counters of events that belong to no Service.
 pub const EVENTS: &str = "events";
 
 /// Default sizes, in elements.
 pub mod size {
-    /// `frontends`, and ids in `service_counters`.
+    /// `frontends`, and ids in `service_stats`.
     pub const FRONTENDS: u32 = 65_536;
     /// `slots`: two groups of each endpoint, in extents of which half may be unused.
     pub const SLOTS: u32 = 1_048_576;
-    /// `endpoints` and `endpoint_counters`.
+    /// `endpoints` and `endpoint_stats`.
     pub const ENDPOINTS: u32 = 262_144;
     /// `addresses`.
     pub const ADDRESSES: u32 = 131_072;

@@ -214,8 +214,6 @@ pub mod config_flags {
     pub const SERVICE_CIDRS: u32 = 32;
     /// Processes may not bind to node ports.
     pub const PROTECT_NODE_PORTS: u32 = 64;
-    /// TCP flows through tc whose endpoint is gone are reset.
-    pub const RESET_STALE_TCP: u32 = 128;
 }
 
 /// Settings of the programs.
@@ -277,8 +275,6 @@ impl Interface {
     /// What comes in here comes from a local pod: the bridge of `BridgeInterface` and its ports, or a
     /// device with the prefix of `InterfaceNamePrefix`.
     pub const POD: u32 = 1;
-    /// Packets have no Ethernet header.
-    pub const NO_ETHERNET: u32 = 2;
 }
 
 /// Entries of a Maglev table: a prime, the default of Cilium and Calico too.
