@@ -10,7 +10,7 @@
 //!                        │ no                                                  │ verdicts by class
 //!                        ├─ local: none of our business                        │ of source; ranges
 //!                        ├─ cluster IP: reject                                 ▼
-//!                        └─ ranges[SERVICE_CIDR]: drop               Group (cluster or local)
+//!                        └─ ranges[service_cidr]: drop               Group (cluster or local)
 //!                                                                     base, count
 //!                                                                        │ random slot
 //!            maglev[group][hash] ── endpoint id ──┐                      ▼
@@ -36,6 +36,7 @@
 //! | `addresses` | hash, 131,072 | [`Address`] → bits of [`address_flags`] (`u32`) | agent |
 //! | `ranges` | LPM, 65,536 | prefix length, [`RangeKey`] → `u32` (1) | agent |
 //! | `interfaces` | hash, 16,384 | ifindex (`u32`) → [`Interface`] | agent, as devices come and go |
+//! | `names` | hash, 65,536 | service id (`u32`) → [`Name`] | agent, for itself: which Service port has which id |
 //! | `maglev` | hash of arrays, 4,096 | [`Group::id`] (`u32`) → array of one [`MaglevTable`] | agent |
 //! | `affinity` | LRU hash, 262,144 | [`AffinityKey`] → [`Affinity`] | programs |
 //! | `sockets` | LRU hash, 262,144 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
@@ -45,7 +46,7 @@
 //! | `endpoint_stats` | per-CPU array, 262,144 | endpoint id → `u64` new flows | programs |
 //! | `events` | per-CPU array | [`Event`] → `u64` | programs |
 //!
-//! The mode's state is the first eight, less what the agent learns from the kernel and not from the
+//! The mode's state is the first nine, less what the agent learns from the kernel and not from the
 //! forwarding table: [`address_flags::LOCAL`], all of `interfaces`, and of [`Config`] the
 //! namespace and the fallback addresses.
 //!
@@ -99,8 +100,8 @@ pub use flow::{Flow, FlowKey, Fragment, FragmentKey, Tuple};
 pub use map::size;
 pub use service::{
     Affinity, AffinityKey, Config, Endpoint, Event, FIRST_SERVICE_ID, Frontend, FrontendKey, Group,
-    Interface, MAGLEV_SIZE, MaglevTable, RangeKey, ServiceCounters, Verdict, address_flags, config_flags,
-    endpoint_flags, frontend_flags, range_owner,
+    Interface, MAGLEV_SIZE, MaglevTable, Name, RangeKey, ServiceCounters, Verdict, address_flags,
+    config_flags, endpoint_flags, frontend_flags, range_owner,
 };
 pub use socket::{SocketKey, SocketRecord};
 

@@ -81,7 +81,7 @@ pub fn class<T: Tables>(tables: &T, source: &Address, pod_interface: bool) -> Cl
     let flags = tables.flags();
     let by_range =
         if source.is_v4() { config_flags::PODS_BY_RANGE_V4 } else { config_flags::PODS_BY_RANGE_V6 };
-    if flags & by_range != 0 && tables.in_range(range_owner::PODS, source)
+    if flags & by_range != 0 && tables.in_range(range_owner::pods(source.is_v4()), source)
         || flags & config_flags::PODS_BY_INTERFACE != 0 && pod_interface
     {
         Class::Pod
@@ -121,7 +121,7 @@ pub fn find<T: Tables>(tables: &T, key: &FrontendKey) -> Found {
     } else if address & address_flags::CLUSTER_IP != 0 {
         Found::UnknownPort
     } else if flags & config_flags::SERVICE_CIDRS != 0
-        && tables.in_range(range_owner::SERVICE_CIDR, &key.address)
+        && tables.in_range(range_owner::service_cidr(key.address.is_v4()), &key.address)
     {
         Found::Unallocated
     } else {

@@ -14,6 +14,8 @@ pub const ADDRESSES: &str = "addresses";
 pub const RANGES: &str = "ranges";
 /// The node's devices.
 pub const INTERFACES: &str = "interfaces";
+/// Names of Service ports by service id. Programs do not look at it; it is not part of the object.
+pub const NAMES: &str = "names";
 /// Consistent-hashing tables by group.
 pub const MAGLEV: &str = "maglev";
 /// Session affinity.

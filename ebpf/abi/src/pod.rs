@@ -2,7 +2,7 @@
 
 use crate::{
     Address, Affinity, AffinityKey, Config, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Frontend,
-    FrontendKey, Interface, RangeKey, ServiceCounters, SocketKey, SocketRecord,
+    FrontendKey, Interface, Name, RangeKey, ServiceCounters, SocketKey, SocketRecord,
 };
 
 macro_rules! pod {
@@ -27,6 +27,7 @@ pod!(
     Frontend,
     FrontendKey,
     Interface,
+    Name,
     RangeKey,
     ServiceCounters,
     SocketKey,

@@ -5,6 +5,12 @@ use crate::Address;
 /// The smallest service id; smaller numbers own ranges of the node ([`range_owner`]).
 pub const FIRST_SERVICE_ID: u32 = 16;
 
+/// The name of a Service port, `namespace/name:port/protocol`, padded with zeros: the longest that the
+/// API server lets pass fits.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Name(pub [u8; 200]);
+
 /// What a packet must match.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -170,10 +176,27 @@ pub mod address_flags {
 
 /// Owners in `ranges` that are no service ids.
 pub mod range_owner {
-    /// Sources of local pods.
-    pub const PODS: u32 = 1;
-    /// Ranges from which cluster IPs are allocated.
-    pub const SERVICE_CIDR: u32 = 2;
+    /// Sources of local pods of IPv4.
+    pub const PODS_V4: u32 = 1;
+    /// Ranges from which cluster IPs of IPv4 are allocated.
+    pub const SERVICE_CIDR_V4: u32 = 2;
+    /// Sources of local pods of IPv6. `::/0` holds every mapped IPv4 address too, so that the families
+    /// must not share an owner.
+    pub const PODS_V6: u32 = 3;
+    /// Ranges from which cluster IPs of IPv6 are allocated.
+    pub const SERVICE_CIDR_V6: u32 = 4;
+
+    /// The owner of the local pods' ranges of one family.
+    #[inline(always)]
+    pub const fn pods(v4: bool) -> u32 {
+        if v4 { PODS_V4 } else { PODS_V6 }
+    }
+
+    /// The owner of the `ServiceCIDR`s of one family.
+    #[inline(always)]
+    pub const fn service_cidr(v4: bool) -> u32 {
+        if v4 { SERVICE_CIDR_V4 } else { SERVICE_CIDR_V6 }
+    }
 }
 
 /// A range in `ranges`. The prefix length of the map counts the owner's 32 bits too, and 96 for an
@@ -191,10 +214,10 @@ impl RangeKey {
     /// Prefix length with which a single address is looked up.
     pub const FULL: u32 = 160;
 
-    /// The prefix length of a range of `length` bits.
+    /// The prefix length of a range of `length` bits, of an address of 32 bits (`v4`) or 128.
     #[inline(always)]
-    pub const fn prefix(&self, length: u8) -> u32 {
-        32 + if self.address.is_v4() { 96 } else { 0 } + length as u32
+    pub const fn prefix(v4: bool, length: u8) -> u32 {
+        32 + if v4 { 96 } else { 0 } + length as u32
     }
 }
 
@@ -208,10 +231,23 @@ pub mod config_flags {
     pub const PODS_BY_RANGE_V4: u32 = 4;
     /// The same for IPv6.
     pub const PODS_BY_RANGE_V6: u32 = 8;
-    /// Local pods are known by interface (`interfaces`, [`super::Interface::POD`]).
-    pub const PODS_BY_INTERFACE: u32 = 16;
+    /// Local pods are known by interface (`interfaces`, [`super::Interface::POD`]). Each family says so
+    /// for itself, like all that the families write apart.
+    pub const PODS_BY_INTERFACE: u32 = PODS_BY_INTERFACE_V4 | PODS_BY_INTERFACE_V6;
+    /// The part of IPv4.
+    pub const PODS_BY_INTERFACE_V4: u32 = 16;
+    /// The part of IPv6.
+    pub const PODS_BY_INTERFACE_V6: u32 = 256;
     /// `ranges` has ServiceCIDRs.
-    pub const SERVICE_CIDRS: u32 = 32;
+    pub const SERVICE_CIDRS: u32 = SERVICE_CIDRS_V4 | SERVICE_CIDRS_V6;
+    /// `ranges` has ServiceCIDRs of IPv4.
+    pub const SERVICE_CIDRS_V4: u32 = 32;
+    /// `ranges` has ServiceCIDRs of IPv6.
+    pub const SERVICE_CIDRS_V6: u32 = 128;
+    /// The maps were filled for IPv4. Only the agent looks at it.
+    pub const IN_USE_V4: u32 = 512;
+    /// The maps were filled for IPv6.
+    pub const IN_USE_V6: u32 = 1024;
     /// Processes may not bind to node ports.
     pub const PROTECT_NODE_PORTS: u32 = 64;
 }
@@ -357,6 +393,7 @@ impl Event {
 
 const _: () = {
     assert!(size_of::<Address>() == 16);
+    assert!(size_of::<Name>() == 200);
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<Frontend>() == 32);
     assert!(size_of::<Endpoint>() == 32);
