@@ -76,7 +76,9 @@ impl Kernel for FakeKernel {
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {
-        self.state = State { sizes: self.state.sizes, ..State::empty(self.state.family) };
+        let sizes = self.state.sizes;
+        self.state = State::empty(self.state.family);
+        self.state.sizes = sizes;
         self.installed = false;
         Ok(())
     }

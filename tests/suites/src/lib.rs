@@ -28,6 +28,7 @@ pub mod town;
 macro_rules! every_mode {
     ($($test:ident),* $(,)?) => {
         $crate::for_mode!(nftables, $crate::mode::NftablesMode; $($test),*);
+        $crate::for_mode!(ebpf, $crate::mode::EbpfMode; $($test),*);
     };
 }
 

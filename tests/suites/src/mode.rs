@@ -1,5 +1,7 @@
 //! How the suites see a mode.
 
+mod ebpf;
+
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::net::IpAddr;
@@ -16,6 +18,8 @@ use shunt_mode_nftables::op::Op;
 use shunt_mode_nftables::plan::Limits;
 use shunt_mode_nftables::render::Desired;
 use shunt_mode_nftables::state::State;
+
+pub use ebpf::EbpfMode;
 
 /// A mode with everything that the suites need of it.
 pub trait ModeUnderTest: 'static {
@@ -58,8 +62,12 @@ pub trait ModeUnderTest: 'static {
     /// Everything that the mode's own tools list in a namespace; each installed version must manage, and
     /// find nothing of ours that a tool could trip over.
     fn list(namespace: &Namespace) -> Result<String>;
-    /// Ways to damage what the mode made of a case: the case, and a script for nft.
+    /// Ways to damage what the mode made of a case: the case, and what [`ModeUnderTest::damage`] does.
     fn damages() -> &'static [(&'static str, &'static str)];
+    /// Damages what the mode made; by default with a script for nft.
+    fn damage(namespace: &Namespace, damage: &str) -> Result<()> {
+        namespace.nft(damage)
+    }
     /// How many clients of Services with session affinity the kernel remembers.
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.

@@ -244,7 +244,7 @@ fn damage_is_repaired<M: ModeUnderTest>() {
         let table = run.cluster.table(family);
         let mut kernel = adopt::<M>(node, family)?;
         kernel.sync(table, &Change::everything())?;
-        node.nft(damage)?;
+        M::damage(node, damage)?;
         let mut kernel = adopt::<M>(node, family)?;
         let want = rendered::<M::Real>(table);
         ensure!(kernel.mirror != want, "the damage is not seen");

@@ -1,0 +1,92 @@
+//! ebpf mode as the suites see it.
+
+use anyhow::{Result, ensure};
+use shunt_core::id::IpFamily;
+use shunt_harness::lab::Namespace;
+use shunt_mode::{KernelError, Plan};
+use shunt_mode_ebpf::Ebpf;
+use shunt_mode_ebpf::fake::FakeKernel;
+use shunt_mode_ebpf::op::Op;
+use shunt_mode_ebpf::plan::{TRANSACTION_MAX, plan_within};
+use shunt_mode_ebpf::render::Desired;
+use shunt_mode_ebpf::state::State;
+
+use super::ModeUnderTest;
+
+/// ebpf mode.
+#[derive(Debug)]
+pub struct EbpfMode;
+
+impl ModeUnderTest for EbpfMode {
+    type State = State;
+    type Desired = Desired;
+    type Op = Op;
+    type Fake = Ebpf<FakeKernel>;
+    type Real = Ebpf<FakeKernel>;
+
+    const OPS_PER_ENDPOINT: usize = 8;
+
+    fn fake(family: IpFamily) -> Self::Fake {
+        Ebpf::new(FakeKernel::new(family))
+    }
+
+    fn real(family: IpFamily) -> Result<Self::Real, KernelError> {
+        Ok(Self::fake(family))
+    }
+
+    fn held(fake: &mut Self::Fake) -> State {
+        fake.kernel().state().clone()
+    }
+
+    fn fail_after(fake: &mut Self::Fake, commits: Option<usize>) {
+        fake.kernel().fail_after = commits;
+    }
+
+    fn reads(fake: &mut Self::Fake) -> usize {
+        fake.kernel().reads
+    }
+
+    fn plan_tight(observed: &State, desired: &Desired, tightness: u8) -> Plan<Op> {
+        let transaction = match tightness {
+            0 | 1 => 1,
+            2 => 2,
+            3 => 3,
+            4 => 7,
+            _ => TRANSACTION_MAX,
+        };
+        plan_within(observed, desired, transaction)
+    }
+
+    fn is_garbage(_op: &Op) -> bool {
+        false
+    }
+
+    fn check_text(_namespace: &Namespace, text: &str) -> Result<()> {
+        const MAPS: [&str; 7] = ["config", "names", "frontends", "slots", "endpoints", "addresses", "ranges"];
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let map = line.split_once(' ').map_or("", |(map, _)| map);
+            ensure!(MAPS.contains(&map) && line.contains(" = "), "no map entry: {line}");
+        }
+        Ok(())
+    }
+
+    fn list(_namespace: &Namespace) -> Result<String> {
+        Ok(String::new())
+    }
+
+    fn damages() -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
+
+    fn affinity_records(_namespace: &Namespace, _family: IpFamily) -> Result<usize> {
+        anyhow::bail!("no kernel")
+    }
+
+    fn add_affinity_records(_namespace: &Namespace, _family: IpFamily, _count: usize) -> Result<()> {
+        anyhow::bail!("no kernel")
+    }
+
+    fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
+        None
+    }
+}
