@@ -3,10 +3,10 @@
 //! Operations come in phases, so that after each of them every packet meets a fate that is right before
 //! or after the change:
 //!
-//! 1. what frontends will lead to: names, source ranges, endpoints, slots;
+//! 1. what frontends will lead to: names, source ranges, endpoints, slots; settings that come;
 //! 2. frontends that come or change, each by one write; addresses that come;
-//! 3. frontends that go; settings;
-//! 4. what nothing leads to any more.
+//! 3. frontends that go;
+//! 4. what nothing leads to any more; settings that go.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -417,13 +417,44 @@ impl<'a> Planner<'a> {
         let v4 = matches!(self.observed.family, shunt_core::id::IpFamily::V4);
         self.ranges(range_owner::pods(v4), &self.desired.pod_ranges);
         self.ranges(range_owner::service_cidr(v4), &self.desired.service_cidrs);
-        if self.observed.pods != self.desired.pods {
-            self.remove.push(Op::SetPods(self.desired.pods.clone()));
+        let of = FamilyFlags::of(self.observed.family);
+        let mask = of.settings();
+        let pod_bits = of.pods_by_range | of.pods_by_interface;
+        let (from, to) = (self.observed.flags, self.desired.flags);
+        let early = self.tells_pods_apart();
+        let mut flags = from;
+        let mut set = |ops: &mut Vec<Op>, to: u32| {
+            if flags != to {
+                ops.push(Op::SetFlags { mask, to });
+                flags = to;
+            }
+        };
+        // Besides the way to tell local pods: what comes comes early, what goes goes late.
+        let meanwhile = (from | to) & !pod_bits;
+        let bits = if early { to } else { from };
+        let pods = (self.observed.pods != self.desired.pods).then(|| Op::SetPods(self.desired.pods.clone()));
+        // The name is there before it is asked for, and until it is asked for no more.
+        let comes = self.desired.pods.is_some();
+        if early && comes {
+            self.before.extend(pods.clone());
         }
-        if self.observed.flags != self.desired.flags {
-            let mask = FamilyFlags::of(self.observed.family).settings();
-            self.remove.push(Op::SetFlags { mask, to: self.desired.flags });
+        set(&mut self.before, meanwhile | bits & pod_bits);
+        if !early && comes {
+            self.after.extend(pods.clone());
         }
+        set(&mut self.after, to);
+        if !comes {
+            self.after.extend(pods);
+        }
+    }
+
+    /// Whether frontends treat local pods better than others: then pods must be known before. Otherwise
+    /// frontends change first, for they may have treated them better until now.
+    fn tells_pods_apart(&self) -> bool {
+        self.desired.frontends.values().flatten().any(|dispatch| {
+            let [pod, _, other] = dispatch.verdicts;
+            pod.is_forward() && !pod.masquerades() && other.is_forward() && other.masquerades()
+        })
     }
 
     /// Endpoints of ports that are not in question may have come to this node or left it.

@@ -127,7 +127,8 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
         for key in &change.frontends {
             frontend(table, key, table.frontend(key), &mut desired);
         }
-        let addresses = change.cluster_ips.iter().copied();
+        // The Service may be the first: nothing is there yet.
+        let addresses = change.cluster_ips.iter().copied().chain(node_ports.iter().copied());
         desired.addresses = addresses.map(|ip| (Address::from(ip), address_bits(ip))).collect();
         let is_there = |e: &LocalEndpoint| (*e, table.is_local_endpoint(e));
         desired.local_endpoints = change.local_endpoints.iter().map(is_there).collect();

@@ -130,7 +130,10 @@ impl State {
             ("frontends", self.frontends.iter().map(|(k, f)| (key_text(k), frontend_text(f))).collect()),
             ("slots", self.used_slots().map(|(number, id)| (number.to_string(), id.to_string())).collect()),
             ("endpoints", self.endpoints().map(|(id, e)| (id.to_string(), endpoint_text(e))).collect()),
-            ("addresses", self.addresses.iter().map(|(a, flags)| (a.to_string(), address_text(*flags))).collect()),
+            (
+                "addresses",
+                self.addresses.iter().map(|(a, flags)| (a.to_string(), address_text(*flags))).collect(),
+            ),
             ("ranges", ranges.collect()),
         ]
     }
