@@ -11,6 +11,12 @@ pub const FIRST_SERVICE_ID: u32 = 16;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Name(pub [u8; 200]);
 
+impl Default for Name {
+    fn default() -> Self {
+        Self([0; 200])
+    }
+}
+
 /// What a packet must match.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]

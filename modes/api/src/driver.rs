@@ -71,6 +71,8 @@ pub trait Driver: Send {
     /// Reads the kernel and says what becomes of packets under what it holds. Of `table` only the
     /// node's addresses count.
     fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError>;
+    /// Takes in that the node's devices or addresses have changed.
+    fn refresh(&mut self) -> Result<(), KernelError>;
     /// Removes everything that the mode owns.
     fn cleanup(&mut self) -> Result<(), KernelError>;
 }
@@ -166,6 +168,10 @@ impl<B: Backend> Driver for ModeDriver<B> {
     fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError> {
         let observed = self.backend.observe()?;
         Ok(trace::<B>(&observed, table, packets))
+    }
+
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        self.backend.refresh()
     }
 
     fn cleanup(&mut self) -> Result<(), KernelError> {

@@ -166,8 +166,15 @@ pub trait Backend: Send {
     /// Reads what the mode owns in the kernel, and only that.
     fn observe(&mut self) -> Result<Self::State, KernelError>;
 
-    /// Carries out one transaction: all of it or nothing.
+    /// Carries out one transaction: all of it or nothing, where the kernel can; elsewhere in order, so
+    /// that after an error a first part of it is done, and every such part is safe.
     fn apply(&mut self, transaction: &Transaction<Self::Op>) -> Result<(), KernelError>;
+
+    /// Takes in that the node's devices or addresses have changed. Modes whose rules ask the kernel
+    /// itself have nothing to do.
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
 
     /// Removes everything that the mode owns. Safe to run twice.
     fn cleanup(&mut self) -> Result<(), KernelError>;

@@ -75,6 +75,10 @@ impl Kernel for FakeKernel {
         ops.iter().try_for_each(|op| self.step(op))
     }
 
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     fn remove(&mut self) -> Result<(), KernelError> {
         let sizes = self.state.sizes;
         self.state = State::empty(self.state.family);

@@ -109,6 +109,10 @@ impl<K: Kernel + Send> Backend for Ebpf<K> {
         self.kernel.carry_out(&transaction.ops)
     }
 
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        self.kernel.refresh()
+    }
+
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.kernel.remove()
     }

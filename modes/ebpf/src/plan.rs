@@ -37,13 +37,44 @@ pub fn plan_within(observed: &State, desired: &Desired, transaction_max: usize) 
     }
     let mut planner = Planner::new(observed, desired);
     planner.plan();
-    let Planner { before, turn, remove, after, problems, .. } = planner;
+    let Planner { mut before, turn, remove, mut after, problems, .. } = planner;
+    // Operations on one map side by side are one call.
+    before.sort_by_key(rank_before);
+    after.sort_by_key(rank_after);
     let mut plan = Plan { problems, ..Plan::default() };
     let mut ops = before.into_iter().chain(turn).chain(remove).chain(after).peekable();
     while ops.peek().is_some() {
         plan.push(ops.by_ref().take(transaction_max).collect());
     }
     plan
+}
+
+/// What is referred to comes first.
+const fn rank_before(op: &Op) -> u8 {
+    match op {
+        Op::Install => 0,
+        Op::SetName(..) => 1,
+        Op::AddRange(..) => 2,
+        Op::SetEndpoint(..) => 3,
+        Op::SetSlots(..) => 4,
+        Op::SetPods(_) => 5,
+        _ => 6,
+    }
+}
+
+/// What refers to others goes first.
+const fn rank_after(op: &Op) -> u8 {
+    match op {
+        Op::SetPods(Some(_)) => 0,
+        Op::SetFlags { .. } => 1,
+        Op::SetPods(None) => 2,
+        Op::SetSlots(..) => 3,
+        Op::SetEndpoint(..) => 4,
+        Op::SetAddress(..) => 5,
+        Op::DeleteRange(..) => 6,
+        Op::SetName(..) => 7,
+        _ => 8,
+    }
 }
 
 struct Planner<'a> {
