@@ -86,7 +86,7 @@ pub struct Flow {
     pub state: u8,
     /// Zero.
     pub reserved: u8,
-    /// The port under which a masqueraded flow leaves, network byte order; 0 for others.
+    /// The port under which a masqueraded flow leaves, network byte order; 0 before its first packet.
     pub masquerade_port: u16,
     /// Zero.
     pub reserved2: u16,
@@ -97,7 +97,10 @@ impl Flow {
     pub const REPLY: u16 = 1;
     /// Flag: the client is a process of this node.
     pub const FROM_NODE: u16 = 2;
-    /// State: TCP without a packet besides the first; SCTP before its fourth.
+    /// Flag: where packets leave, the source becomes a node address, which is chosen with the first
+    /// one ([`Flow::masquerade_port`]).
+    pub const MASQUERADE: u16 = 4;
+    /// State: TCP with nothing but SYN, SCTP with nothing but INIT in this direction.
     pub const OPENING: u8 = 0;
     /// State: anything that flows.
     pub const OPEN: u8 = 1;

@@ -234,7 +234,8 @@ pub const fn maglev_entry(seed: u32, tuple: &Tuple, protocol: u8) -> u32 {
     hash = mix(hash, tuple.destination.0[2]);
     hash = mix(hash, tuple.destination.0[3]);
     hash = mix(hash, (tuple.source_port as u32) << 16 | tuple.destination_port as u32);
-    finish(hash) % MAGLEV_SIZE as u32
+    // Not by remainder: the verifier follows this one.
+    scale(finish(hash), MAGLEV_SIZE as u32)
 }
 
 /// One round of `MurmurHash3_x86_32`.

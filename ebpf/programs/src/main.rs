@@ -15,6 +15,7 @@ mod maps;
 mod pick;
 mod socket;
 mod tables;
+mod tc;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -29,19 +29,23 @@ pub(crate) static RANGES: LpmTrie<RangeKey, u32, { size::RANGES as usize }> = Lp
 pub(crate) static INTERFACES: HashMap<u32, Interface, { size::INTERFACES as usize }> = HashMap::new();
 
 #[btf_map(name = "maglev")]
-pub(crate) static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, { size::MAGLEV as usize }> = HashOfMaps::new();
+pub(crate) static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, { size::MAGLEV as usize }> =
+    HashOfMaps::new();
 
 #[btf_map(name = "affinity")]
-pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { size::AFFINITY as usize }> = LruHashMap::new();
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { size::AFFINITY as usize }> =
+    LruHashMap::new();
 
 #[btf_map(name = "sockets")]
-pub(crate) static SOCKETS: LruHashMap<SocketKey, SocketRecord, { size::SOCKETS as usize }> = LruHashMap::new();
+pub(crate) static SOCKETS: LruHashMap<SocketKey, SocketRecord, { size::SOCKETS as usize }> =
+    LruHashMap::new();
 
 #[btf_map(name = "flows")]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, { size::FLOWS as usize }> = LruHashMap::new();
 
 #[btf_map(name = "fragments")]
-pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS as usize }> = LruHashMap::new();
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS as usize }> =
+    LruHashMap::new();
 
 #[btf_map(name = "service_stats")]
 pub(crate) static SERVICE_STATS: PerCpuArray<ServiceCounters, { size::FRONTENDS as usize }> =

@@ -9,11 +9,12 @@ use shunt_ebpf_abi::{
 
 use crate::maps::{AFFINITY, MAGLEV};
 use crate::tables::{Kernel, event};
+use crate::tc::Work;
 
 /// Who asks.
 pub(crate) struct Asker<'a> {
     /// Under which key the client's affinity is kept.
-    pub(crate) affinity: AffinityKey,
+    pub(crate) affinity: &'a AffinityKey,
     /// The packet, where there is one: what a Maglev table hashes.
     pub(crate) tuple: Option<&'a Tuple>,
 }
@@ -73,6 +74,22 @@ fn recall(
     // SAFETY: as above.
     unsafe { (*record).last_used = now };
     Some((id, endpoint))
+}
+
+/// The same for a packet at tc: key, frontend and asker are in `work`, where the endpoint is put too. 0
+/// when there is one.
+#[inline(never)]
+pub(crate) fn pick_by_packet(work: &mut Work, local: bool) -> u32 {
+    let Some(kernel) = Kernel::open() else { return 1 };
+    let asker = Asker { affinity: &work.affinity_key, tuple: Some(&work.key.tuple) };
+    match pick(&kernel, &work.frontend_key, &work.frontend, local, &asker) {
+        Some((id, endpoint)) => {
+            work.endpoint_id = id;
+            work.endpoint = endpoint;
+            0
+        }
+        None => 1,
+    }
 }
 
 #[inline(always)]

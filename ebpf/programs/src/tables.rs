@@ -4,7 +4,9 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use shunt_ebpf_abi::lookup::Tables;
 use shunt_ebpf_abi::{Address, Config, Endpoint, Event, Frontend, FrontendKey, RangeKey, ServiceCounters};
 
-use crate::maps::{ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, RANGES, SERVICE_STATS, SLOTS};
+use crate::maps::{
+    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, RANGES, SERVICE_STATS, SLOTS,
+};
 
 /// The kernel's maps.
 #[derive(Clone, Copy)]

@@ -185,12 +185,8 @@ impl Bpf {
             Some(path) => path.clone(),
             None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
         };
-        let (pins, devices) = (self.pins.clone(), self.device_names());
-        self.inside(move || attach::attach(&pins, &cgroup, &devices).map_err(io::Error::other))
-    }
-
-    fn device_names(&self) -> BTreeMap<u32, String> {
-        self.devices.devices.iter().map(|(index, (name, _))| (*index, name.clone())).collect()
+        let (pins, devices) = (&self.pins, &self.devices.devices);
+        self.inside(|| attach::attach(pins, &cgroup, devices).map_err(io::Error::other))
     }
 
     /// Reads devices and addresses and tells the programs.
@@ -198,7 +194,7 @@ impl Bpf {
         let pods = self.maps()?.pods().map_err(of_map)?;
         let devices = self.inside(|| Devices::read(&pods))?;
         let maps = self.maps()?;
-        let interfaces = devices.devices.iter().map(|(index, (_, interface))| (*index, *interface)).collect();
+        let interfaces = devices.devices.iter().map(|(index, device)| (*index, device.interface)).collect();
         maps.set_interfaces(&interfaces).map_err(of_map)?;
         maps.set_local(devices.addresses.clone()).map_err(of_map)?;
         maps.edit_config(|config| {
@@ -276,7 +272,7 @@ impl Kernel for Bpf {
         if in_use && same {
             let pods = maps.pods().map_err(of_map)?;
             self.devices = self.inside(|| Devices::read(&pods))?;
-            let wanted = attach::wanted_links(&self.pins, &self.device_names());
+            let wanted = attach::wanted_links(&self.pins, &self.devices.devices);
             let wanted = wanted.map_err(|e| failed("list programs", e))?;
             let held = self.pins.link_names().map_err(|e| failed("list links", e))?;
             state.installed = wanted == held;
@@ -319,6 +315,11 @@ impl Bpf {
     fn object(&mut self) -> Result<String, KernelError> {
         Ok(self.maps()?.object().map_err(of_map)?.unwrap_or_default())
     }
+}
+
+/// The cookie of the calling thread's network namespace: a number that no other one has or had.
+pub fn network_namespace_cookie() -> io::Result<u64> {
+    sys::netns_cookie()
 }
 
 const fn is_structural(op: &Op) -> bool {

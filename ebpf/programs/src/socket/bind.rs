@@ -23,12 +23,12 @@ pub fn bind6(context: SockAddrContext) -> i32 {
 #[inline(always)]
 fn bind(call: &Call<'_>) -> i32 {
     let Some(kernel) = Kernel::open() else { return ALLOW };
-    if kernel.config.flags & config_flags::PROTECT_NODE_PORTS == 0
-        || call.netns() != kernel.config.host_netns
+    if kernel.config.flags & config_flags::PROTECT_NODE_PORTS == 0 || call.netns() != kernel.config.host_netns
     {
         return ALLOW;
     }
-    let key = FrontendKey { address: call.address(), port: call.port(), protocol: call.protocol(), reserved: 0 };
+    let key =
+        FrontendKey { address: call.address(), port: call.port(), protocol: call.protocol(), reserved: 0 };
     if kernel.frontend(&key.node_port()).is_none() {
         return ALLOW;
     }

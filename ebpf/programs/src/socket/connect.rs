@@ -21,7 +21,8 @@ pub fn connect6(context: SockAddrContext) -> i32 {
 #[inline(always)]
 fn connect(call: &Call<'_>) -> i32 {
     let Some(kernel) = Kernel::open() else { return ALLOW };
-    let key = FrontendKey { address: call.address(), port: call.port(), protocol: call.protocol(), reserved: 0 };
+    let key =
+        FrontendKey { address: call.address(), port: call.port(), protocol: call.protocol(), reserved: 0 };
     if key.protocol != TCP && key.protocol != UDP {
         return ALLOW;
     }

@@ -190,7 +190,7 @@ pub(crate) fn route(kernel: &Kernel, call: &Call<'_>, key: &FrontendKey) -> Rout
         Judgement::Forward { local, .. } => {
             let affinity =
                 AffinityKey { client: Address::ANY, netns, service: frontend.service, reserved: 0 };
-            match pick(kernel, key, &frontend, local, &Asker { affinity, tuple: None }) {
+            match pick(kernel, key, &frontend, local, &Asker { affinity: &affinity, tuple: None }) {
                 Some((id, endpoint)) => {
                     count_flow(frontend.service, id);
                     Route::To(id, endpoint, frontend.service)

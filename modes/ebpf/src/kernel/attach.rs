@@ -12,6 +12,7 @@ use aya::programs::{CgroupAttachMode, LinkOrder, Program, SchedClassifier, TcAtt
 use aya::{Ebpf, EbpfLoader};
 use shunt_ebpf_abi::map;
 
+use super::devices::Device;
 use super::sys;
 
 /// The folders in which everything is pinned.
@@ -176,14 +177,14 @@ const HOOKS: [(&str, Hook); 12] = {
         ("getpeername6", Hook::Cgroup(At::GetPeerName6)),
         ("bind4", Hook::Cgroup(At::Bind4)),
         ("bind6", Hook::Cgroup(At::Bind6)),
-        ("tc_ingress", Hook::Tc(TcAttachType::Ingress)),
-        ("tc_egress", Hook::Tc(TcAttachType::Egress)),
+        ("ingress", Hook::Tc(TcAttachType::Ingress)),
+        ("egress", Hook::Tc(TcAttachType::Egress)),
     ]
 };
 
 /// Puts the pinned programs under the pinned links, and makes the links that are missing: at the cgroup,
 /// and at each device (index and name). Links of devices that are gone are removed.
-pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, String>) -> Result<(), AttachError> {
+pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, Device>) -> Result<(), AttachError> {
     let links = pins.link_names().map_err(io_at(pins.links().display().to_string()))?;
     let programs = names(&pins.programs()).map_err(io_at(pins.programs().display().to_string()))?;
     let mut wanted = BTreeSet::new();
@@ -200,10 +201,11 @@ pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, String>
             Hook::Tc(at) => {
                 for (index, device) in devices {
                     let link = format!("{name}-{index}");
+                    let program = if device.ethernet { (*name).to_owned() } else { format!("{name}_l3") };
                     if links.contains(&link) {
-                        update(pins, name, &link)?;
+                        update(pins, &program, &link)?;
                     } else {
-                        attach_device(pins, name, &link, *at, device)?;
+                        attach_device(pins, &program, &link, *at, &device.name)?;
                     }
                     wanted.insert(link);
                 }
@@ -218,7 +220,7 @@ pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, String>
 }
 
 /// The links that there should be.
-pub(super) fn wanted_links(pins: &Pins, devices: &BTreeMap<u32, String>) -> io::Result<BTreeSet<String>> {
+pub(super) fn wanted_links(pins: &Pins, devices: &BTreeMap<u32, Device>) -> io::Result<BTreeSet<String>> {
     let programs = names(&pins.programs())?;
     let hooks = HOOKS.iter().filter(|(name, _)| programs.contains(*name));
     Ok(hooks

@@ -8,11 +8,22 @@ use std::sync::Arc;
 
 use shunt_ebpf_abi::{Address, Interface};
 
+/// A device that packets pass.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Device {
+    /// Its name.
+    pub(super) name: String,
+    /// Whether its packets have Ethernet headers.
+    pub(super) ethernet: bool,
+    /// What programs should know of it.
+    pub(super) interface: Interface,
+}
+
 /// What there is.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Devices {
-    /// Devices that packets pass, by index: name, and what programs should know.
-    pub(super) devices: BTreeMap<u32, (String, Interface)>,
+    /// Devices that packets pass, by index.
+    pub(super) devices: BTreeMap<u32, Device>,
     /// All addresses of the node.
     pub(super) addresses: BTreeSet<Address>,
 }
@@ -21,7 +32,7 @@ impl Devices {
     /// Reads devices and addresses. `pods` says by which interface local pods are known.
     pub(super) fn read(pods: &BTreeSet<Arc<str>>) -> io::Result<Self> {
         let mut found = Self::default();
-        let mut by_name: BTreeMap<String, Interface> = BTreeMap::new();
+        let mut by_name: BTreeMap<String, Device> = BTreeMap::new();
         for entry in nix::ifaddrs::getifaddrs()? {
             let address = entry.address.as_ref().and_then(|address| {
                 let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
@@ -31,7 +42,11 @@ impl Devices {
             if entry.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK) {
                 continue;
             }
-            let interface = by_name.entry(entry.interface_name).or_default();
+            let device = by_name.entry(entry.interface_name).or_default();
+            if let Some(link) = entry.address.as_ref().and_then(|address| address.as_link_addr()) {
+                device.ethernet = link.hatype() == libc::ARPHRD_ETHER;
+            }
+            let interface = &mut device.interface;
             match address {
                 Some(IpAddr::V4(a)) if interface.address4.is_unspecified() => {
                     interface.address4 = IpAddr::V4(a).into();
@@ -42,13 +57,13 @@ impl Devices {
                 _ => {}
             }
         }
-        for (name, mut interface) in by_name {
+        for (name, mut device) in by_name {
             // One that has just gone is none.
             let Ok(index) = nix::net::if_::if_nametoindex(name.as_str()) else { continue };
             if pods.iter().any(|pods| is_pods_interface(pods, &name)) {
-                interface.flags |= Interface::POD;
+                device.interface.flags |= Interface::POD;
             }
-            found.devices.insert(index, (name, interface));
+            found.devices.insert(index, Device { name, ..device });
         }
         Ok(found)
     }
@@ -56,8 +71,8 @@ impl Devices {
     /// An address of the node for packets that leave by a device without one.
     pub(super) fn fallback(&self, v4: bool) -> Address {
         let of = |interface: &Interface| if v4 { interface.address4 } else { interface.address6 };
-        let addresses = self.devices.values().map(|(_, interface)| of(interface));
-        addresses.into_iter().find(|address| !address.is_unspecified()).unwrap_or(Address::ANY)
+        let mut addresses = self.devices.values().map(|device| of(&device.interface));
+        addresses.find(|address| !address.is_unspecified()).unwrap_or(Address::ANY)
     }
 }
 

@@ -281,9 +281,11 @@ async fn ask_udp(socket: Socket, dst: SocketAddr) -> io::Result<String> {
     socket.connect(&dst.into())?;
     let socket = UdpSocket::from_std(socket.into())?;
     match socket.send(b"who\n").await {
-        // The sender's own output hook dropped it. If it was rejected, the ICMP error is waiting; if not, nothing
-        // will come, as with any other drop.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+        // The sender's own output hook (EPERM) or its device's (ENOBUFS) dropped it. If it was rejected, the ICMP
+        // error is waiting; if not, nothing will come, as with any other drop.
+        Err(error)
+            if error.kind() == ErrorKind::PermissionDenied
+                || error.raw_os_error() == Some(libc::ENOBUFS) => {}
         sent => drop(sent?),
     }
     let mut buffer = [0; 2048];

@@ -1,11 +1,14 @@
 //! ebpf mode as the suites see it.
 
+pub mod place;
+
 use anyhow::{Result, ensure};
 use shunt_core::id::IpFamily;
 use shunt_harness::lab::Namespace;
-use shunt_mode::{KernelError, Plan};
+use shunt_mode::{KernelError, Plan, Remedy};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::fake::FakeKernel;
+use shunt_mode_ebpf::kernel::Bpf;
 use shunt_mode_ebpf::op::Op;
 use shunt_mode_ebpf::plan::{TRANSACTION_MAX, plan_within};
 use shunt_mode_ebpf::render::Desired;
@@ -22,7 +25,7 @@ impl ModeUnderTest for EbpfMode {
     type Desired = Desired;
     type Op = Op;
     type Fake = Ebpf<FakeKernel>;
-    type Real = Ebpf<FakeKernel>;
+    type Real = Ebpf<Bpf>;
 
     const OPS_PER_ENDPOINT: usize = 8;
 
@@ -31,7 +34,12 @@ impl ModeUnderTest for EbpfMode {
     }
 
     fn real(family: IpFamily) -> Result<Self::Real, KernelError> {
-        Ok(Self::fake(family))
+        let options = place::options().map_err(|error| KernelError {
+            context: "a place for the maps".to_owned(),
+            source: error.into(),
+            remedy: Remedy::Fatal,
+        })?;
+        Bpf::open(family, options).map(Ebpf::new)
     }
 
     fn held(fake: &mut Self::Fake) -> State {
