@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use anyhow::{Context as _, Result};
 use shunt_core::id::IpFamily;
 use shunt_core::walk::{Outcome, Packet};
-use shunt_harness::lab::Namespace;
+use shunt_harness::lab::{Lab, Namespace};
 use shunt_mode::{Backend, KernelError, Mode, Plan};
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::fake::FakeKernel;
@@ -72,6 +72,11 @@ pub trait ModeUnderTest: 'static {
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
     fn add_affinity_records(namespace: &Namespace, family: IpFamily, count: usize) -> Result<()>;
+    /// Lets processes of a lab meet the mode as those of a real node do, before anything is started in
+    /// it. Answers whether refusals meet the node's processes at their sockets, without a packet.
+    fn settle(_lab: &Lab) -> Result<bool> {
+        Ok(false)
+    }
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }

@@ -22,7 +22,7 @@ pub(super) struct Device {
 /// What there is.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Devices {
-    /// Devices that packets pass, by index.
+    /// Devices that packets pass, by index: all but the loopback device.
     pub(super) devices: BTreeMap<u32, Device>,
     /// All addresses of the node.
     pub(super) addresses: BTreeSet<Address>,
@@ -39,6 +39,8 @@ impl Devices {
                 v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
             });
             found.addresses.extend(address.map(Address::from));
+            // Its processes' packets to the node's own addresses are served at sockets; answers that come
+            // in with a source of its own would be martians.
             if entry.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK) {
                 continue;
             }

@@ -1,10 +1,10 @@
 //! ebpf mode as the suites see it.
 
-pub mod place;
+mod place;
 
 use anyhow::{Result, ensure};
 use shunt_core::id::IpFamily;
-use shunt_harness::lab::Namespace;
+use shunt_harness::lab::{Lab, Namespace};
 use shunt_mode::{KernelError, Plan, Remedy};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::fake::FakeKernel;
@@ -94,7 +94,15 @@ impl ModeUnderTest for EbpfMode {
         anyhow::bail!("no kernel")
     }
 
-    fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
-        None
+    fn settle(lab: &Lab) -> Result<bool> {
+        // Pods stay outside: their packets meet the programs at devices.
+        lab.node().set_cgroup(lab.node().run(place::cgroup)?);
+        Ok(true)
+    }
+
+    fn lacks(_case: &str, packet: Option<&str>) -> Option<&'static str> {
+        let own_vip = matches!(packet, Some("vip-source-to-lb1" | "vip-source-to-lb2"));
+        // The walker knows the answer, but nothing leaves a device that tc could look at.
+        own_vip.then_some("a load balancer's address with source ranges that the node itself has")
     }
 }

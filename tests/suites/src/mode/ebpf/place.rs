@@ -16,16 +16,12 @@ const CGROUPS: &str = "shunt-suites-";
 
 /// Options for the lab in whose node's network namespace the calling thread is. The same lab gets the
 /// same ones each time.
-pub fn options() -> Result<Arc<Options>> {
+pub(super) fn options() -> Result<Arc<Options>> {
     // Unlike the inode number, a cookie is never given to a second namespace.
     let cookie = network_namespace_cookie()?;
     let bpf_root = bpffs()?.join(cookie.to_string());
-    let cgroup = cgroups()?.join(cookie.to_string());
-    for folder in [&bpf_root, &cgroup] {
-        make(folder).with_context(|| folder.display().to_string())?;
-    }
-    // Threads of one process may then be in different cgroups.
-    let _ = std::fs::write(cgroup.join("cgroup.type"), "threaded");
+    make(&bpf_root).with_context(|| bpf_root.display().to_string())?;
+    let cgroup = cgroup()?;
     Ok(Arc::new(Options {
         bpf_root,
         cgroup_root: Some(cgroup),
@@ -34,6 +30,16 @@ pub fn options() -> Result<Arc<Options>> {
         flows: 8192,
         ..Options::default()
     }))
+}
+
+/// The cgroup for that lab.
+pub(super) fn cgroup() -> Result<PathBuf> {
+    let cgroup = cgroups()?.join(network_namespace_cookie()?.to_string());
+    make(&cgroup).with_context(|| cgroup.display().to_string())?;
+    // Threads of one process may then be in different cgroups.
+    std::fs::write(cgroup.join("cgroup.type"), "threaded")
+        .with_context(|| format!("make {} threaded", cgroup.display()))?;
+    Ok(cgroup)
 }
 
 fn make(folder: &Path) -> io::Result<()> {
