@@ -110,6 +110,8 @@ pub struct Bpf {
     netns: File,
     maps: Option<Maps>,
     devices: Devices,
+    /// Programs were loaded that no link has yet.
+    loaded: bool,
 }
 
 impl Bpf {
@@ -118,7 +120,7 @@ impl Bpf {
         let netns =
             File::open("/proc/thread-self/ns/net").map_err(|e| failed("open network namespace", e))?;
         let pins = Pins::new(&options.bpf_root);
-        Ok(Self { family, pins, options, netns, maps: None, devices: Devices::default() })
+        Ok(Self { family, pins, options, netns, maps: None, devices: Devices::default(), loaded: false })
     }
 
     /// Runs something in the network namespace of the handle.
@@ -175,7 +177,8 @@ impl Bpf {
             config.host_netns = cookie;
         })
         .map_err(of_map)?;
-        maps.set_object(&name).map_err(of_map)
+        self.loaded = true;
+        Ok(())
     }
 
     /// Attaches the programs to the cgroup and to the devices that there are.
@@ -185,8 +188,15 @@ impl Bpf {
             Some(path) => path.clone(),
             None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
         };
-        let (pins, devices) = (&self.pins, &self.devices.devices);
-        self.inside(|| attach::attach(pins, &cgroup, devices).map_err(io::Error::other))
+        let (pins, devices, replace) = (&self.pins, &self.devices.devices, self.loaded);
+        self.inside(|| attach::attach(pins, &cgroup, devices, replace).map_err(io::Error::other))?;
+        if self.loaded {
+            // Only now: whoever comes after a crash in between starts over.
+            let name = self.options.object_name();
+            self.maps()?.set_object(&name).map_err(of_map)?;
+            self.loaded = false;
+        }
+        Ok(())
     }
 
     /// Reads devices and addresses and tells the programs.

@@ -6,11 +6,15 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::Packet;
 use shunt_mode::driver::{Driver, ModeDriver, Output, Stage, Traces, dump_offline, trace_offline};
 use shunt_mode::{KernelError, Mode};
+use shunt_mode_ebpf::Ebpf;
+use shunt_mode_ebpf::kernel::Bpf;
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::kernel::Netlink;
 
@@ -19,7 +23,7 @@ use shunt_mode_nftables::kernel::Netlink;
 #[non_exhaustive]
 pub enum OpenError {
     /// This build has no such mode.
-    #[error("mode {0} is not part of this build; use --mode nftables")]
+    #[error("mode {0} is not part of this build; use one of nftables, ebpf")]
     NotBuilt(Mode),
     /// The kernel could not be reached.
     #[error(transparent)]
@@ -27,11 +31,24 @@ pub enum OpenError {
 }
 
 /// The modes of this build.
-pub const BUILT: &[Mode] = &[Mode::Nftables];
+pub const BUILT: &[Mode] = &[Mode::Nftables, Mode::Ebpf];
+
+/// Settings that only one mode has.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Those of ebpf mode.
+    pub ebpf: Arc<shunt_mode_ebpf::kernel::Options>,
+}
+
+pub use shunt_mode_ebpf::kernel::Options as EbpfOptions;
 
 /// Opens a mode for a family in the calling thread's network namespace.
-pub fn open(mode: Mode, family: IpFamily) -> Result<Box<dyn Driver>, OpenError> {
+pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn Driver>, OpenError> {
     match mode {
+        Mode::Ebpf => {
+            let backend = Ebpf::new(Bpf::open(family, options.ebpf.clone())?);
+            Ok(Box::new(ModeDriver::new(backend, family)))
+        }
         Mode::Nftables => {
             let backend = Nftables::new(Netlink::open(family)?);
             Ok(Box::new(ModeDriver::new(backend, family)))
@@ -49,6 +66,7 @@ pub fn dump(
     output: Output,
 ) -> Result<String, OpenError> {
     match mode {
+        Mode::Ebpf => Ok(dump_offline::<Ebpf<Bpf>>(table, stage, only, output)),
         Mode::Nftables => Ok(dump_offline::<Nftables<Netlink>>(table, stage, only, output)),
         other => Err(OpenError::NotBuilt(other)),
     }
@@ -57,6 +75,7 @@ pub fn dump(
 /// Says what becomes of packets under what a mode makes of a table, without a kernel.
 pub fn trace(mode: Mode, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, OpenError> {
     match mode {
+        Mode::Ebpf => Ok(trace_offline::<Ebpf<Bpf>>(table, packets)),
         Mode::Nftables => Ok(trace_offline::<Nftables<Netlink>>(table, packets)),
         other => Err(OpenError::NotBuilt(other)),
     }

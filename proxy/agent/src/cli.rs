@@ -69,7 +69,7 @@ pub(crate) struct SettingArgs {
     /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1).
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// How to program the kernel: nftables (this build has no other mode).
+    /// How to program the kernel: nftables or ebpf.
     #[arg(long, visible_alias = "proxy-mode", value_name = "MODE")]
     pub mode: Option<String>,
     /// Range of pod addresses, one or one of each family: traffic from elsewhere to a cluster IP is
@@ -94,6 +94,47 @@ pub(crate) struct SettingArgs {
     /// Addresses on which node ports answer: `primary`, or ranges. Default: primary.
     #[arg(long = "nodeport-addresses", value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
     pub node_port_addresses: Vec<String>,
+    #[command(flatten)]
+    pub ebpf: EbpfArgs,
+}
+
+/// Settings of ebpf mode. `KubeProxyConfiguration` has no place for them.
+#[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct EbpfArgs {
+    /// cgroup2 folder whose processes, with those of all folders below, are served at their sockets.
+    /// Default: the root of the first cgroup2 that is mounted.
+    #[arg(long, value_name = "PATH")]
+    pub cgroup_root: Option<PathBuf>,
+    /// bpffs in which maps, programs and links are kept, so that they outlive the process. Default:
+    /// /sys/fs/bpf.
+    #[arg(long, value_name = "PATH")]
+    pub bpf_fs_root: Option<PathBuf>,
+    /// Most frontends (address, port and protocol of a Service) in ebpf mode. Default: 65536.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=4_194_304))]
+    pub ebpf_frontends_max: Option<u32>,
+    /// Most endpoints in ebpf mode, counted once for each Service port. Default: 262144.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=4_194_304))]
+    pub ebpf_endpoints_max: Option<u32>,
+    /// Entries of the connection table in ebpf mode, two to four for each connection; the tables of
+    /// sockets and of clients with session affinity have half as many. Default: 524288.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=33_554_432))]
+    pub ebpf_flows_max: Option<u32>,
+}
+
+impl EbpfArgs {
+    /// Settings of the modes.
+    pub(crate) fn options(&self) -> shunt_modes::Options {
+        let default = shunt_modes::EbpfOptions::default();
+        let ebpf = shunt_modes::EbpfOptions {
+            cgroup_root: self.cgroup_root.clone(),
+            bpf_root: self.bpf_fs_root.clone().unwrap_or(default.bpf_root),
+            frontends: self.ebpf_frontends_max.unwrap_or(default.frontends),
+            endpoints: self.ebpf_endpoints_max.unwrap_or(default.endpoints),
+            flows: self.ebpf_flows_max.unwrap_or(default.flows),
+            object: default.object,
+        };
+        shunt_modes::Options { ebpf: ebpf.into() }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -138,6 +179,8 @@ pub(crate) struct RunArgs {
 pub(crate) struct CleanupArgs {
     #[command(flatten)]
     pub log: LogArgs,
+    #[command(flatten)]
+    pub ebpf: EbpfArgs,
 }
 
 /// What to print.

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => {
             logging::start(&args.log);
-            done(if args.cleanup { cleanup() } else { run::run(&args) })
+            done(if args.cleanup { cleanup(&args.settings.ebpf) } else { run::run(&args) })
         }
         Command::Dump(args) => {
             logging::start(&args.log);
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         }
         Command::Cleanup(args) => {
             logging::start(&args.log);
-            done(cleanup())
+            done(cleanup(&args.ebpf))
         }
     };
     match result {
@@ -73,10 +73,11 @@ fn arguments() -> Vec<OsString> {
     arguments
 }
 
-fn cleanup() -> anyhow::Result<()> {
+fn cleanup(ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
+    let options = ebpf.options();
     for mode in shunt_modes::BUILT {
         for family in IpFamily::ALL {
-            shunt_modes::open(*mode, family)?.cleanup()?;
+            shunt_modes::open(*mode, family, &options)?.cleanup()?;
             tracing::info!(%mode, %family, "removed");
         }
     }

@@ -61,7 +61,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         node = node_name,
         "starting"
     );
-    let families = open_families(&settings)?;
+    let families = open_families(&settings, &args.settings.ebpf.options())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
@@ -99,7 +99,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
                     engine.updates(&mut batch);
                 }
             }
-            Some(found) = addresses.recv() => engine.addresses(found),
+            Some(found) = addresses.recv() => block_in_place(|| engine.addresses(found)),
             Some(ended) = done.recv() => engine.cleaned(ended),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
@@ -152,7 +152,7 @@ fn ended_source(
 }
 
 /// Opens the mode for both families. A kernel without one family serves the other.
-fn open_families(settings: &Settings) -> Result<Vec<Family>> {
+fn open_families(settings: &Settings, options: &shunt_modes::Options) -> Result<Vec<Family>> {
     let periods = Periods {
         min_sync: settings.min_sync_period.unwrap_or(Periods::default().min_sync),
         ..Periods::default()
@@ -160,7 +160,7 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(settings.mode, family)?;
+        let mut driver = shunt_modes::open(settings.mode, family, options)?;
         match driver.probe() {
             Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
             Err(error) => {
@@ -254,13 +254,22 @@ impl Engine {
         }
     }
 
+    /// Addresses or devices of the node have changed.
     fn addresses(&mut self, found: BTreeSet<IpAddr>) {
+        let same = self.addresses.as_ref() == Some(&found);
         self.addresses = Some(found);
         if self.compiler.is_none() {
             self.start();
-        } else {
+        } else if !same {
             self.refresh_context();
         }
+        let errors: Vec<String> = self
+            .families
+            .iter_mut()
+            .filter_map(|family| family.driver.refresh().err())
+            .map(|error| format!("devices of the node: {error}"))
+            .collect();
+        errors.into_iter().for_each(|error| self.complain(error));
     }
 
     /// What is known of the node by now.

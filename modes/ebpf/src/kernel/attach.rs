@@ -182,9 +182,14 @@ const HOOKS: [(&str, Hook); 12] = {
     ]
 };
 
-/// Puts the pinned programs under the pinned links, and makes the links that are missing: at the cgroup,
-/// and at each device (index and name). Links of devices that are gone are removed.
-pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, Device>) -> Result<(), AttachError> {
+/// Makes the links that are missing: at the cgroup, and at each device. Those of devices that are gone are
+/// removed. With `replace`, links that are there get the pinned programs in place of theirs.
+pub(super) fn attach(
+    pins: &Pins,
+    cgroup: &Path,
+    devices: &BTreeMap<u32, Device>,
+    replace: bool,
+) -> Result<(), AttachError> {
     let links = pins.link_names().map_err(io_at(pins.links().display().to_string()))?;
     let programs = names(&pins.programs()).map_err(io_at(pins.programs().display().to_string()))?;
     let mut wanted = BTreeSet::new();
@@ -193,7 +198,9 @@ pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, Device>
             Hook::Cgroup(at) => {
                 wanted.insert((*name).to_owned());
                 if links.contains(*name) {
-                    update(pins, name, name)?;
+                    if replace {
+                        update(pins, name, name)?;
+                    }
                 } else {
                     attach_cgroup(pins, name, *at, cgroup)?;
                 }
@@ -203,7 +210,9 @@ pub(super) fn attach(pins: &Pins, cgroup: &Path, devices: &BTreeMap<u32, Device>
                     let link = format!("{name}-{index}");
                     let program = if device.ethernet { (*name).to_owned() } else { format!("{name}_l3") };
                     if links.contains(&link) {
-                        update(pins, &program, &link)?;
+                        if replace {
+                            update(pins, &program, &link)?;
+                        }
                     } else {
                         attach_device(pins, &program, &link, *at, &device.name)?;
                     }

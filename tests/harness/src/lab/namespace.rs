@@ -50,7 +50,13 @@ impl Namespace {
             thread.join().unwrap_or_else(|panic| resume_unwind(panic))
         })
         .with_context(|| format!("create namespace {name}"))?;
-        let inner = Inner { name: name.to_owned(), handle, pods: Arc::default(), echo: Mutex::default(), cgroup: Mutex::default() };
+        let inner = Inner {
+            name: name.to_owned(),
+            handle,
+            pods: Arc::default(),
+            echo: Mutex::default(),
+            cgroup: Mutex::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
