@@ -78,6 +78,8 @@ pub trait Driver: Send {
     fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError>;
     /// How full the kernel's tables are, as far as known.
     fn usage(&self) -> Vec<Usage>;
+    /// Takes in that the node's devices or addresses have changed.
+    fn refresh(&mut self) -> Result<(), KernelError>;
     /// Removes everything that the mode owns.
     fn cleanup(&mut self) -> Result<(), KernelError>;
 }
@@ -192,6 +194,10 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn usage(&self) -> Vec<Usage> {
         self.state.as_ref().map(B::usage).unwrap_or_default()
+    }
+
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        self.backend.refresh()
     }
 
     fn cleanup(&mut self) -> Result<(), KernelError> {

@@ -197,6 +197,12 @@ pub trait Backend: Send {
         Ok((Plan::default(), None))
     }
 
+    /// Takes in that the node's devices or addresses have changed. Modes whose rules ask the kernel
+    /// itself have nothing to do.
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     /// Removes everything that the mode owns. Safe to run twice.
     fn cleanup(&mut self) -> Result<(), KernelError>;
 

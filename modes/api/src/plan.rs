@@ -14,11 +14,14 @@ pub struct Transaction<Op> {
 pub struct Plan<Op> {
     /// The transactions, in order.
     pub transactions: Vec<Transaction<Op>>,
+    /// What is desired but cannot be had, a sentence each, beginning with the Service port or the
+    /// frontend: a map of the kernel is full.
+    pub problems: Vec<String>,
 }
 
 impl<Op> Default for Plan<Op> {
     fn default() -> Self {
-        Self { transactions: Vec::new() }
+        Self { transactions: Vec::new(), problems: Vec::new() }
     }
 }
 
@@ -43,6 +46,9 @@ impl<Op> Plan<Op> {
 
 impl<Op: fmt::Display> fmt::Display for Plan<Op> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for problem in &self.problems {
+            writeln!(f, "# {problem}")?;
+        }
         if self.is_empty() {
             return f.write_str("# nothing to do\n");
         }

@@ -10,11 +10,16 @@ mod choose;
 
 pub use choose::{Choice, choose};
 
+use std::sync::Arc;
+
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::Packet;
 use shunt_mode::driver::{Driver, ModeDriver, Output, Stage, Traces, dump_offline, trace_offline};
 use shunt_mode::{KernelError, Mode};
+use shunt_mode_ebpf::Ebpf;
+use shunt_mode_ebpf::kernel::Bpf;
+pub use shunt_mode_ebpf::kernel::Options as EbpfOptions;
 use shunt_mode_ipvs::Ipvs;
 use shunt_mode_ipvs::kernel::Linux;
 pub use shunt_mode_ipvs::kernel::Options as IpvsOptions;
@@ -26,7 +31,7 @@ use shunt_mode_nftables::kernel::Netlink;
 #[non_exhaustive]
 pub enum OpenError {
     /// This build has no such mode.
-    #[error("mode {0} is not part of this build; use --mode nftables")]
+    #[error("mode {0} is not part of this build; use one of nftables, ebpf")]
     NotBuilt(Mode),
     /// The kernel could not be reached.
     #[error(transparent)]
@@ -34,7 +39,7 @@ pub enum OpenError {
 }
 
 /// The modes of this build.
-pub const BUILT: &[Mode] = &[Mode::Nftables, Mode::Ipvs];
+pub const BUILT: &[Mode] = &[Mode::Nftables, Mode::Ipvs, Mode::Ebpf];
 
 /// Modes of this build from which `auto` takes the first that the kernel can run: first the one that
 /// costs least per connection and change and needs no privilege beyond `CAP_NET_ADMIN`.
@@ -43,18 +48,19 @@ pub const AUTO: &[Mode] = &[Mode::Nftables];
 /// Settings that only one mode has.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Options {
+    /// Those of ebpf mode.
+    pub ebpf: Arc<EbpfOptions>,
     /// Those of ipvs mode.
     pub ipvs: IpvsOptions,
 }
 
-/// Opens a mode with its usual settings for a family in the calling thread's network namespace.
-pub fn open(mode: Mode, family: IpFamily) -> Result<Box<dyn Driver>, OpenError> {
-    open_with(mode, family, &Options::default())
-}
-
-/// [`open`] with other settings.
-pub fn open_with(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn Driver>, OpenError> {
+/// Opens a mode for a family in the calling thread's network namespace.
+pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn Driver>, OpenError> {
     match mode {
+        Mode::Ebpf => {
+            let backend = Ebpf::new(Bpf::open(family, options.ebpf.clone())?);
+            Ok(Box::new(ModeDriver::new(backend, family)))
+        }
         Mode::Nftables => {
             let backend = Nftables::new(Netlink::open(family)?);
             Ok(Box::new(ModeDriver::new(backend, family)))
@@ -76,6 +82,7 @@ pub fn dump(
     output: Output,
 ) -> Result<String, OpenError> {
     match mode {
+        Mode::Ebpf => Ok(dump_offline::<Ebpf<Bpf>>(table, stage, only, output)),
         Mode::Nftables => Ok(dump_offline::<Nftables<Netlink>>(table, stage, only, output)),
         Mode::Ipvs => Ok(dump_offline::<Ipvs<Linux>>(table, stage, only, output)),
         other => Err(OpenError::NotBuilt(other)),
@@ -85,6 +92,7 @@ pub fn dump(
 /// Says what becomes of packets under what a mode makes of a table, without a kernel.
 pub fn trace(mode: Mode, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, OpenError> {
     match mode {
+        Mode::Ebpf => Ok(trace_offline::<Ebpf<Bpf>>(table, packets)),
         Mode::Nftables => Ok(trace_offline::<Nftables<Netlink>>(table, packets)),
         Mode::Ipvs => Ok(trace_offline::<Ipvs<Linux>>(table, packets)),
         other => Err(OpenError::NotBuilt(other)),

@@ -119,6 +119,46 @@ pub(crate) struct SettingArgs {
     /// Addresses on which node ports answer: primary, all, localhost, or ranges. Default: primary.
     #[arg(long = "nodeport-addresses", value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
     pub node_port_addresses: Vec<String>,
+    #[command(flatten)]
+    pub ebpf: EbpfArgs,
+}
+
+/// Settings of ebpf mode. `KubeProxyConfiguration` has no place for them.
+#[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct EbpfArgs {
+    /// cgroup2 folder whose processes, with those of all folders below, are served at their sockets.
+    /// Default: the root of the first cgroup2 that is mounted.
+    #[arg(long, value_name = "PATH")]
+    pub cgroup_root: Option<PathBuf>,
+    /// bpffs in which maps, programs and links are kept, so that they outlive the process. Default:
+    /// /sys/fs/bpf.
+    #[arg(long, value_name = "PATH")]
+    pub bpf_fs_root: Option<PathBuf>,
+    /// Most frontends (address, port and protocol of a Service) in ebpf mode. Default: 65536.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=4_194_304))]
+    pub ebpf_frontends_max: Option<u32>,
+    /// Most endpoints in ebpf mode, counted once for each Service port. Default: 262144.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=4_194_304))]
+    pub ebpf_endpoints_max: Option<u32>,
+    /// Entries of the connection table in ebpf mode, two to four for each connection; the tables of
+    /// sockets and of clients with session affinity have half as many. Default: 524288.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=33_554_432))]
+    pub ebpf_flows_max: Option<u32>,
+}
+
+impl EbpfArgs {
+    /// The same for the mode.
+    pub(crate) fn options(&self) -> shunt_modes::EbpfOptions {
+        let default = shunt_modes::EbpfOptions::default();
+        shunt_modes::EbpfOptions {
+            cgroup_root: self.cgroup_root.clone(),
+            bpf_root: self.bpf_fs_root.clone().unwrap_or(default.bpf_root),
+            frontends: self.ebpf_frontends_max.unwrap_or(default.frontends),
+            endpoints: self.ebpf_endpoints_max.unwrap_or(default.endpoints),
+            flows: self.ebpf_flows_max.unwrap_or(default.flows),
+            object: default.object,
+        }
+    }
 }
 
 #[derive(Args, Clone, Debug)]
@@ -173,6 +213,8 @@ pub(crate) struct RunArgs {
 pub(crate) struct CleanupArgs {
     #[command(flatten)]
     pub log: LogArgs,
+    #[command(flatten)]
+    pub ebpf: EbpfArgs,
 }
 
 /// What to print.

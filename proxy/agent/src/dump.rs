@@ -39,10 +39,10 @@ pub(crate) fn dump(args: &DumpArgs) -> Result<()> {
 
 /// What the kernel of this network namespace holds.
 fn kernel(args: &DumpArgs, format: DumpOutput) -> Result<String> {
-    let mode = Settings::new(&args.settings, None)?.mode;
+    let settings = Settings::new(&args.settings, None)?;
     let mut texts = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(mode, family)?;
+        let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
         texts.push(driver.dump(&ForwardingTable::new(family), Stage::Kernel, None, output(format))?);
     }
     join(&texts, format)

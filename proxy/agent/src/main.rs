@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         }
         Command::Cleanup(args) => {
             logging::start(&args.log);
-            done(cleanup())
+            done(cleanup(&args.ebpf))
         }
     };
     match result {
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
 fn start(args: &RunArgs) -> anyhow::Result<()> {
     if args.cleanup == Some(true) {
         logging::start(&args.log);
-        return cleanup();
+        return cleanup(&args.settings.ebpf);
     }
     let configuration = Configuration::load(args)?;
     logging::start_configured(&args.log, &configuration.kube_proxy.logging);
@@ -107,10 +107,11 @@ fn dashed(argument: OsString) -> OsString {
     format!("{}{value}", name.replace('_', "-")).into()
 }
 
-fn cleanup() -> anyhow::Result<()> {
+fn cleanup(ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
+    let options = shunt_modes::Options { ebpf: ebpf.options().into(), ..Default::default() };
     for mode in shunt_modes::BUILT {
         for family in IpFamily::ALL {
-            shunt_modes::open(*mode, family)?.cleanup()?;
+            shunt_modes::open(*mode, family, &options)?.cleanup()?;
             tracing::info!(%mode, %family, "removed");
         }
     }

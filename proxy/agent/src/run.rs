@@ -163,7 +163,7 @@ async fn run_async(
                     engine.updates(&mut batch);
                 }
             }
-            Some(found) = addresses.recv() => engine.addresses(found),
+            Some(found) = addresses.recv() => block_in_place(|| engine.addresses(found)),
             Some(ended) = done.recv() => engine.cleaned(ended),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
@@ -250,7 +250,7 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open_with(settings.mode, family, &settings.options)?;
+        let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
         match driver.probe() {
             Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
             Err(error) => {
@@ -364,13 +364,22 @@ impl Engine {
         }
     }
 
+    /// Addresses or devices of the node have changed.
     fn addresses(&mut self, found: BTreeSet<IpAddr>) {
+        let same = self.addresses.as_ref() == Some(&found);
         self.addresses = Some(found);
         if self.compiler.is_none() {
             self.start();
-        } else {
+        } else if !same {
             self.refresh_context();
         }
+        let errors: Vec<String> = self
+            .families
+            .iter_mut()
+            .filter_map(|family| family.driver.refresh().err())
+            .map(|error| format!("devices of the node: {error}"))
+            .collect();
+        errors.into_iter().for_each(|error| self.complain(error));
     }
 
     /// What is known of the node by now.

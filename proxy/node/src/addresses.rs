@@ -30,10 +30,14 @@ pub enum AddressError {
 /// Several addresses come and go together: what follows within this time is read once.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// Sends the node's addresses at once and again whenever they change, until the receiver goes away.
+/// Sends the node's addresses at once, and again whenever they or the node's devices change, until the
+/// receiver goes away.
 pub async fn watch(tx: mpsc::Sender<BTreeSet<IpAddr>>) -> Result<(), AddressError> {
-    let (connection, handle, mut messages) =
-        new_multicast_connection(&[MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr])?;
+    let (connection, handle, mut messages) = new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+    ])?;
     let connection = tokio::spawn(connection);
     let result = watch_with(&handle, &mut messages, &tx).await;
     connection.abort();
@@ -47,15 +51,11 @@ async fn watch_with(
     messages: &mut Messages,
     tx: &mpsc::Sender<BTreeSet<IpAddr>>,
 ) -> Result<(), AddressError> {
-    let mut last = None;
     loop {
         let now = list(handle).await?;
-        if last.as_ref() != Some(&now) {
-            tracing::debug!(addresses = ?now, "addresses of the node");
-            if tx.send(now.clone()).await.is_err() {
-                return Ok(());
-            }
-            last = Some(now);
+        tracing::debug!(addresses = ?now, "addresses of the node");
+        if tx.send(now).await.is_err() {
+            return Ok(());
         }
         if messages.next().await.is_none() {
             return Err(AddressError::Closed);

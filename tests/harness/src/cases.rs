@@ -251,8 +251,13 @@ impl PacketText {
     }
 }
 
+/// Packets mean in ebpf mode what they mean in nftables mode; upstream has no such mode to name.
 fn modes(names: &[String]) -> Result<Vec<Mode>> {
-    names.iter().map(|name| Ok(name.parse()?)).collect()
+    let mut modes = names.iter().map(|name| Ok(name.parse()?)).collect::<Result<Vec<Mode>>>()?;
+    if modes.contains(&Mode::Nftables) {
+        modes.push(Mode::Ebpf);
+    }
+    Ok(modes)
 }
 
 fn json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {

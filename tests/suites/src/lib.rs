@@ -40,6 +40,7 @@ macro_rules! every_mode {
         $crate::for_mode!(nftables, $crate::mode::NftablesMode; $($test),*; $($($real),*)?);
         $crate::for_mode!(iptables, $crate::mode::IptablesLegacy; $($test),*; $($($real),*)?);
         $crate::for_mode!(iptables_nft, $crate::mode::IptablesNft; ; $($($real),*)?);
+        $crate::for_mode!(ebpf, $crate::mode::EbpfMode; $($test),*; $($($real),*)?);
     };
 }
 

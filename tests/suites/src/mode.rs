@@ -1,5 +1,6 @@
 //! How the suites see a mode.
 
+mod ebpf;
 mod iptables;
 mod ipvs;
 mod nftables;
@@ -12,12 +13,14 @@ use anyhow::Result;
 use shunt_core::id::IpFamily;
 use shunt_core::table::ForwardingTable;
 use shunt_core::walk::{Outcome, Packet, walk};
-use shunt_harness::lab::Namespace;
+use shunt_harness::lab::{Lab, Namespace};
 use shunt_mode::{Backend, KernelError, Mode, Plan};
 
 pub use iptables::{IptablesLegacy, IptablesNft};
 pub use ipvs::IpvsMode;
 pub use nftables::NftablesMode;
+
+pub use ebpf::EbpfMode;
 
 /// A mode with everything that the suites need of it.
 pub trait ModeUnderTest: 'static {
@@ -81,6 +84,11 @@ pub trait ModeUnderTest: 'static {
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
     fn add_affinity_records(namespace: &Namespace, family: IpFamily, count: usize) -> Result<()>;
+    /// Lets processes of a lab meet the mode as those of a real node do, before anything is started in
+    /// it. Answers whether refusals meet the node's processes at their sockets, without a packet.
+    fn settle(_lab: &Lab) -> Result<bool> {
+        Ok(false)
+    }
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }

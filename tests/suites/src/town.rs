@@ -21,6 +21,8 @@ pub struct Town {
     /// The namespaces.
     pub lab: Lab,
     node_ips: Vec<IpAddr>,
+    /// Whether refusals meet the node's processes at their sockets, without a packet.
+    refused_at_sockets: bool,
     /// Which namespace an address that is not the node's belongs to.
     homes: BTreeMap<IpAddr, Home>,
 }
@@ -34,8 +36,10 @@ enum Home {
 
 impl Town {
     /// Builds the lab of a case: all endpoints of all steps answer, the node's own in namespaces of
-    /// their own.
-    pub fn build(case: &Case) -> Result<Self> {
+    /// their own. `settle` prepares the lab for a mode, see [`ModeUnderTest::settle`].
+    ///
+    /// [`ModeUnderTest::settle`]: crate::mode::ModeUnderTest::settle
+    pub fn build(case: &Case, settle: impl FnOnce(&Lab) -> Result<bool>) -> Result<Self> {
         let mut homes: BTreeMap<IpAddr, Home> = BTreeMap::new();
         let mut ports: BTreeMap<IpAddr, BTreeSet<u16>> = BTreeMap::new();
         let slices = case.steps.iter().flat_map(|s| &s.objects).filter_map(|event| match event {
@@ -70,7 +74,8 @@ impl Town {
             };
         }
         let lab = builder.build()?;
-        let town = Self { lab, node_ips: case.node_ips.clone(), homes };
+        let refused_at_sockets = settle(&lab)?;
+        let town = Self { lab, node_ips: case.node_ips.clone(), refused_at_sockets, homes };
         for (address, ports) in ports {
             let servers = ports.into_iter().flat_map(|port| {
                 [Proto::Tcp, Proto::Udp, Proto::Sctp].map(|proto| (proto, SocketAddr::new(address, port)))
@@ -124,6 +129,9 @@ impl Town {
             }
             Outcome::Reject => {
                 let seen = namespace.probe(probe)?;
+                if on_node && self.refused_at_sockets && seen.is_refused() {
+                    return Ok(());
+                }
                 let icmp = match &seen {
                     Seen::Refused { icmp: Some(Icmp { kind, code, .. }), .. } => Some((*kind, *code)),
                     _ => None,

@@ -66,7 +66,7 @@ fn has_affinity(table: &ForwardingTable, packet: &Packet) -> bool {
 }
 
 fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
-    let town = Town::build(case)?;
+    let town = Town::build(case, M::settle)?;
     let node = town.lab.node();
     M::foreign(node)?;
     let foreign = M::list(node)?;

@@ -7,6 +7,7 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::panic::resume_unwind;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -33,6 +34,7 @@ struct Inner {
     handle: File,
     pods: Arc<Mutex<BTreeMap<IpAddr, String>>>,
     echo: Mutex<Option<EchoServer>>,
+    cgroup: Mutex<Option<PathBuf>>,
 }
 
 impl Namespace {
@@ -48,7 +50,13 @@ impl Namespace {
             thread.join().unwrap_or_else(|panic| resume_unwind(panic))
         })
         .with_context(|| format!("create namespace {name}"))?;
-        let inner = Inner { name: name.to_owned(), handle, pods: Arc::default(), echo: Mutex::default() };
+        let inner = Inner {
+            name: name.to_owned(),
+            handle,
+            pods: Arc::default(),
+            echo: Mutex::default(),
+            cgroup: Mutex::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -74,7 +82,7 @@ impl Namespace {
     pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = thread::Builder::new().name(self.inner.name.clone()).spawn_scoped(scope, || {
-                enter(&self.inner.handle)?;
+                enter(&self.inner.handle, self.cgroup())?;
                 work()
             })?;
             thread.join().unwrap_or_else(|panic| resume_unwind(panic))
@@ -88,8 +96,9 @@ impl Namespace {
     ) -> Result<JoinHandle<Result<T>>> {
         // Its own descriptor, not a clone of `self`: the last owner of `self` joins the server's thread.
         let handle = self.inner.handle.try_clone()?;
+        let cgroup = self.cgroup();
         let thread = thread::Builder::new().name(self.inner.name.clone()).spawn(move || {
-            enter(&handle)?;
+            enter(&handle, cgroup)?;
             drop(handle);
             work()
         })?;
@@ -101,6 +110,16 @@ impl Namespace {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).arg("--").arg(program);
         command
+    }
+
+    /// From now on threads that enter the namespace enter this cgroup too, which must be threaded. Their
+    /// sockets belong to it.
+    pub fn set_cgroup(&self, cgroup: impl Into<PathBuf>) {
+        *lock(&self.inner.cgroup) = Some(cgroup.into());
+    }
+
+    fn cgroup(&self) -> Option<PathBuf> {
+        lock(&self.inner.cgroup).clone()
     }
 
     /// Runs a program inside to its end, feeding it `input`; fails with its error output when it fails.
@@ -171,9 +190,12 @@ impl Namespace {
     }
 }
 
-/// Moves the calling thread into a namespace.
-fn enter(handle: &File) -> Result<()> {
-    setns(handle, CloneFlags::CLONE_NEWNET).context("enter namespace")
+/// Moves the calling thread into a namespace, and into a cgroup if there is one.
+fn enter(handle: &File, cgroup: Option<PathBuf>) -> Result<()> {
+    setns(handle, CloneFlags::CLONE_NEWNET).context("enter namespace")?;
+    let Some(cgroup) = cgroup else { return Ok(()) };
+    // 0 is the thread that writes.
+    std::fs::write(cgroup.join("cgroup.threads"), "0").with_context(|| format!("enter {}", cgroup.display()))
 }
 
 /// Writes a sysctl of the calling thread's namespace.

@@ -1,0 +1,60 @@
+//! Names and default sizes of the maps.
+
+/// One element: [`crate::Config`].
+pub const CONFIG: &str = "config";
+/// What is served where.
+pub const FRONTENDS: &str = "frontends";
+/// Endpoint ids of all groups.
+pub const SLOTS: &str = "slots";
+/// Endpoints by id.
+pub const ENDPOINTS: &str = "endpoints";
+/// What is known of single addresses.
+pub const ADDRESSES: &str = "addresses";
+/// Ranges of addresses, by owner.
+pub const RANGES: &str = "ranges";
+/// The node's devices.
+pub const INTERFACES: &str = "interfaces";
+/// Names of Service ports by service id. Programs do not look at it; it is not part of the object.
+pub const NAMES: &str = "names";
+/// Consistent-hashing tables by group.
+pub const MAGLEV: &str = "maglev";
+/// Session affinity.
+pub const AFFINITY: &str = "affinity";
+/// What sockets were promised.
+pub const SOCKETS: &str = "sockets";
+/// The connection table of tc.
+pub const FLOWS: &str = "flows";
+/// Ports of packets whose fragments are on the way.
+pub const FRAGMENTS: &str = "fragments";
+/// Counters per service id.
+pub const SERVICE_STATS: &str = "service_stats";
+/// Counters per endpoint id.
+pub const ENDPOINT_STATS: &str = "endpoint_stats";
+/// Counters of events that belong to no Service.
+pub const EVENTS: &str = "events";
+
+/// Default sizes, in elements.
+pub mod size {
+    /// `frontends`, and ids in `service_stats`.
+    pub const FRONTENDS: u32 = 65_536;
+    /// `slots`: two groups of each endpoint, in extents of which half may be unused.
+    pub const SLOTS: u32 = 1_048_576;
+    /// `endpoints` and `endpoint_stats`.
+    pub const ENDPOINTS: u32 = 262_144;
+    /// `addresses`.
+    pub const ADDRESSES: u32 = 131_072;
+    /// `ranges`.
+    pub const RANGES: u32 = 65_536;
+    /// `interfaces`.
+    pub const INTERFACES: u32 = 16_384;
+    /// `maglev`; each table takes 64 KiB besides.
+    pub const MAGLEV: u32 = 4_096;
+    /// `affinity`.
+    pub const AFFINITY: u32 = 262_144;
+    /// `sockets`.
+    pub const SOCKETS: u32 = 262_144;
+    /// `flows`: two to four a connection.
+    pub const FLOWS: u32 = 524_288;
+    /// `fragments`.
+    pub const FRAGMENTS: u32 = 8_192;
+}

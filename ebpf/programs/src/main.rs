@@ -1,0 +1,29 @@
+//! The kernel side of the ebpf mode.
+//!
+//! ```text
+//!   process ── connect, sendmsg ──► socket/   the destination becomes an endpoint: nothing per packet
+//!   packet  ── ingress, egress ───► tc/       from outside, and from pods that bypass their socket hook
+//!                                     │
+//!             shunt-ebpf-abi::lookup ◄┴── maps.rs, tables.rs
+//! ```
+//!
+//! One file per hook. What a map holds and means is said in `shunt-ebpf-abi`.
+#![no_std]
+#![no_main]
+
+mod maps;
+mod pick;
+mod socket;
+mod tables;
+mod tc;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+// Helpers like bpf_fib_lookup and the clock are open to programs under the GPL only; the sources are
+// under the Apache licence.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,58 @@
+//! All maps, with their default sizes. The agent may load them with others.
+
+use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use shunt_ebpf_abi::{
+    Address, Affinity, AffinityKey, Config, Endpoint, Event, Flow, FlowKey, Fragment, FragmentKey, Frontend,
+    FrontendKey, Interface, MaglevTable, RangeKey, ServiceCounters, SocketKey, SocketRecord, size,
+};
+
+#[btf_map(name = "config")]
+pub(crate) static CONFIG: Array<Config, 1> = Array::new();
+
+#[btf_map(name = "frontends")]
+pub(crate) static FRONTENDS: HashMap<FrontendKey, Frontend, { size::FRONTENDS as usize }> = HashMap::new();
+
+#[btf_map(name = "slots")]
+pub(crate) static SLOTS: Array<u32, { size::SLOTS as usize }> = Array::new();
+
+#[btf_map(name = "endpoints")]
+pub(crate) static ENDPOINTS: Array<Endpoint, { size::ENDPOINTS as usize }> = Array::new();
+
+#[btf_map(name = "addresses")]
+pub(crate) static ADDRESSES: HashMap<Address, u32, { size::ADDRESSES as usize }> = HashMap::new();
+
+#[btf_map(name = "ranges")]
+pub(crate) static RANGES: LpmTrie<RangeKey, u32, { size::RANGES as usize }> = LpmTrie::new();
+
+#[btf_map(name = "interfaces")]
+pub(crate) static INTERFACES: HashMap<u32, Interface, { size::INTERFACES as usize }> = HashMap::new();
+
+#[btf_map(name = "maglev")]
+pub(crate) static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, { size::MAGLEV as usize }> =
+    HashOfMaps::new();
+
+#[btf_map(name = "affinity")]
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { size::AFFINITY as usize }> =
+    LruHashMap::new();
+
+#[btf_map(name = "sockets")]
+pub(crate) static SOCKETS: LruHashMap<SocketKey, SocketRecord, { size::SOCKETS as usize }> =
+    LruHashMap::new();
+
+#[btf_map(name = "flows")]
+pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, { size::FLOWS as usize }> = LruHashMap::new();
+
+#[btf_map(name = "fragments")]
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS as usize }> =
+    LruHashMap::new();
+
+#[btf_map(name = "service_stats")]
+pub(crate) static SERVICE_STATS: PerCpuArray<ServiceCounters, { size::FRONTENDS as usize }> =
+    PerCpuArray::new();
+
+#[btf_map(name = "endpoint_stats")]
+pub(crate) static ENDPOINT_STATS: PerCpuArray<u64, { size::ENDPOINTS as usize }> = PerCpuArray::new();
+
+#[btf_map(name = "events")]
+pub(crate) static EVENTS: PerCpuArray<u64, { Event::COUNT as usize }> = PerCpuArray::new();

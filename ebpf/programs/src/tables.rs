@@ -1,0 +1,106 @@
+//! The maps as the shared lookup reads them, and the counters.
+
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use shunt_ebpf_abi::lookup::Tables;
+use shunt_ebpf_abi::{Address, Config, Endpoint, Event, Frontend, FrontendKey, RangeKey, ServiceCounters};
+
+use crate::maps::{
+    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, RANGES, SERVICE_STATS, SLOTS,
+};
+
+/// The kernel's maps.
+#[derive(Clone, Copy)]
+pub(crate) struct Kernel {
+    /// Settings; their pointer stays valid, the map has one element.
+    pub(crate) config: &'static Config,
+}
+
+impl Kernel {
+    /// `None` never happens; the verifier does not know that.
+    #[inline(always)]
+    pub(crate) fn open() -> Option<Self> {
+        // SAFETY: elements of arrays live as long as the map, which lives as long as the program.
+        let config = unsafe { &*CONFIG.get_ptr(0)? };
+        Some(Self { config })
+    }
+}
+
+// Elements of hash maps are copied at once: the kernel reuses their memory when they are replaced.
+impl Tables for Kernel {
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
+        // SAFETY: see above.
+        unsafe { FRONTENDS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn address(&self, address: &Address) -> u32 {
+        // SAFETY: see above.
+        unsafe { ADDRESSES.get(address) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn in_range(&self, owner: u32, address: &Address) -> bool {
+        RANGES.get(&Key::new(RangeKey::FULL, RangeKey { owner, address: *address })).is_some()
+    }
+
+    #[inline(always)]
+    fn slot(&self, number: u32) -> Option<u32> {
+        SLOTS.get(number).copied()
+    }
+
+    #[inline(always)]
+    fn endpoint(&self, id: u32) -> Option<Endpoint> {
+        ENDPOINTS.get(id).copied()
+    }
+
+    #[inline(always)]
+    fn flags(&self) -> u32 {
+        self.config.flags
+    }
+}
+
+/// Counts an event.
+#[inline(always)]
+pub(crate) fn event(event: Event) {
+    if let Some(count) = EVENTS.get_ptr_mut(event as u32) {
+        // SAFETY: this CPU's element.
+        unsafe { *count += 1 };
+    }
+}
+
+/// What is counted of a Service.
+#[derive(Clone, Copy)]
+pub(crate) enum Counter {
+    Rejected,
+    Dropped,
+}
+
+#[inline(always)]
+fn counters(service: u32) -> Option<&'static mut ServiceCounters> {
+    // SAFETY: this CPU's element; arrays live as long as the program.
+    Some(unsafe { &mut *SERVICE_STATS.get_ptr_mut(service)? })
+}
+
+/// Counts what became of a packet that was not forwarded.
+#[inline(always)]
+pub(crate) fn count(service: u32, counter: Counter) {
+    if let Some(counters) = counters(service) {
+        match counter {
+            Counter::Rejected => counters.rejected += 1,
+            Counter::Dropped => counters.dropped += 1,
+        }
+    }
+}
+
+/// Counts a new flow of a Service and its endpoint.
+#[inline(always)]
+pub(crate) fn count_flow(service: u32, endpoint: u32) {
+    if let Some(counters) = counters(service) {
+        counters.forwarded += 1;
+    }
+    if let Some(count) = ENDPOINT_STATS.get_ptr_mut(endpoint) {
+        // SAFETY: this CPU's element.
+        unsafe { *count += 1 };
+    }
+}

@@ -1,0 +1,197 @@
+//! The connection table.
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::helpers::bpf_get_prandom_u32;
+use shunt_ebpf_abi::lookup::{Tables as _, is_serving, scale};
+use shunt_ebpf_abi::{Address, Event, Flow, FlowKey};
+
+use super::packet::{TCP, UDP};
+use super::work::{Work, copy};
+use crate::maps::{FLOWS, INTERFACES};
+use crate::tables::{Kernel, event};
+
+const SECOND: u64 = 1_000_000_000;
+/// How many ports are tried for a masqueraded flow.
+const PORT_TRIES: u32 = 8;
+
+/// Whether nothing was seen of a flow for so long that it is forgotten.
+#[inline(always)]
+fn expired(kernel: &Kernel, protocol: u8, flow: &Flow, now: u64) -> bool {
+    let timeout = if protocol == UDP {
+        kernel.config.udp_timeout
+    } else if flow.state == Flow::OPEN {
+        kernel.config.tcp_timeout
+    } else {
+        kernel.config.tcp_transient_timeout
+    };
+    now.wrapping_sub(flow.last_seen) > u64::from(timeout) * SECOND
+}
+
+/// The packet's flow has an entry.
+pub(crate) const KNOWN: u32 = 0;
+/// It has none, or one that does not count any more.
+pub(crate) const UNKNOWN: u32 = 1;
+/// It has one that cannot be used.
+pub(crate) const UNUSABLE: u32 = 2;
+
+/// Looks the packet's flow up; `work.to` is what its entry makes of it.
+#[inline(never)]
+pub(crate) fn look_up(work: &mut Work) -> u32 {
+    let Some(flow) = FLOWS.get_ptr_mut(&work.key) else { return UNKNOWN };
+    // SAFETY: the verifier knows the element; other CPUs write its time and state only, and of two that
+    // give the same flow a source the later wins.
+    let flow = unsafe { &mut *flow };
+    let Some(kernel) = Kernel::open() else { return UNKNOWN };
+    if begins_anew(&kernel, work, flow) {
+        return UNKNOWN;
+    }
+    if flow.flags & Flow::MASQUERADE != 0 && flow.masquerade_port == 0 && masquerade(&kernel, work, flow) != 0
+    {
+        return UNUSABLE;
+    }
+    see(work, flow);
+    copy(&mut work.to, &flow.tuple);
+    work.flow.flags = flow.flags;
+    KNOWN
+}
+
+/// Whether a packet that may begin a flow does so although there is an entry: that flow is over, or its
+/// endpoint is gone and the flow can do without it.
+#[inline(always)]
+fn begins_anew(kernel: &Kernel, work: &Work, flow: &Flow) -> bool {
+    if work.begins == 0 || flow.flags & (Flow::REPLY | Flow::MASQUERADE) != 0 {
+        return false;
+    }
+    if flow.state == Flow::CLOSING || expired(kernel, work.layout.protocol, flow, work.now) {
+        return true;
+    }
+    if work.layout.protocol == TCP && flow.state != Flow::OPENING {
+        return false;
+    }
+    let serving = kernel.endpoint(flow.endpoint);
+    let gone = !serving.is_some_and(|e| is_serving(&e, flow.service, flow.generation));
+    if gone {
+        event(Event::Repicked);
+    }
+    gone
+}
+
+/// Notes a packet of a flow. The other direction's entry is looked up now and then, so that the table's
+/// eviction takes it for one in use.
+#[inline(always)]
+fn see(work: &mut Work, flow: &mut Flow) {
+    if work.ends != 0 {
+        flow.state = Flow::CLOSING;
+    } else if flow.state == Flow::OPENING && (work.begins == 0 || work.layout.protocol == UDP) {
+        flow.state = Flow::OPEN;
+    }
+    if work.now.wrapping_sub(flow.last_seen) > SECOND {
+        flow.last_seen = work.now;
+        work.flow_key = FlowKey { tuple: flow.tuple.reversed(), hook: 1 - work.key.hook, ..work.key };
+        let _ = FLOWS.get_ptr(&work.flow_key);
+    }
+}
+
+/// Writes down a new flow to `work.endpoint`, answers' direction first; `work.to` is what it makes of the
+/// packet. 0 when that went well, not so when another flow has the same two ends.
+#[inline(never)]
+pub(crate) fn open(work: &mut Work) -> u32 {
+    let Some(kernel) = Kernel::open() else { return 1 };
+    let from_node = work.key.hook == FlowKey::EGRESS;
+    work.to = work.key.tuple;
+    work.to.destination = work.endpoint.address;
+    work.to.destination_port = work.endpoint.port;
+    work.flow.last_seen = work.now;
+    work.flow.tuple = work.key.tuple.reversed();
+    work.flow.service = work.frontend.service;
+    work.flow.endpoint = work.endpoint_id;
+    work.flow.generation = work.endpoint.generation;
+    work.flow.flags = Flow::REPLY;
+    work.flow.state = Flow::OPENING;
+    // Nothing else writes what is reserved: the map was made of zeroes.
+    work.flow.masquerade_port = 0;
+    work.flow_key = FlowKey { tuple: work.to.reversed(), hook: 1 - work.key.hook, ..work.key };
+    if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_err() {
+        if let Some(other) = FLOWS.get_ptr(&work.flow_key) {
+            // SAFETY: the verifier knows the element, and it is only read.
+            let other = unsafe { &*other };
+            let same = other.tuple.destination_port == work.flow.tuple.destination_port
+                && other.tuple.source_port == work.flow.tuple.source_port
+                && other.tuple.source.same(&work.flow.tuple.source);
+            if !same && other.state != Flow::CLOSING && !expired(&kernel, work.key.protocol, other, work.now)
+            {
+                event(Event::NoFlow);
+                return 1;
+            }
+        }
+        if FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_err() {
+            event(Event::NoFlow);
+            return 1;
+        }
+    }
+    work.flow.tuple = work.to;
+    if work.masquerade != 0 && !from_node {
+        work.flow.flags = Flow::MASQUERADE;
+        work.flow_key.tuple = work.to;
+        if FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_err() {
+            event(Event::NoFlow);
+            return 1;
+        }
+    }
+    work.flow.flags = if from_node { Flow::FROM_NODE } else { 0 };
+    if FLOWS.insert(&work.key, &work.flow, BPF_ANY.into()).is_err() {
+        event(Event::NoFlow);
+        return 1;
+    }
+    0
+}
+
+/// Gives a masqueraded flow its source when its first packet leaves: an address of the device, and a port
+/// that no other flow to the same endpoint has. 0 when there is one.
+#[inline(always)]
+fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
+    let source = node_address(kernel, work.ifindex, work.layout.v4);
+    if source.is_unspecified() {
+        event(Event::NoPort);
+        return 1;
+    }
+    let min = kernel.config.masquerade_port_min;
+    let range = u32::from(kernel.config.masquerade_port_max.wrapping_sub(min)) + 1;
+    work.flow_key = FlowKey { tuple: work.key.tuple.reversed(), hook: FlowKey::INGRESS, ..work.key };
+    work.flow.last_seen = work.now;
+    work.flow.tuple = work.flow_key.tuple;
+    work.flow.service = flow.service;
+    work.flow.endpoint = flow.endpoint;
+    work.flow.generation = flow.generation;
+    work.flow.flags = Flow::REPLY;
+    work.flow.state = Flow::OPENING;
+    work.flow.masquerade_port = 0;
+    work.flow_key.tuple.destination = source;
+    for _ in 0..PORT_TRIES {
+        // SAFETY: the helper only makes a number.
+        let random = unsafe { bpf_get_prandom_u32() };
+        let port = (min.wrapping_add(scale(random, range) as u16)).to_be();
+        work.flow_key.tuple.destination_port = port;
+        if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_ok() {
+            flow.tuple.source = source;
+            flow.tuple.source_port = port;
+            flow.masquerade_port = port;
+            return 0;
+        }
+    }
+    event(Event::NoPort);
+    1
+}
+
+/// The address that packets leaving by a device are masqueraded as.
+#[inline(always)]
+fn node_address(kernel: &Kernel, ifindex: u32, v4: bool) -> Address {
+    // SAFETY: read at once.
+    if let Some(interface) = unsafe { INTERFACES.get(ifindex) } {
+        let address = if v4 { interface.address4 } else { interface.address6 };
+        if !address.is_unspecified() {
+            return address;
+        }
+    }
+    if v4 { kernel.config.masquerade4 } else { kernel.config.masquerade6 }
+}

@@ -1,0 +1,212 @@
+//! What a packet says about itself.
+
+use shunt_ebpf_abi::{Address, Fragment, FragmentKey, Tuple};
+
+use super::frame::Frame;
+use super::work::{Layout, Work};
+use crate::maps::FRAGMENTS;
+
+pub(crate) const ICMP: u8 = 1;
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+pub(crate) const ICMP6: u8 = 58;
+pub(crate) const SCTP: u8 = 132;
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+
+const SCTP_INIT: u8 = 1;
+const SCTP_ABORT: u8 = 6;
+const SCTP_SHUTDOWN_COMPLETE: u8 = 14;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Ip4 {
+    pub(crate) version_length: u8,
+    pub(crate) service: u8,
+    pub(crate) total: u16,
+    pub(crate) id: u16,
+    pub(crate) fragment: u16,
+    pub(crate) ttl: u8,
+    pub(crate) protocol: u8,
+    pub(crate) checksum: u16,
+    pub(crate) source: u32,
+    pub(crate) destination: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Ip6 {
+    pub(crate) version_flow: u32,
+    pub(crate) length: u16,
+    pub(crate) next: u8,
+    pub(crate) hops: u8,
+    pub(crate) source: [u32; 4],
+    pub(crate) destination: [u32; 4],
+}
+
+/// Where the parts of the packet with an IP header at `l3` are, its addresses, and for fragments the
+/// identification. False when it is not sound.
+#[inline(always)]
+pub(crate) fn dissect<F: Frame>(
+    frame: F,
+    l3: u32,
+    v4: bool,
+    layout: &mut Layout,
+    tuple: &mut Tuple,
+    part: &mut FragmentKey,
+) -> Option<()> {
+    layout.l3 = l3;
+    layout.v4 = v4;
+    if v4 {
+        dissect4(frame, layout, tuple, part)?
+    } else {
+        dissect6(frame, layout, tuple, part)?
+    }
+    part.source = tuple.source;
+    part.destination = tuple.destination;
+    part.protocol = layout.protocol;
+    part.reserved = 0;
+    Some(())
+}
+
+#[inline(always)]
+fn dissect4<F: Frame>(
+    frame: F,
+    layout: &mut Layout,
+    tuple: &mut Tuple,
+    part: &mut FragmentKey,
+) -> Option<()> {
+    let ip: Ip4 = frame.read(layout.l3)?;
+    let header = u32::from(ip.version_length & 0xf) * 4;
+    if ip.version_length >> 4 != 4 || header < 20 {
+        return None;
+    }
+    let fragment = u16::from_be(ip.fragment);
+    layout.l4 = layout.l3 + header;
+    layout.length = u32::from(u16::from_be(ip.total)).wrapping_sub(header);
+    layout.protocol = ip.protocol;
+    layout.part = fragment & 0x3fff != 0;
+    layout.later = fragment & 0x1fff != 0;
+    part.id = u32::from(ip.id);
+    tuple.source = Address::v4(ip.source);
+    tuple.destination = Address::v4(ip.destination);
+    Some(())
+}
+
+#[inline(always)]
+fn dissect6<F: Frame>(
+    frame: F,
+    layout: &mut Layout,
+    tuple: &mut Tuple,
+    part: &mut FragmentKey,
+) -> Option<()> {
+    let ip: Ip6 = frame.read(layout.l3)?;
+    if u32::from_be(ip.version_flow) >> 28 != 6 {
+        return None;
+    }
+    tuple.source = Address(ip.source);
+    tuple.destination = Address(ip.destination);
+    let (mut next, mut l4) = (ip.next, layout.l3 + 40);
+    layout.part = false;
+    layout.later = false;
+    // Hop-by-hop, routing, fragment, authentication, destination options: five at most.
+    for _ in 0..5 {
+        if layout.later || !matches!(next, 0 | 43 | 44 | 51 | 60) {
+            break;
+        }
+        let extension: [u8; 8] = frame.read(l4)?;
+        if next == 44 {
+            let [_, _, a, b, c, d, e, f] = extension;
+            layout.part = true;
+            layout.later = u16::from_be_bytes([a, b]) & 0xfff8 != 0;
+            part.id = u32::from_ne_bytes([c, d, e, f]);
+            l4 += 8;
+        } else if next == 51 {
+            l4 += (u32::from(extension[1]) + 2) * 4;
+        } else {
+            l4 += (u32::from(extension[1]) + 1) * 8;
+        }
+        next = extension[0];
+    }
+    layout.protocol = next;
+    layout.l4 = l4;
+    layout.length = (u32::from(u16::from_be(ip.length)) + 40).wrapping_sub(l4 - layout.l3);
+    Some(())
+}
+
+/// What a packet is.
+pub(crate) const OTHER: u32 = 0;
+/// Of a protocol with ports.
+pub(crate) const PORTS: u32 = 1;
+/// An ICMP error.
+pub(crate) const ERROR: u32 = 2;
+
+/// Learns what the packet is. A first fragment leaves a note of its ports for the later ones; without it
+/// those are [`OTHER`], and go on as they are.
+#[inline(never)]
+pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
+    let (layout, tuple) = (&mut work.layout, &mut work.key.tuple);
+    work.fragment.hook = work.key.hook;
+    if dissect(frame, work.l2, v4, layout, tuple, &mut work.fragment).is_none() {
+        return OTHER;
+    }
+    work.key.protocol = layout.protocol;
+    if !has_ports(layout.protocol) {
+        return if is_error(frame, layout) { ERROR } else { OTHER };
+    }
+    let ports = if layout.later {
+        // SAFETY: copied at once.
+        unsafe { FRAGMENTS.get(&work.fragment) }.copied()
+    } else {
+        frame.read(layout.l4)
+    };
+    let Some(Fragment { source_port, destination_port }) = ports else { return OTHER };
+    tuple.source_port = source_port;
+    tuple.destination_port = destination_port;
+    (work.begins, work.ends) = (0, 0);
+    if layout.later {
+        return PORTS;
+    }
+    if layout.part {
+        let _ = FRAGMENTS.insert(&work.fragment, Fragment { source_port, destination_port }, 0);
+    }
+    let at = match layout.protocol {
+        TCP => 13,
+        SCTP => 12,
+        _ => {
+            work.begins = 1;
+            return PORTS;
+        }
+    };
+    let Some(kind) = frame.read::<u8>(layout.l4 + at) else { return OTHER };
+    if layout.protocol == TCP {
+        work.begins = u32::from(kind & (SYN | ACK | RST | FIN) == SYN);
+        work.ends = u32::from(kind & (FIN | RST) != 0);
+    } else {
+        work.begins = u32::from(kind == SCTP_INIT);
+        work.ends = u32::from(kind == SCTP_ABORT || kind == SCTP_SHUTDOWN_COMPLETE);
+    }
+    PORTS
+}
+
+/// Whether Services have ports of this protocol.
+#[inline(always)]
+pub(crate) const fn has_ports(protocol: u8) -> bool {
+    protocol == TCP || protocol == UDP || protocol == SCTP
+}
+
+/// Whether the packet is an error about another one.
+#[inline(always)]
+fn is_error<F: Frame>(frame: F, layout: &Layout) -> bool {
+    if layout.later || layout.protocol != if layout.v4 { ICMP } else { ICMP6 } {
+        return false;
+    }
+    match frame.read::<u8>(layout.l4) {
+        Some(kind) if layout.v4 => kind == 3 || kind == 11 || kind == 12,
+        Some(kind) => kind >= 1 && kind <= 4,
+        None => false,
+    }
+}

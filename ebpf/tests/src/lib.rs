@@ -1,0 +1,337 @@
+//! Loads the committed object and fills its maps, for tests of the programs alone. The mode's own code
+//! has no part in this.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result, anyhow};
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, HashOfMaps, IterableMap, MapData, PerCpuArray, PerCpuValues};
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use shunt_ebpf_abi::{
+    Address, Config, Endpoint, Event, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE,
+    MaglevTable, RangeKey, ServiceCounters, Verdict, endpoint_flags, maglev, map,
+};
+
+/// The object that the product embeds.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!("../../shunt.o");
+
+/// TCP.
+pub const TCP: u8 = 6;
+/// UDP.
+pub const UDP: u8 = 17;
+/// SCTP.
+pub const SCTP: u8 = 132;
+
+/// The hooks at sockets.
+pub const SOCKET_HOOKS: [&str; 10] = [
+    "bind4",
+    "bind6",
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+];
+/// The hooks at devices.
+pub const DEVICE_HOOKS: [&str; 4] = ["ingress", "egress", "ingress_l3", "egress_l3"];
+
+/// The loaded object.
+#[derive(Debug)]
+pub struct Loaded {
+    ebpf: Ebpf,
+    services: u32,
+    slots: u32,
+    endpoints: u32,
+}
+
+/// One Service port to be written.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// Endpoints of the Cluster policy, with whether they run on this node.
+    pub cluster: Vec<(SocketAddr, bool)>,
+    /// Endpoints of the Local policy; must be among those of the Cluster policy.
+    pub local: Vec<SocketAddr>,
+    /// Protocol number.
+    pub protocol: u8,
+    /// Affinity timeout in seconds.
+    pub affinity: u32,
+}
+
+impl Service {
+    /// A Service port with remote endpoints.
+    pub fn new(protocol: u8, endpoints: impl IntoIterator<Item = SocketAddr>) -> Self {
+        let cluster = endpoints.into_iter().map(|e| (e, false)).collect();
+        Self { cluster, local: Vec::new(), protocol, affinity: 0 }
+    }
+}
+
+/// A Service port that was written.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Its id.
+    pub id: u32,
+    /// Ids of its endpoints.
+    pub endpoints: BTreeMap<SocketAddr, u32>,
+    /// What its frontends say, with verdicts of DROP.
+    pub frontend: Frontend,
+    protocol: u8,
+}
+
+/// The verdict that forwards to the cluster's group.
+pub const FORWARD: Verdict = Verdict::forward(false, false);
+/// The same with masquerade.
+pub const MASQUERADE: Verdict = Verdict::forward(false, true);
+
+/// The key of an address and port.
+pub fn key(address: SocketAddr, protocol: u8) -> FrontendKey {
+    FrontendKey { address: address.ip().into(), port: address.port().to_be(), protocol, reserved: 0 }
+}
+
+impl Loaded {
+    /// Loads the object with small maps. All programs pass the verifier, or the error has its words.
+    pub fn new() -> Result<Self> {
+        Self::with_log(VerifierLogLevel::default())
+    }
+
+    /// The same with a log of the verifier.
+    pub fn with_log(level: VerifierLogLevel) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        for (name, size) in [
+            (map::FRONTENDS, 1024),
+            (map::SLOTS, 4096),
+            (map::ENDPOINTS, 4096),
+            (map::ADDRESSES, 1024),
+            (map::AFFINITY, 1024),
+            (map::SOCKETS, 4096),
+            (map::FLOWS, 4096),
+            (map::FRAGMENTS, 1024),
+            (map::SERVICE_STATS, 1024),
+            (map::ENDPOINT_STATS, 4096),
+            (map::MAGLEV, 16),
+        ] {
+            loader.map_max_entries(name, size);
+        }
+        loader.verifier_log_level(level);
+        let mut ebpf = loader.load(OBJECT)?;
+        for (name, program) in ebpf.programs_mut() {
+            match program {
+                Program::SchedClassifier(p) => p.load(),
+                Program::CgroupSockAddr(p) => p.load(),
+                other => return Err(anyhow!("{name} is of type {:?}", other.prog_type())),
+            }
+            .with_context(|| format!("load {name}"))?;
+        }
+        let mut loaded = Self { ebpf, services: FIRST_SERVICE_ID, slots: 0, endpoints: 2 };
+        loaded.set_config(Config::DEFAULT)?;
+        Ok(loaded)
+    }
+
+    /// The object as aya has it.
+    pub const fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// A program at devices.
+    pub fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        Ok(self.ebpf.program_mut(name).with_context(|| name.to_owned())?.try_into()?)
+    }
+
+    fn hash<K: aya::Pod, V: aya::Pod>(&mut self, name: &str) -> Result<HashMap<&mut MapData, K, V>> {
+        Ok(HashMap::try_from(self.ebpf.map_mut(name).with_context(|| name.to_owned())?)?)
+    }
+
+    fn array<V: aya::Pod>(&mut self, name: &str) -> Result<Array<&mut MapData, V>> {
+        Ok(Array::try_from(self.ebpf.map_mut(name).with_context(|| name.to_owned())?)?)
+    }
+
+    /// Replaces the settings.
+    pub fn set_config(&mut self, config: Config) -> Result<()> {
+        Ok(self.array(map::CONFIG)?.set(0, config, 0)?)
+    }
+
+    /// Says what is known of an address.
+    pub fn set_address(&mut self, address: IpAddr, flags: u32) -> Result<()> {
+        Ok(self.hash(map::ADDRESSES)?.insert(Address::from(address), flags, 0)?)
+    }
+
+    /// Says what is known of a device.
+    pub fn set_interface(&mut self, ifindex: u32, interface: Interface) -> Result<()> {
+        Ok(self.hash(map::INTERFACES)?.insert(ifindex, interface, 0)?)
+    }
+
+    /// Gives a range to an owner.
+    pub fn add_range(&mut self, owner: u32, address: IpAddr, length: u8) -> Result<()> {
+        let key = RangeKey { owner, address: address.into() };
+        let data = self.ebpf.map_mut(map::RANGES).context(map::RANGES)?;
+        let mut ranges: LpmTrie<_, RangeKey, u32> = LpmTrie::try_from(data)?;
+        Ok(ranges.insert(&Key::new(RangeKey::prefix(address.is_ipv4(), length), key), 1, 0)?)
+    }
+
+    /// Writes a Service port without frontends.
+    pub fn add_service(&mut self, service: &Service) -> Result<Written> {
+        let id = self.services;
+        self.services += 2;
+        let mut endpoints = BTreeMap::new();
+        let mut frontend = Frontend { service: id, affinity: service.affinity, ..Frontend::default() };
+        for (address, here) in &service.cluster {
+            let local = service.local.contains(address);
+            let flags = endpoint_flags::CLUSTER
+                | endpoint_flags::SERVING
+                | if local { endpoint_flags::LOCAL } else { 0 }
+                | if *here { endpoint_flags::HERE } else { 0 };
+            let number = self.endpoints;
+            self.endpoints += 2;
+            self.set_endpoint(number, *address, id, flags)?;
+            endpoints.insert(*address, number);
+        }
+        let cluster: Vec<u32> = service.cluster.iter().map(|(a, _)| endpoints[a]).collect();
+        let local: Vec<u32> = service.local.iter().map(|a| endpoints[a]).collect();
+        frontend.cluster = self.add_group(&cluster)?;
+        frontend.local = self.add_group(&local)?;
+        Ok(Written { id, endpoints, frontend, protocol: service.protocol })
+    }
+
+    fn add_group(&mut self, ids: &[u32]) -> Result<Group> {
+        let group = Group { base: self.slots, count: u32::try_from(ids.len())? };
+        self.slots += group.count;
+        let mut slots = self.array(map::SLOTS)?;
+        for (slot, id) in (group.base..).zip(ids) {
+            slots.set(slot, *id, 0)?;
+        }
+        Ok(group)
+    }
+
+    /// Writes one endpoint.
+    pub fn set_endpoint(&mut self, id: u32, address: SocketAddr, service: u32, flags: u16) -> Result<()> {
+        let endpoint = Endpoint {
+            address: address.ip().into(),
+            port: address.port().to_be(),
+            flags,
+            service,
+            generation: 1,
+            reserved: 0,
+        };
+        Ok(self.array(map::ENDPOINTS)?.set(id, endpoint, 0)?)
+    }
+
+    /// Writes a frontend of a Service port. The verdicts are for pods, the node and others.
+    pub fn add_frontend(
+        &mut self,
+        written: &Written,
+        address: SocketAddr,
+        verdicts: [Verdict; 3],
+        flags: u8,
+    ) -> Result<()> {
+        self.put_frontend(key(address, written.protocol), Frontend { verdicts, flags, ..written.frontend })
+    }
+
+    /// Writes a node port of a Service port, of the family of `any`.
+    pub fn add_node_port(
+        &mut self,
+        written: &Written,
+        any: IpAddr,
+        port: u16,
+        verdicts: [Verdict; 3],
+    ) -> Result<()> {
+        let key = key(SocketAddr::new(any, port), written.protocol).node_port();
+        self.put_frontend(key, Frontend { verdicts, ..written.frontend })
+    }
+
+    /// Writes a frontend.
+    pub fn put_frontend(&mut self, key: FrontendKey, frontend: Frontend) -> Result<()> {
+        Ok(self.hash(map::FRONTENDS)?.insert(key, frontend, 0)?)
+    }
+
+    /// Gives a group of a Service port its Maglev table.
+    pub fn set_maglev(&mut self, written: &Written, local: bool, seed: u32) -> Result<()> {
+        let members = written.endpoints.iter().map(|(address, id)| {
+            maglev::Member::new(seed, *id, &address.ip().into(), address.port().to_be())
+        });
+        let mut table: Box<MaglevTable> =
+            vec![0; MAGLEV_SIZE].into_boxed_slice().try_into().map_err(|_| anyhow!("size of the table"))?;
+        maglev::fill(&mut members.collect::<Vec<_>>(), &mut table);
+        let mut inner: Array<MapData, MaglevTable> = Array::create(1, 0)?;
+        inner.set(0, *table, 0)?;
+        let data = self.ebpf.map_mut(map::MAGLEV).context(map::MAGLEV)?;
+        let mut outer: HashOfMaps<_, u32, Array<MapData, MaglevTable>> = HashOfMaps::try_from(data)?;
+        Ok(outer.insert(Group::id(written.id, local), &inner, 0)?)
+    }
+
+    /// All elements of a hash map that programs write.
+    pub fn dump<K: aya::Pod, V: aya::Pod>(&mut self, name: &str) -> Result<Vec<(K, V)>> {
+        let map: HashMap<_, K, V> = self.hash(name)?;
+        Ok(map.iter().collect::<Result<_, _>>()?)
+    }
+
+    /// Replaces an element of a hash map that programs write.
+    pub fn put<K: aya::Pod, V: aya::Pod>(&mut self, name: &str, key: K, value: V) -> Result<()> {
+        Ok(self.hash(name)?.insert(key, value, 0)?)
+    }
+
+    /// Counters of a Service.
+    pub fn service_stats(&mut self, id: u32) -> Result<ServiceCounters> {
+        let data = self.ebpf.map(map::SERVICE_STATS).context(map::SERVICE_STATS)?;
+        let map: PerCpuArray<_, ServiceCounters> = PerCpuArray::try_from(data)?;
+        let all: PerCpuValues<ServiceCounters> = map.get(&id, 0)?;
+        Ok(all.iter().fold(ServiceCounters::default(), |sum, c| ServiceCounters {
+            forwarded: sum.forwarded + c.forwarded,
+            rejected: sum.rejected + c.rejected,
+            dropped: sum.dropped + c.dropped,
+        }))
+    }
+
+    fn sum(&self, name: &str, index: u32) -> Result<u64> {
+        let data = self.ebpf.map(name).with_context(|| name.to_owned())?;
+        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(data)?;
+        Ok(map.get(&index, 0)?.iter().sum())
+    }
+
+    /// New flows of an endpoint.
+    pub fn endpoint_stats(&mut self, id: u32) -> Result<u64> {
+        self.sum(map::ENDPOINT_STATS, id)
+    }
+
+    /// How often something happened.
+    pub fn events(&mut self, event: Event) -> Result<u64> {
+        self.sum(map::EVENTS, event as u32)
+    }
+
+    /// Attaches all hooks at sockets to a cgroup; they are gone with `self`.
+    pub fn attach_sockets(&mut self, cgroup: &File) -> Result<()> {
+        for name in SOCKET_HOOKS {
+            let program: &mut CgroupSockAddr = self.ebpf.program_mut(name).context(name)?.try_into()?;
+            program.attach(cgroup.as_fd(), CgroupAttachMode::AllowMultiple)?;
+        }
+        Ok(())
+    }
+
+    /// Attaches both hooks to a device of the calling thread's namespace; they are gone with `self`.
+    pub fn attach_device(&mut self, name: &str) -> Result<()> {
+        for (program, direction) in [("ingress", TcAttachType::Ingress), ("egress", TcAttachType::Egress)] {
+            self.classifier(program)?
+                .attach_with_options(name, direction, TcAttachOptions::TcxOrder(LinkOrder::default()))
+                .with_context(|| format!("attach {program} to {name}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Names of maps that the loaded object has.
+pub fn maps(loaded: &Loaded) -> Vec<String> {
+    loaded.ebpf.maps().map(|(name, _)| name.to_owned()).collect()
+}
+
+/// The map's handle, for tests that look at its size.
+pub fn map_data(loaded: &Loaded, name: &str) -> Result<u32> {
+    let map: HashMap<_, FrontendKey, Frontend> =
+        HashMap::try_from(loaded.ebpf.map(name).with_context(|| name.to_owned())?)?;
+    Ok(map.map().info()?.max_entries())
+}

@@ -1,0 +1,284 @@
+//! Real traffic through the programs at devices: no hooks at sockets, so every packet is translated.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result};
+use nix::net::if_::if_nametoindex;
+use shunt_ebpf_abi::{
+    Config, Event, Flow, FlowKey, Interface, Verdict, address_flags, config_flags, endpoint_flags,
+    frontend_flags, map, range_owner,
+};
+use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, Service, TCP, UDP};
+use shunt_harness::lab::{Lab, Outcome, Probe, require_kernel};
+
+/// The addresses of one family.
+struct Family {
+    node: IpAddr,
+    client: IpAddr,
+    pods: [IpAddr; 2],
+    remote: IpAddr,
+    vip: IpAddr,
+    any: IpAddr,
+    service_range: (IpAddr, u8),
+    unallocated: IpAddr,
+}
+
+fn families() -> Result<[Family; 2]> {
+    let ip = |text: &str| text.parse::<IpAddr>().context("address");
+    Ok([
+        Family {
+            node: ip("192.168.0.2")?,
+            client: ip("203.0.113.2")?,
+            pods: [ip("10.180.0.1")?, ip("10.180.0.2")?],
+            remote: ip("10.180.1.1")?,
+            vip: ip("10.96.0.10")?,
+            any: ip("0.0.0.0")?,
+            service_range: (ip("10.96.0.0")?, 16),
+            unallocated: ip("10.96.0.99")?,
+        },
+        Family {
+            node: ip("fd00:192::2")?,
+            client: ip("2001:db8::2")?,
+            pods: [ip("fd00:180::1")?, ip("fd00:180::2")?],
+            remote: ip("fd00:181::1")?,
+            vip: ip("fd00:96::10")?,
+            any: ip("::")?,
+            service_range: (ip("fd00:96::")?, 112),
+            unallocated: ip("fd00:96::99")?,
+        },
+    ])
+}
+
+fn lab() -> Result<Lab> {
+    let families = families()?;
+    let all = |of: fn(&Family) -> IpAddr| families.iter().map(of).collect::<Vec<_>>();
+    let lab = Lab::builder()
+        .node(all(|f| f.node))
+        .client(all(|f| f.client))
+        .pod("a", all(|f| f.pods[0]))
+        .pod("b", all(|f| f.pods[1]))
+        .remote_pod("elsewhere", "c", all(|f| f.remote))
+        .build()?;
+    for name in ["a", "b", "elsewhere"] {
+        lab.pod(name)?.serve_ports([8080])?;
+    }
+    Ok(lab)
+}
+
+/// The programs at all devices of the lab's node, with what is known of the node.
+fn attach(lab: &Lab) -> Result<Loaded> {
+    let mut loaded = Loaded::new()?;
+    let [v4, v6] = families()?;
+    for family in [&v4, &v6] {
+        loaded.set_address(family.node, address_flags::LOCAL | address_flags::NODE_PORT)?;
+        loaded.set_address(family.vip, address_flags::CLUSTER_IP)?;
+        loaded.add_range(range_owner::SERVICE_CIDR_V4, family.service_range.0, family.service_range.1)?;
+        for pod in family.pods {
+            loaded.add_range(range_owner::PODS_V4, pod, if pod.is_ipv4() { 32 } else { 128 })?;
+        }
+    }
+    loaded.set_config(Config {
+        flags: config_flags::SERVICE_CIDRS | config_flags::PODS_BY_RANGE_V4 | config_flags::PODS_BY_RANGE_V6,
+        masquerade4: v4.node.into(),
+        masquerade6: v6.node.into(),
+        ..Config::DEFAULT
+    })?;
+    let links = ["client", "a", "b", "elsewhere"].map(|name| lab.link(name).context("a link"));
+    lab.node().run(|| {
+        for link in links {
+            loaded.attach_device(link?)?;
+        }
+        loaded.set_interface(
+            if_nametoindex("eth0")?,
+            Interface { flags: 0, address4: v4.node.into(), address6: v6.node.into() },
+        )
+    })?;
+    Ok(loaded)
+}
+
+fn probes(to: SocketAddr) -> [Probe; 2] {
+    [Probe::tcp(to), Probe::udp(to)]
+}
+
+fn socket(address: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(address, port)
+}
+
+#[test]
+fn cluster_ips_node_ports_and_their_sources() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    for family in families()? {
+        for protocol in [TCP, UDP] {
+            let near = loaded.add_service(&Service {
+                cluster: family.pods.map(|p| (socket(p, 8080), true)).to_vec(),
+                ..Service::new(protocol, [])
+            })?;
+            let far = loaded.add_service(&Service::new(protocol, [socket(family.remote, 8080)]))?;
+            loaded.add_frontend(&near, socket(family.vip, 80), [FORWARD, MASQUERADE, MASQUERADE], 0)?;
+            loaded.add_frontend(&far, socket(family.vip, 81), [FORWARD, MASQUERADE, MASQUERADE], 0)?;
+            loaded.add_node_port(&near, family.any, 30080, [MASQUERADE; 3])?;
+            loaded.add_node_port(&far, family.any, 30081, [MASQUERADE; 3])?;
+            loaded.add_node_port(&near, family.any, 30082, [FORWARD; 3])?;
+        }
+        // Masqueraded on the way to pods of this node and of others, or not at all.
+        for (port, to, seen, pods) in [
+            (80, family.vip, family.node, vec!["a", "b"]),
+            (81, family.vip, family.node, vec!["c"]),
+            (30080, family.node, family.node, vec!["a", "b"]),
+            (30081, family.node, family.node, vec!["c"]),
+            (30082, family.node, family.client, vec!["a", "b"]),
+        ] {
+            for probe in probes(socket(to, port)) {
+                let outcomes = lab.client().probe_all(vec![probe.clone(); 20])?;
+                let mut reached: Vec<&str> = outcomes.iter().filter_map(Outcome::pod).collect();
+                assert_eq!(reached.len(), 20, "{probe}: {}", outcomes[0]);
+                reached.sort_unstable();
+                reached.dedup();
+                assert_eq!(reached, pods, "{probe}");
+                assert!(outcomes.iter().all(|o| o.peer() == Some(seen)), "{probe}: {}", outcomes[0]);
+            }
+        }
+        // From a pod that has no socket hook; among its endpoints is itself.
+        for probe in probes(socket(family.vip, 80)) {
+            for outcome in lab.pod("a")?.probe_all(vec![probe.clone(); 20])? {
+                let seen = if outcome.pod() == Some("a") { family.node } else { family.pods[0] };
+                assert_eq!(outcome.peer(), Some(seen), "{probe}: {outcome}");
+            }
+        }
+        for probe in probes(socket(family.vip, 81)) {
+            let outcome = lab.pod("a")?.probe(probe.clone())?;
+            assert_eq!(
+                (outcome.pod(), outcome.peer()),
+                (Some("c"), Some(family.pods[0])),
+                "{probe}: {outcome}"
+            );
+        }
+        // From a process of the node without a socket hook.
+        for probe in probes(socket(family.vip, 81)).into_iter().chain(probes(socket(family.vip, 80))) {
+            let outcome = lab.node().probe(probe.clone())?;
+            assert_eq!(outcome.peer(), Some(family.node), "{probe}: {outcome}");
+        }
+        // What is none of our business.
+        for probe in probes(socket(family.remote, 8080)) {
+            let outcome = lab.pod("a")?.probe(probe.clone())?;
+            assert_eq!(
+                (outcome.pod(), outcome.peer()),
+                (Some("c"), Some(family.pods[0])),
+                "{probe}: {outcome}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn refused_and_dropped() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    for family in families()? {
+        for protocol in [TCP, UDP] {
+            let service = loaded.add_service(&Service::new(protocol, [socket(family.remote, 8080)]))?;
+            loaded.add_frontend(&service, socket(family.vip, 80), [Verdict::REJECT; 3], 0)?;
+            loaded.add_frontend(&service, socket(family.vip, 81), [Verdict::DROP; 3], 0)?;
+            loaded.add_frontend(
+                &service,
+                socket(family.vip, 82),
+                [FORWARD; 3],
+                frontend_flags::SOURCE_RANGES,
+            )?;
+            loaded.add_range(service.id, family.pods[0], if family.vip.is_ipv4() { 32 } else { 128 })?;
+        }
+        let from = [lab.client(), lab.pod("a")?, lab.node()];
+        for namespace in from {
+            for probe in probes(socket(family.vip, 80)).into_iter().chain(probes(socket(family.vip, 99))) {
+                let outcome = namespace.probe(probe.clone())?;
+                let Outcome::Refused { icmp: Some(icmp), .. } = &outcome else {
+                    panic!("{probe} from {}: {outcome}", namespace.name());
+                };
+                let expected = if family.vip.is_ipv4() { (3, 3) } else { (1, 4) };
+                assert_eq!((icmp.kind, icmp.code), expected, "{probe}");
+                assert_eq!(icmp.from, Some(family.vip), "{probe}");
+            }
+            for probe in
+                probes(socket(family.vip, 81)).into_iter().chain(probes(socket(family.unallocated, 80)))
+            {
+                let outcome = namespace.probe(probe.clone())?;
+                assert!(outcome.is_timeout(), "{probe} from {}: {outcome}", namespace.name());
+            }
+        }
+        for probe in probes(socket(family.vip, 82)) {
+            assert_eq!(lab.pod("a")?.probe(probe.clone())?.pod(), Some("c"), "{probe}");
+            for namespace in [lab.client(), lab.pod("b")?, lab.node()] {
+                let outcome = namespace.probe(probe.clone())?;
+                assert!(outcome.is_timeout(), "{probe} from {}: {outcome}", namespace.name());
+            }
+        }
+    }
+    assert!(loaded.events(Event::UnknownPort)? > 0);
+    assert!(loaded.events(Event::Unallocated)? > 0);
+    Ok(())
+}
+
+#[test]
+fn flows_stay_and_move_with_their_endpoints() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    for family in families()? {
+        let [a, b] = family.pods.map(|p| socket(p, 8080));
+        let service = Service { cluster: vec![(a, true), (b, true)], ..Service::new(UDP, []) };
+        let written = loaded.add_service(&service)?;
+        loaded.add_frontend(&written, socket(family.vip, 80), [FORWARD; 3], 0)?;
+        let probe = Probe::udp(socket(family.vip, 80)).from_port(40_000);
+        let first = lab.client().probe(probe.clone())?.pod().context("an answer")?.to_owned();
+        for _ in 0..10 {
+            assert_eq!(lab.client().probe(probe.clone())?.pod(), Some(&*first), "one flow, one endpoint");
+        }
+        let address = if first == "a" { a } else { b };
+        let id = written.endpoints[&address];
+        // It terminates: out of the group, but serving.
+        loaded.set_endpoint(id, address, written.id, endpoint_flags::SERVING)?;
+        for _ in 0..10 {
+            assert_eq!(
+                lab.client().probe(probe.clone())?.pod(),
+                Some(&*first),
+                "a terminating endpoint keeps it"
+            );
+        }
+        // It is gone.
+        loaded.set_endpoint(id, address, 0, 0)?;
+        let other = if first == "a" { "b" } else { "a" };
+        // The remaining slot still names it: chosen by chance, then looked up again, then the first slot.
+        loaded.put_frontend(
+            shunt_ebpf_tests::key(socket(family.vip, 80), UDP),
+            shunt_ebpf_abi::Frontend {
+                verdicts: [FORWARD; 3],
+                cluster: shunt_ebpf_abi::Group {
+                    base: written.frontend.cluster.base + u32::from(first == "a"),
+                    count: 1,
+                },
+                ..written.frontend
+            },
+        )?;
+        for _ in 0..10 {
+            assert_eq!(
+                lab.client().probe(probe.clone())?.pod(),
+                Some(other),
+                "a flow of a gone endpoint moves"
+            );
+        }
+    }
+    let flows: Vec<(FlowKey, Flow)> = loaded.dump(map::FLOWS)?;
+    assert!(!flows.is_empty());
+    assert!(loaded.events(Event::Repicked)? > 0);
+    Ok(())
+}

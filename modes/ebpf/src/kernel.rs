@@ -1,0 +1,362 @@
+//! The only module that touches the kernel.
+//!
+//! Everything is pinned under `<bpf-root>/shunt`: `maps`, `programs`, `links`. Both families share it;
+//! whichever comes first makes it, the other one adopts it, and so does the next process.
+
+mod attach;
+mod devices;
+mod maps;
+mod sys;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::sched::{CloneFlags, setns};
+use shunt_core::id::IpFamily;
+use shunt_ebpf_abi::{VERSION, config_flags, map, size};
+use shunt_mode::{KernelError, Mode, Remedy, Unsupported};
+
+use self::attach::{AttachError, Pins};
+use self::devices::Devices;
+use self::maps::{MapError, Maps};
+use crate::op::Op;
+use crate::state::State;
+
+/// The programs, built by `make ebpf`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ebpf/shunt.o");
+
+/// What the mode needs of a kernel, in the mode's own types.
+pub trait Kernel {
+    /// Whether this kernel has what the mode needs.
+    fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Reads what the maps hold for the family.
+    fn observe(&mut self) -> Result<State, KernelError>;
+    /// Carries out operations in order. After an error those before the one that failed have their
+    /// effect.
+    fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError>;
+    /// Takes in that the node's devices or addresses have changed.
+    fn refresh(&mut self) -> Result<(), KernelError>;
+    /// Removes programs and maps of both families if they are there.
+    fn remove(&mut self) -> Result<(), KernelError>;
+}
+
+/// Where things are, and how large.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// A bpffs: everything is pinned in its folder `shunt`.
+    pub bpf_root: PathBuf,
+    /// The cgroup whose processes the socket hooks serve, with those of all cgroups below; `None` for
+    /// the root of the first cgroup2 that is mounted.
+    pub cgroup_root: Option<PathBuf>,
+    /// Most frontends, and service ids.
+    pub frontends: u32,
+    /// Most endpoints.
+    pub endpoints: u32,
+    /// Most flows at tc, at sockets, and clients with session affinity, each.
+    pub flows: u32,
+    /// The programs' object.
+    pub object: Cow<'static, [u8]>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bpf_root: "/sys/fs/bpf".into(),
+            cgroup_root: None,
+            frontends: size::FRONTENDS,
+            endpoints: size::ENDPOINTS,
+            flows: size::FLOWS,
+            object: Cow::Borrowed(OBJECT),
+        }
+    }
+}
+
+impl Options {
+    fn sizes(&self) -> attach::MapSizes {
+        let half = (self.flows / 2).max(2);
+        BTreeMap::from([
+            (map::FRONTENDS, self.frontends),
+            (map::SERVICE_STATS, self.frontends),
+            (map::ENDPOINTS, self.endpoints),
+            (map::ENDPOINT_STATS, self.endpoints),
+            // Two groups of each endpoint, in extents of which half may be unused.
+            (map::SLOTS, self.endpoints.saturating_mul(4)),
+            (map::ADDRESSES, self.frontends.saturating_mul(2)),
+            (map::FLOWS, self.flows),
+            (map::SOCKETS, half),
+            (map::AFFINITY, half),
+        ])
+    }
+
+    /// What the programs are loaded from: version of the maps' layout and a hash of the object.
+    fn object_name(&self) -> String {
+        let hash = self.object.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("version {VERSION} object {hash:016x}")
+    }
+}
+
+/// The kernel of the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Bpf {
+    family: IpFamily,
+    options: Arc<Options>,
+    pins: Pins,
+    netns: File,
+    maps: Option<Maps>,
+    devices: Devices,
+    /// Programs were loaded that no link has yet.
+    loaded: bool,
+}
+
+impl Bpf {
+    /// A handle for the calling thread's network namespace. Nothing is looked at yet.
+    pub fn open(family: IpFamily, options: Arc<Options>) -> Result<Self, KernelError> {
+        let netns =
+            File::open("/proc/thread-self/ns/net").map_err(|e| failed("open network namespace", e))?;
+        let pins = Pins::new(&options.bpf_root);
+        Ok(Self { family, pins, options, netns, maps: None, devices: Devices::default(), loaded: false })
+    }
+
+    /// Runs something in the network namespace of the handle.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> Result<T, KernelError> {
+        let result = std::thread::scope(|scope| {
+            let enter = || {
+                setns(&self.netns, CloneFlags::CLONE_NEWNET)?;
+                work()
+            };
+            scope.spawn(enter).join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+        });
+        result.map_err(|error| failed("look at the node's devices", error))
+    }
+
+    /// The maps, if they are there.
+    fn open_maps(&mut self) -> Result<Option<&mut Maps>, KernelError> {
+        if self.maps.is_none() {
+            self.maps = match Maps::open(&self.pins.maps()) {
+                Ok(maps) => Some(maps),
+                Err(error) if error.is_missing() => None,
+                Err(error) => return Err(of_map(error)),
+            };
+        }
+        Ok(self.maps.as_mut())
+    }
+
+    fn maps(&mut self) -> Result<&mut Maps, KernelError> {
+        let missing = || KernelError {
+            context: "open maps".to_owned(),
+            source: "they are not there".into(),
+            remedy: Remedy::Resync,
+        };
+        self.open_maps()?.ok_or_else(missing)
+    }
+
+    /// Loads programs and maps unless those that are there are of the same object.
+    fn install(&mut self) -> Result<(), KernelError> {
+        let name = self.options.object_name();
+        let held = match self.open_maps()? {
+            Some(maps) => maps.object().map_err(of_map)?,
+            None => None,
+        };
+        if held.as_deref() == Some(&*name) {
+            return Ok(());
+        }
+        self.maps = None;
+        attach::load(&self.pins, &self.options.object, &self.options.sizes()).map_err(of_attach)?;
+        let cookie = self.inside(sys::netns_cookie)?;
+        let maps = self.maps()?;
+        maps.edit_config(|config| {
+            let flags = config.flags;
+            *config = shunt_ebpf_abi::Config::DEFAULT;
+            config.flags = flags | config_flags::PROTECT_NODE_PORTS;
+            config.host_netns = cookie;
+        })
+        .map_err(of_map)?;
+        self.loaded = true;
+        Ok(())
+    }
+
+    /// Attaches the programs to the cgroup and to the devices that there are.
+    fn attach(&mut self) -> Result<(), KernelError> {
+        self.look_at_devices()?;
+        let cgroup = match &self.options.cgroup_root {
+            Some(path) => path.clone(),
+            None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
+        };
+        let (pins, devices, replace) = (&self.pins, &self.devices.devices, self.loaded);
+        self.inside(|| attach::attach(pins, &cgroup, devices, replace).map_err(io::Error::other))?;
+        if self.loaded {
+            // Only now: whoever comes after a crash in between starts over.
+            let name = self.options.object_name();
+            self.maps()?.set_object(&name).map_err(of_map)?;
+            self.loaded = false;
+        }
+        Ok(())
+    }
+
+    /// Reads devices and addresses and tells the programs.
+    fn look_at_devices(&mut self) -> Result<(), KernelError> {
+        let pods = self.maps()?.pods().map_err(of_map)?;
+        let devices = self.inside(|| Devices::read(&pods))?;
+        let maps = self.maps()?;
+        let interfaces = devices.devices.iter().map(|(index, device)| (*index, device.interface)).collect();
+        maps.set_interfaces(&interfaces).map_err(of_map)?;
+        maps.set_local(devices.addresses.clone()).map_err(of_map)?;
+        maps.edit_config(|config| {
+            config.masquerade4 = devices.fallback(true);
+            config.masquerade6 = devices.fallback(false);
+        })
+        .map_err(of_map)?;
+        self.devices = devices;
+        Ok(())
+    }
+}
+
+impl Kernel for Bpf {
+    fn probe(&mut self) -> Result<(), Unsupported> {
+        let cannot = |missing: String, advice: &str| {
+            Err(Unsupported { mode: Mode::Ebpf, missing, advice: advice.to_owned() })
+        };
+        let root = &self.options.bpf_root;
+        match nix::sys::statfs::statfs(root) {
+            Ok(stat) if stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC => {}
+            Ok(_) | Err(nix::errno::Errno::ENOENT) => {
+                return cannot(
+                    format!("{} is no bpffs", root.display()),
+                    "mount one (mount -t bpf bpf /sys/fs/bpf) and hand it to the container, or name another one with --bpf-fs-root",
+                );
+            }
+            Err(error) => {
+                return cannot(format!("{} ({error})", root.display()), "see --bpf-fs-root");
+            }
+        }
+        let Some(cgroup) = self.options.cgroup_root.clone().or_else(cgroup2) else {
+            return cannot(
+                "no cgroup2 is mounted".to_owned(),
+                "mount one (mount -t cgroup2 none /run/cgroup2), and name it with --cgroup-root",
+            );
+        };
+        match nix::sys::statfs::statfs(&cgroup) {
+            Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => {}
+            _ => {
+                return cannot(
+                    format!("{} is no cgroup2", cgroup.display()),
+                    "name the root of the cgroup2 with --cgroup-root",
+                );
+            }
+        }
+        match aya::sys::is_program_supported(aya::programs::ProgramType::CgroupSockAddr) {
+            Ok(true) => Ok(()),
+            Ok(false) => cannot(
+                "the kernel has no BPF programs at cgroups".to_owned(),
+                "it needs CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF",
+            ),
+            Err(error) => cannot(
+                format!("BPF programs may not be loaded ({error})"),
+                "the process needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (or CAP_SYS_ADMIN), and the kernel CONFIG_BPF_SYSCALL",
+            ),
+        }
+    }
+
+    fn observe(&mut self) -> Result<State, KernelError> {
+        // Somebody may have made them anew.
+        self.maps = None;
+        let (family, name) = (self.family, self.options.object_name());
+        let sizes = self.options.sizes();
+        let Some(maps) = self.open_maps()? else {
+            let mut state = State::empty(family);
+            state.sizes.frontends = sizes[map::FRONTENDS];
+            state.sizes.services = sizes[map::FRONTENDS];
+            state.sizes.endpoints = sizes[map::ENDPOINTS];
+            state.sizes.slots = sizes[map::SLOTS];
+            return Ok(state);
+        };
+        let mut state = maps.observe(family).map_err(of_map)?;
+        let in_use = maps.in_use(family).map_err(of_map)?;
+        let same = maps.object().map_err(of_map)?.as_deref() == Some(&*name);
+        if in_use && same {
+            let pods = maps.pods().map_err(of_map)?;
+            self.devices = self.inside(|| Devices::read(&pods))?;
+            let wanted = attach::wanted_links(&self.pins, &self.devices.devices);
+            let wanted = wanted.map_err(|e| failed("list programs", e))?;
+            let held = self.pins.link_names().map_err(|e| failed("list links", e))?;
+            state.installed = wanted == held;
+        }
+        Ok(state)
+    }
+
+    fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError> {
+        let family = self.family;
+        for run in ops.chunk_by(|a, b| is_structural(a) == is_structural(b)) {
+            for op in run.iter().filter(|op| is_structural(op)) {
+                match op {
+                    Op::Install => self.install()?,
+                    _ => self.attach()?,
+                }
+            }
+            let pods = run.iter().any(|op| matches!(op, Op::SetPods(_)));
+            self.maps()?.carry_out(family, run).map_err(of_map)?;
+            if pods {
+                self.look_at_devices()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn refresh(&mut self) -> Result<(), KernelError> {
+        if self.open_maps()?.is_none() || self.options.object_name() != self.object()? {
+            return Ok(());
+        }
+        self.attach()
+    }
+
+    fn remove(&mut self) -> Result<(), KernelError> {
+        self.maps = None;
+        self.pins.remove().map_err(|e| failed("remove pins", e))
+    }
+}
+
+impl Bpf {
+    fn object(&mut self) -> Result<String, KernelError> {
+        Ok(self.maps()?.object().map_err(of_map)?.unwrap_or_default())
+    }
+}
+
+/// The cookie of the calling thread's network namespace: a number that no other one has or had.
+pub fn network_namespace_cookie() -> io::Result<u64> {
+    sys::netns_cookie()
+}
+
+const fn is_structural(op: &Op) -> bool {
+    matches!(op, Op::Install | Op::Attach)
+}
+
+/// The root of the first cgroup2 that is mounted.
+fn cgroup2() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    let path = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let path = fields.next()?;
+        (fields.next()? == "cgroup2").then(|| Path::new(path).to_owned())
+    });
+    path
+}
+
+fn failed(context: &str, error: io::Error) -> KernelError {
+    KernelError { context: context.to_owned(), source: Box::new(error), remedy: Remedy::Retry }
+}
+
+fn of_map(error: MapError) -> KernelError {
+    let context = if error.is_full() { "a map is full; see the flags for its size" } else { "BPF maps" };
+    // What is believed about a map that refuses is wrong.
+    KernelError { context: context.to_owned(), source: Box::new(error), remedy: Remedy::Resync }
+}
+
+fn of_attach(error: AttachError) -> KernelError {
+    KernelError { context: "BPF programs".to_owned(), source: Box::new(error), remedy: Remedy::Retry }
+}

@@ -1,0 +1,291 @@
+//! Programs and their links: pinned, adopted by the next process, replaced under their links.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use aya::programs::links::{FdLink, LinkError};
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{CgroupAttachMode, LinkOrder, Program, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use shunt_ebpf_abi::map;
+
+use super::devices::Device;
+use super::sys;
+
+/// The folders in which everything is pinned.
+#[derive(Clone, Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+}
+
+/// Why programs cannot be loaded or attached.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AttachError {
+    /// A file or link could not be used.
+    #[error("{0}: {1}")]
+    Io(String, #[source] io::Error),
+    /// The object was refused.
+    #[error("load the programs: {0}")]
+    Load(#[from] aya::EbpfError),
+    /// A program was refused.
+    #[error("program {0}: {1}")]
+    Program(String, #[source] aya::programs::ProgramError),
+    /// A link could not be used.
+    #[error("link of {0}: {1}")]
+    Link(String, #[source] LinkError),
+    /// Something could not be pinned.
+    #[error("pin {0}: {1}")]
+    Pin(String, #[source] aya::pin::PinError),
+}
+
+fn io_at(what: impl Into<String>) -> impl FnOnce(io::Error) -> AttachError {
+    move |error| AttachError::Io(what.into(), error)
+}
+
+impl Pins {
+    pub(super) fn new(bpf_root: &Path) -> Self {
+        Self { root: bpf_root.join("shunt") }
+    }
+
+    pub(super) fn maps(&self) -> PathBuf {
+        self.root.join("maps")
+    }
+
+    fn programs(&self) -> PathBuf {
+        self.root.join("programs")
+    }
+
+    fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    fn make(&self) -> Result<(), AttachError> {
+        for folder in [self.maps(), self.programs(), self.links()] {
+            std::fs::create_dir_all(&folder).map_err(io_at(folder.display().to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes everything; links first, so that no program runs without its maps.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        for folder in [self.links(), self.programs(), self.maps()] {
+            for name in names(&folder)? {
+                std::fs::remove_file(folder.join(name))?;
+            }
+            remove_folder(&folder)?;
+        }
+        remove_folder(&self.root)
+    }
+
+    /// Names of the links that are pinned.
+    pub(super) fn link_names(&self) -> io::Result<BTreeSet<String>> {
+        names(&self.links())
+    }
+}
+
+fn names(folder: &Path) -> io::Result<BTreeSet<String>> {
+    match std::fs::read_dir(folder) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn remove_folder(folder: &Path) -> io::Result<()> {
+    match std::fs::remove_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Sizes of maps by name.
+pub(super) type MapSizes = BTreeMap<&'static str, u32>;
+
+/// Loads the object over the maps that are pinned, pins those that are not, and loads and pins all
+/// programs, in place of those pinned before.
+pub(super) fn load(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<(), AttachError> {
+    pins.make()?;
+    let mut loader = EbpfLoader::new();
+    for (name, size) in sizes {
+        loader.map_max_entries(name, *size);
+    }
+    for name in OBJECT_MAPS {
+        loader.map_pin_path(name, pins.maps().join(name));
+    }
+    let mut object = loader.load(object)?;
+    let size = sizes.get(map::FRONTENDS).copied().unwrap_or(shunt_ebpf_abi::size::FRONTENDS);
+    super::maps::pin_names(&pins.maps(), size).map_err(io_at(map::NAMES))?;
+    load_programs(pins, &mut object)
+}
+
+/// Maps of the object.
+const OBJECT_MAPS: [&str; 15] = [
+    map::CONFIG,
+    map::FRONTENDS,
+    map::SLOTS,
+    map::ENDPOINTS,
+    map::ADDRESSES,
+    map::RANGES,
+    map::INTERFACES,
+    map::MAGLEV,
+    map::AFFINITY,
+    map::SOCKETS,
+    map::FLOWS,
+    map::FRAGMENTS,
+    map::SERVICE_STATS,
+    map::ENDPOINT_STATS,
+    map::EVENTS,
+];
+
+fn load_programs(pins: &Pins, object: &mut Ebpf) -> Result<(), AttachError> {
+    for (name, program) in object.programs_mut() {
+        let refused = |error| AttachError::Program(name.to_owned(), error);
+        match program {
+            Program::CgroupSockAddr(program) => program.load().map_err(refused)?,
+            Program::SchedClassifier(program) => program.load().map_err(refused)?,
+            _ => continue,
+        }
+        // A pin cannot be replaced: the new one is made beside, then takes the name.
+        let (path, beside) = (pins.programs().join(name), pins.programs().join(format!("{name}-new")));
+        let _ = std::fs::remove_file(&beside);
+        program.pin(&beside).map_err(|error| AttachError::Pin(name.to_owned(), error))?;
+        std::fs::rename(&beside, &path).map_err(io_at(path.display().to_string()))?;
+    }
+    Ok(())
+}
+
+/// The kind of a program by its name in the object.
+#[derive(Clone, Copy, Debug)]
+enum Hook {
+    Cgroup(aya::programs::CgroupSockAddrAttachType),
+    Tc(TcAttachType),
+}
+
+const HOOKS: [(&str, Hook); 12] = {
+    use aya::programs::CgroupSockAddrAttachType as At;
+    [
+        ("connect4", Hook::Cgroup(At::Connect4)),
+        ("connect6", Hook::Cgroup(At::Connect6)),
+        ("sendmsg4", Hook::Cgroup(At::UDPSendMsg4)),
+        ("sendmsg6", Hook::Cgroup(At::UDPSendMsg6)),
+        ("recvmsg4", Hook::Cgroup(At::UDPRecvMsg4)),
+        ("recvmsg6", Hook::Cgroup(At::UDPRecvMsg6)),
+        ("getpeername4", Hook::Cgroup(At::GetPeerName4)),
+        ("getpeername6", Hook::Cgroup(At::GetPeerName6)),
+        ("bind4", Hook::Cgroup(At::Bind4)),
+        ("bind6", Hook::Cgroup(At::Bind6)),
+        ("ingress", Hook::Tc(TcAttachType::Ingress)),
+        ("egress", Hook::Tc(TcAttachType::Egress)),
+    ]
+};
+
+/// Makes the links that are missing: at the cgroup, and at each device. Those of devices that are gone are
+/// removed. With `replace`, links that are there get the pinned programs in place of theirs.
+pub(super) fn attach(
+    pins: &Pins,
+    cgroup: &Path,
+    devices: &BTreeMap<u32, Device>,
+    replace: bool,
+) -> Result<(), AttachError> {
+    let links = pins.link_names().map_err(io_at(pins.links().display().to_string()))?;
+    let programs = names(&pins.programs()).map_err(io_at(pins.programs().display().to_string()))?;
+    let mut wanted = BTreeSet::new();
+    for (name, hook) in HOOKS.iter().filter(|(name, _)| programs.contains(*name)) {
+        match hook {
+            Hook::Cgroup(at) => {
+                wanted.insert((*name).to_owned());
+                if links.contains(*name) {
+                    if replace {
+                        update(pins, name, name)?;
+                    }
+                } else {
+                    attach_cgroup(pins, name, *at, cgroup)?;
+                }
+            }
+            Hook::Tc(at) => {
+                for (index, device) in devices {
+                    let link = format!("{name}-{index}");
+                    let program = if device.ethernet { (*name).to_owned() } else { format!("{name}_l3") };
+                    if links.contains(&link) {
+                        if replace {
+                            update(pins, &program, &link)?;
+                        }
+                    } else {
+                        attach_device(pins, &program, &link, *at, &device.name)?;
+                    }
+                    wanted.insert(link);
+                }
+            }
+        }
+    }
+    for gone in links.difference(&wanted) {
+        let path = pins.links().join(gone);
+        std::fs::remove_file(&path).map_err(io_at(path.display().to_string()))?;
+    }
+    Ok(())
+}
+
+/// The links that there should be.
+pub(super) fn wanted_links(pins: &Pins, devices: &BTreeMap<u32, Device>) -> io::Result<BTreeSet<String>> {
+    let programs = names(&pins.programs())?;
+    let hooks = HOOKS.iter().filter(|(name, _)| programs.contains(*name));
+    Ok(hooks
+        .flat_map(|(name, hook)| match hook {
+            Hook::Cgroup(_) => vec![(*name).to_owned()],
+            Hook::Tc(_) => devices.keys().map(|index| format!("{name}-{index}")).collect(),
+        })
+        .collect())
+}
+
+fn update(pins: &Pins, program: &str, link: &str) -> Result<(), AttachError> {
+    let at = |path: &Path| {
+        let text = path.display().to_string();
+        sys::open_pinned(path).map_err(io_at(text))
+    };
+    let link = pins.links().join(link);
+    let (held, new) = (at(&link)?, at(&pins.programs().join(program))?);
+    sys::update_link(held.as_fd(), new.as_fd()).map_err(io_at(link.display().to_string()))
+}
+
+fn attach_cgroup(
+    pins: &Pins,
+    name: &str,
+    at: aya::programs::CgroupSockAddrAttachType,
+    cgroup: &Path,
+) -> Result<(), AttachError> {
+    let refused = |error| AttachError::Program(name.to_owned(), error);
+    let path = pins.programs().join(name);
+    let mut program = aya::programs::CgroupSockAddr::from_pin(path, at).map_err(refused)?;
+    let folder = File::open(cgroup).map_err(io_at(cgroup.display().to_string()))?;
+    let id = program.attach(folder.as_fd(), CgroupAttachMode::Single).map_err(refused)?;
+    let link = program.take_link(id).map_err(refused)?;
+    pin_link(pins, name, link.try_into())
+}
+
+fn attach_device(
+    pins: &Pins,
+    name: &str,
+    link_name: &str,
+    at: TcAttachType,
+    device: &str,
+) -> Result<(), AttachError> {
+    let refused = |error| AttachError::Program(format!("{name} at {device}"), error);
+    let mut program = SchedClassifier::from_pin(pins.programs().join(name)).map_err(refused)?;
+    let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = match program.attach_with_options(device, at, first) {
+        // Gone meanwhile: the next look at the devices will not find it.
+        Err(_) if nix::net::if_::if_nametoindex(device).is_err() => return Ok(()),
+        attached => attached.map_err(refused)?,
+    };
+    let link = program.take_link(id).map_err(refused)?;
+    pin_link(pins, link_name, link.try_into())
+}
+
+fn pin_link(pins: &Pins, name: &str, link: Result<FdLink, LinkError>) -> Result<(), AttachError> {
+    let link = link.map_err(|error| AttachError::Link(name.to_owned(), error))?;
+    link.pin(pins.links().join(name)).map_err(|error| AttachError::Pin(name.to_owned(), error))?;
+    Ok(())
+}

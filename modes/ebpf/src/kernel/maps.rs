@@ -1,0 +1,415 @@
+//! The pinned maps: what they hold as a [`State`], and operations on them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use aya::maps::MapData;
+use ipnet::IpNet;
+use shunt_core::id::IpFamily;
+use shunt_ebpf_abi::{
+    Address, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface, Name, RangeKey,
+    address_flags, map,
+};
+
+use super::sys::{Prefix, Table};
+use crate::op::Op;
+use crate::state::{FamilyFlags, Sizes, State};
+
+/// Number under which `names` holds what the programs were loaded from.
+const OBJECT: u32 = 0;
+
+/// Number under which `names` holds by which interface local pods are known.
+const fn pods_number(family: IpFamily) -> u32 {
+    match family {
+        IpFamily::V4 => 2,
+        IpFamily::V6 => 3,
+    }
+}
+
+/// The maps that the agent writes.
+#[derive(Debug)]
+pub(super) struct Maps {
+    config: Table<u32, Config>,
+    frontends: Table<FrontendKey, Frontend>,
+    slots: Table<u32, u32>,
+    endpoints: Table<u32, Endpoint>,
+    addresses: Table<Address, u32>,
+    ranges: Table<Prefix, u32>,
+    interfaces: Table<u32, Interface>,
+    names: Table<u32, Name>,
+    /// Local addresses that `addresses` knows.
+    local: BTreeSet<Address>,
+}
+
+/// What went wrong with which map.
+#[derive(Debug, thiserror::Error)]
+#[error("map {map}: {source}")]
+pub(super) struct MapError {
+    map: &'static str,
+    source: io::Error,
+}
+
+impl MapError {
+    /// Whether there is no room for another element.
+    pub(super) fn is_full(&self) -> bool {
+        matches!(self.source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC))
+    }
+
+    /// Whether the map is not there.
+    pub(super) fn is_missing(&self) -> bool {
+        self.source.kind() == io::ErrorKind::NotFound
+    }
+}
+
+fn at(map: &'static str) -> impl Fn(io::Error) -> MapError {
+    move |source| MapError { map, source }
+}
+
+fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
+    folder: &Path,
+    name: &'static str,
+) -> Result<Table<K, V>, MapError> {
+    let fd = super::sys::open_pinned(&folder.join(name)).map_err(at(name))?;
+    let data = MapData::from_fd(fd).map_err(|e| at(name)(io::Error::other(e)))?;
+    Table::new(data).map_err(at(name))
+}
+
+/// Makes the map that the object does not have, unless it is pinned already.
+pub(super) fn pin_names(folder: &Path, size: u32) -> io::Result<()> {
+    let path = folder.join(map::NAMES);
+    if path.exists() {
+        return Ok(());
+    }
+    let names = aya::maps::HashMap::<MapData, u32, Name>::create(size, 1 /* BPF_F_NO_PREALLOC */)
+        .map_err(io::Error::other)?;
+    names.pin(path).map_err(io::Error::other)
+}
+
+impl Maps {
+    /// Opens the maps pinned in a folder.
+    pub(super) fn open(folder: &Path) -> Result<Self, MapError> {
+        Ok(Self {
+            config: open(folder, map::CONFIG)?,
+            frontends: open(folder, map::FRONTENDS)?,
+            slots: open(folder, map::SLOTS)?,
+            endpoints: open(folder, map::ENDPOINTS)?,
+            addresses: open(folder, map::ADDRESSES)?,
+            ranges: open(folder, map::RANGES)?,
+            interfaces: open(folder, map::INTERFACES)?,
+            names: open(folder, map::NAMES)?,
+            local: BTreeSet::new(),
+        })
+    }
+
+    /// What the programs were loaded from.
+    pub(super) fn object(&self) -> Result<Option<String>, MapError> {
+        let mut object = None;
+        self.names
+            .read(|number, name| {
+                if number == OBJECT {
+                    object = Some(name_text(&name).to_string());
+                }
+            })
+            .map_err(at(map::NAMES))?;
+        Ok(object)
+    }
+
+    /// Remembers what the programs were loaded from.
+    pub(super) fn set_object(&self, object: &str) -> Result<(), MapError> {
+        self.names.update(&[OBJECT], &[name_value(object)]).map_err(at(map::NAMES))
+    }
+
+    /// The settings.
+    pub(super) fn config(&self) -> Result<Config, MapError> {
+        let mut config = Config::DEFAULT;
+        self.config.read(|_, value| config = value).map_err(at(map::CONFIG))?;
+        Ok(config)
+    }
+
+    /// Changes the settings.
+    pub(super) fn edit_config(&self, edit: impl FnOnce(&mut Config)) -> Result<(), MapError> {
+        let before = self.config()?;
+        let mut config = before;
+        edit(&mut config);
+        if config == before { Ok(()) } else { self.config.update(&[0], &[config]).map_err(at(map::CONFIG)) }
+    }
+
+    /// Whether some family uses the maps.
+    pub(super) fn in_use(&self, family: IpFamily) -> Result<bool, MapError> {
+        Ok(self.config()?.flags & FamilyFlags::of(family).in_use != 0)
+    }
+
+    /// What the maps hold for a family. `installed` is left to the caller.
+    pub(super) fn observe(&mut self, family: IpFamily) -> Result<State, MapError> {
+        let mut state = State::empty(family);
+        let mut others = 0_u32;
+        let mut frontends = Vec::new();
+        self.frontends
+            .read(|key, frontend| {
+                if state.owns_address(&key.address) {
+                    frontends.push((key, frontend));
+                } else {
+                    others += 1;
+                }
+            })
+            .map_err(at(map::FRONTENDS))?;
+        let frontends_size = self.frontends.size().map_err(at(map::FRONTENDS))?;
+        state.sizes = Sizes {
+            frontends: frontends_size.saturating_sub(others),
+            services: frontends_size,
+            endpoints: self.endpoints.size().map_err(at(map::ENDPOINTS))?,
+            slots: self.slots.size().map_err(at(map::SLOTS))?,
+        };
+        for (key, frontend) in frontends {
+            state.set_frontend(key, Some(frontend));
+        }
+        state.flags = self.config()?.flags & FamilyFlags::of(family).settings();
+        self.names
+            .read(|number, name| {
+                if number == pods_number(family) {
+                    state.pods = Some(name_text(&name));
+                } else if number >= FIRST_SERVICE_ID && state.owns_id(number) {
+                    state.set_name(number, Some(name_text(&name)));
+                }
+            })
+            .map_err(at(map::NAMES))?;
+        self.slots
+            .read(|number, id| {
+                if id != 0 {
+                    state.set_slot(number, id);
+                }
+            })
+            .map_err(at(map::SLOTS))?;
+        self.endpoints
+            .read(|id, endpoint| {
+                if endpoint != Endpoint::default() {
+                    state.set_endpoint(id, endpoint);
+                }
+            })
+            .map_err(at(map::ENDPOINTS))?;
+        self.ranges
+            .read(|prefix, _| {
+                if state.owns_range(prefix.key.owner)
+                    && let Some(range) = range_of(&prefix, family)
+                {
+                    state.add_range(prefix.key.owner, range);
+                }
+            })
+            .map_err(at(map::RANGES))?;
+        self.local.clear();
+        let local = &mut self.local;
+        self.addresses
+            .read(|address, flags| {
+                if flags & address_flags::LOCAL != 0 {
+                    local.insert(address);
+                }
+                if state.owns_address(&address) {
+                    state.set_address(address, flags & !address_flags::LOCAL);
+                }
+            })
+            .map_err(at(map::ADDRESSES))?;
+        Ok(state)
+    }
+
+    /// Carries out operations on the maps, in order; those on one map that follow each other, together.
+    pub(super) fn carry_out(&self, family: IpFamily, ops: &[Op]) -> Result<(), MapError> {
+        for run in ops.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
+            match run.first() {
+                Some(Op::SetFrontend(..)) => self.set_frontends(run)?,
+                Some(Op::SetSlots(..)) => {
+                    let slots = run.iter().filter_map(|op| match op {
+                        Op::SetSlots(first, ids) => Some((*first..).zip(ids.iter().copied())),
+                        _ => None,
+                    });
+                    let (numbers, ids): (Vec<u32>, Vec<u32>) = slots.flatten().unzip();
+                    self.slots.update(&numbers, &ids).map_err(at(map::SLOTS))?;
+                }
+                Some(Op::SetEndpoint(..)) => {
+                    let entries = run.iter().filter_map(|op| match op {
+                        Op::SetEndpoint(id, endpoint) => Some((*id, *endpoint)),
+                        _ => None,
+                    });
+                    let (ids, endpoints): (Vec<u32>, Vec<Endpoint>) = entries.unzip();
+                    self.endpoints.update(&ids, &endpoints).map_err(at(map::ENDPOINTS))?;
+                }
+                Some(Op::SetAddress(..)) => self.set_addresses(run)?,
+                Some(Op::SetName(..)) => self.set_names(run)?,
+                Some(Op::AddRange(..)) => {
+                    let (keys, values): (Vec<Prefix>, Vec<u32>) =
+                        run.iter().filter_map(range_key).map(|key| (key, 1)).unzip();
+                    self.ranges.update(&keys, &values).map_err(at(map::RANGES))?;
+                }
+                Some(Op::DeleteRange(..)) => {
+                    let keys: Vec<Prefix> = run.iter().filter_map(range_key).collect();
+                    self.ranges.delete(&keys).map_err(at(map::RANGES))?;
+                }
+                _ => {
+                    for op in run {
+                        self.carry_out_setting(family, op)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_out_setting(&self, family: IpFamily, op: &Op) -> Result<(), MapError> {
+        let in_use = FamilyFlags::of(family).in_use;
+        match op {
+            Op::Attach => self.edit_config(|config| config.flags |= in_use),
+            Op::Detach => self.edit_config(|config| config.flags &= !in_use),
+            Op::SetFlags { mask, to } => {
+                self.edit_config(|config| config.flags = config.flags & !mask | to & mask)
+            }
+            Op::SetPods(Some(pods)) => {
+                let (number, name) = (pods_number(family), name_value(pods));
+                self.names.update(&[number], &[name]).map_err(at(map::NAMES))
+            }
+            Op::SetPods(None) => self.names.delete(&[pods_number(family)]).map_err(at(map::NAMES)),
+            _ => Ok(()),
+        }
+    }
+
+    fn set_frontends(&self, run: &[Op]) -> Result<(), MapError> {
+        for run in run.chunk_by(|a, b| is_removal(a) == is_removal(b)) {
+            let mut keys = Vec::with_capacity(run.len());
+            let mut values = Vec::with_capacity(run.len());
+            for op in run {
+                if let Op::SetFrontend(key, to) = op {
+                    keys.push(*key);
+                    values.extend(*to);
+                }
+            }
+            let done = if values.is_empty() {
+                self.frontends.delete(&keys)
+            } else {
+                self.frontends.update(&keys, &values)
+            };
+            done.map_err(at(map::FRONTENDS))?;
+        }
+        Ok(())
+    }
+
+    fn set_names(&self, run: &[Op]) -> Result<(), MapError> {
+        for run in run.chunk_by(|a, b| is_removal(a) == is_removal(b)) {
+            let mut keys = Vec::with_capacity(run.len());
+            let mut values = Vec::with_capacity(run.len());
+            for op in run {
+                if let Op::SetName(id, to) = op {
+                    keys.push(*id);
+                    values.extend(to.as_deref().map(name_value));
+                }
+            }
+            let done =
+                if values.is_empty() { self.names.delete(&keys) } else { self.names.update(&keys, &values) };
+            done.map_err(at(map::NAMES))?;
+        }
+        Ok(())
+    }
+
+    fn set_addresses(&self, run: &[Op]) -> Result<(), MapError> {
+        let mut addresses = BTreeMap::new();
+        for op in run {
+            if let Op::SetAddress(address, flags) = op {
+                let local = if self.local.contains(address) { address_flags::LOCAL } else { 0 };
+                addresses.insert(*address, flags | local);
+            }
+        }
+        self.write_addresses(addresses)
+    }
+
+    fn write_addresses(&self, addresses: BTreeMap<Address, u32>) -> Result<(), MapError> {
+        let (set, gone): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|(_, flags)| *flags != 0);
+        let (keys, values): (Vec<Address>, Vec<u32>) = set.into_iter().unzip();
+        self.addresses.update(&keys, &values).map_err(at(map::ADDRESSES))?;
+        let gone: Vec<Address> = gone.into_iter().map(|(address, _)| address).collect();
+        self.addresses.delete(&gone).map_err(at(map::ADDRESSES))
+    }
+
+    /// Tells the programs which addresses are the node's.
+    pub(super) fn set_local(&mut self, local: BTreeSet<Address>) -> Result<(), MapError> {
+        let mut flags = BTreeMap::new();
+        self.addresses
+            .read(|address, bits| {
+                flags.insert(address, bits);
+            })
+            .map_err(at(map::ADDRESSES))?;
+        let of = |address: &Address| flags.get(address).copied().unwrap_or(0);
+        let come = local.iter().map(|address| (*address, of(address) | address_flags::LOCAL));
+        let gone = flags
+            .iter()
+            .filter(|(address, bits)| **bits & address_flags::LOCAL != 0 && !local.contains(address))
+            .map(|(address, bits)| (*address, bits & !address_flags::LOCAL));
+        let changed: BTreeMap<Address, u32> =
+            come.chain(gone).filter(|(address, bits)| of(address) != *bits).collect();
+        if !changed.is_empty() {
+            self.write_addresses(changed)?;
+        }
+        self.local = local;
+        Ok(())
+    }
+
+    /// Tells the programs about the node's devices.
+    pub(super) fn set_interfaces(&self, wanted: &BTreeMap<u32, Interface>) -> Result<(), MapError> {
+        let mut held = BTreeMap::new();
+        self.interfaces
+            .read(|index, interface| {
+                held.insert(index, interface);
+            })
+            .map_err(at(map::INTERFACES))?;
+        let (keys, values): (Vec<u32>, Vec<Interface>) =
+            wanted.iter().filter(|(index, to)| held.get(index) != Some(*to)).map(|(i, to)| (*i, *to)).unzip();
+        self.interfaces.update(&keys, &values).map_err(at(map::INTERFACES))?;
+        let gone: Vec<u32> = held.into_keys().filter(|index| !wanted.contains_key(index)).collect();
+        self.interfaces.delete(&gone).map_err(at(map::INTERFACES))
+    }
+
+    /// By which interface local pods are known, as the families say.
+    pub(super) fn pods(&self) -> Result<BTreeSet<Arc<str>>, MapError> {
+        let numbers = IpFamily::ALL.map(pods_number);
+        let mut pods = BTreeSet::new();
+        self.names
+            .read(|number, name| {
+                if numbers.contains(&number) {
+                    pods.insert(name_text(&name));
+                }
+            })
+            .map_err(at(map::NAMES))?;
+        Ok(pods)
+    }
+}
+
+/// Whether an operation deletes an element.
+const fn is_removal(op: &Op) -> bool {
+    matches!(op, Op::SetFrontend(_, None) | Op::SetName(_, None))
+}
+
+fn name_value(name: &str) -> Name {
+    let mut value = Name::default();
+    let len = name.len().min(value.0.len());
+    value.0[..len].copy_from_slice(&name.as_bytes()[..len]);
+    value
+}
+
+fn name_text(name: &Name) -> Arc<str> {
+    let len = name.0.iter().position(|byte| *byte == 0).unwrap_or(name.0.len());
+    String::from_utf8_lossy(&name.0[..len]).into()
+}
+
+fn range_key(op: &Op) -> Option<Prefix> {
+    let (Op::AddRange(owner, range) | Op::DeleteRange(owner, range)) = op else { return None };
+    let length = RangeKey::prefix(range.addr().is_ipv4(), range.prefix_len());
+    Some(Prefix { length, key: RangeKey { owner: *owner, address: range.network().into() } })
+}
+
+/// The range of a key; `None` for one that we would not write.
+fn range_of(prefix: &Prefix, family: IpFamily) -> Option<IpNet> {
+    let v4 = family == IpFamily::V4;
+    let length = u8::try_from(prefix.length.checked_sub(RangeKey::prefix(v4, 0))?).ok()?;
+    let address = IpAddr::from(prefix.key.address);
+    let range = IpNet::new(address, length).ok()?;
+    (address.is_ipv4() == v4).then_some(range)
+}

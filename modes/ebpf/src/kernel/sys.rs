@@ -1,0 +1,193 @@
+//! System calls that aya does not offer: elements of maps in batches, and another program under a link
+//! that stays. The only unsafe code of the mode.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use aya::Pod;
+use aya::maps::MapData;
+use shunt_ebpf_abi::RangeKey;
+
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// `bpf(2)` with a part of `union bpf_attr`.
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is a prefix of `union bpf_attr` of the length given, and outlives the call; the
+    // callers see to it that its pointers lead to buffers of the lengths that the kernel takes them to
+    // have.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    // SAFETY: the kernel has just made the descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Opens what is pinned at a path: a map, a program or a link.
+pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    owned(bpf(BPF_OBJ_GET, &mut attr)?)
+}
+
+/// Puts a program under a link in place of the one there: no packet meets neither.
+pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: i32,
+        program: i32,
+        flags: u32,
+        old_program: u32,
+    }
+    let mut attr = Attr { link: link.as_raw_fd(), program: program.as_raw_fd(), flags: 0, old_program: 0 };
+    bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// The cookie of the calling thread's network namespace (`SO_NETNS_COOKIE`).
+pub(super) fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket =
+        std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
+    let (mut cookie, mut len) = (0_u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the buffer is as long as `len` says.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// A key of a map of ranges: the length of the prefix, then what it is a prefix of.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Prefix {
+    /// Bits of the key that count.
+    pub(super) length: u32,
+    /// The key.
+    pub(super) key: RangeKey,
+}
+
+// SAFETY: repr(C), Copy, of integers only, without padding.
+unsafe impl Pod for Prefix {}
+
+const _: () = assert!(size_of::<Prefix>() == 24);
+
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: i32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// A map, read and written in batches.
+#[derive(Debug)]
+pub(super) struct Table<K, V> {
+    map: MapData,
+    types: PhantomData<fn() -> (K, V)>,
+}
+
+/// Elements that one call reads or writes.
+const BATCH: usize = 16_384;
+
+impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
+    /// Checks that keys and values have the sizes of the types.
+    pub(super) fn new(map: MapData) -> io::Result<Self> {
+        let info = map.info().map_err(io::Error::other)?;
+        let (key, value) = (size_of::<K>(), size_of::<V>());
+        if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "its elements are of {}+{} bytes, not {key}+{value}",
+                    info.key_size(),
+                    info.value_size()
+                ),
+            ));
+        }
+        Ok(Self { map, types: PhantomData })
+    }
+
+    /// Number of elements that it has room for.
+    pub(super) fn size(&self) -> io::Result<u32> {
+        Ok(self.map.info().map_err(io::Error::other)?.max_entries())
+    }
+
+    fn batch(&self, count: usize) -> Batch {
+        Batch { map: self.map.fd().as_fd().as_raw_fd(), count: count as u32, ..Batch::default() }
+    }
+
+    /// Writes elements, in order.
+    pub(super) fn update(&self, keys: &[K], values: &[V]) -> io::Result<()> {
+        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
+            let mut attr = self.batch(keys.len().min(values.len()));
+            (attr.keys, attr.values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
+            bpf(BPF_MAP_UPDATE_BATCH, &mut attr)?;
+        }
+        Ok(())
+    }
+
+    /// Deletes elements, in order.
+    pub(super) fn delete(&self, keys: &[K]) -> io::Result<()> {
+        for keys in keys.chunks(BATCH) {
+            let mut attr = self.batch(keys.len());
+            attr.keys = keys.as_ptr() as u64;
+            bpf(BPF_MAP_DELETE_BATCH, &mut attr)?;
+        }
+        Ok(())
+    }
+
+    /// Reads all elements, in the map's own order.
+    pub(super) fn read(&self, mut each: impl FnMut(K, V)) -> io::Result<()> {
+        let mut keys = vec![K::default(); BATCH];
+        let mut values = vec![V::default(); BATCH];
+        // The kernel's mark of how far it came: a key, or a number.
+        let mut mark = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
+        let mut first = true;
+        loop {
+            let mut attr = self.batch(BATCH);
+            attr.in_batch = if first { 0 } else { mark.as_ptr() as u64 };
+            attr.out_batch = mark.as_mut_ptr() as u64;
+            (attr.keys, attr.values) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
+            first = false;
+            let end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+                Ok(_) => false,
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+                Err(error) => return Err(error),
+            };
+            for (key, value) in keys.iter().zip(&values).take(attr.count as usize) {
+                each(*key, *value);
+            }
+            if end {
+                return Ok(());
+            }
+        }
+    }
+}

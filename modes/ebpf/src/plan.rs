@@ -1,0 +1,566 @@
+//! From what was observed to what is desired. Pure.
+//!
+//! Operations come in phases, so that after each of them every packet meets a fate that is right before
+//! or after the change:
+//!
+//! 1. what frontends will lead to: names, source ranges, endpoints, slots; settings that come;
+//! 2. frontends that come or change, each by one write; addresses that come;
+//! 3. frontends that go;
+//! 4. what nothing leads to any more; settings that go.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use shunt_ebpf_abi::{
+    Address, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, endpoint_flags, range_owner,
+};
+use shunt_mode::Plan;
+
+use crate::op::Op;
+use crate::render::{Desired, Dispatch, Port};
+use crate::slots::{Room, extent};
+use crate::state::{FamilyFlags, State};
+
+/// Operations that one transaction holds at most.
+pub const TRANSACTION_MAX: usize = 65_536;
+
+/// Plans the way from `observed` to `desired`.
+pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
+    plan_within(observed, desired, TRANSACTION_MAX)
+}
+
+/// [`plan`] with other transactions: tests choose short ones.
+pub fn plan_within(observed: &State, desired: &Desired, transaction_max: usize) -> Plan<Op> {
+    if !desired.active && !observed.installed && observed.is_empty() {
+        return Plan::default();
+    }
+    let mut planner = Planner::new(observed, desired);
+    planner.plan();
+    let Planner { mut before, turn, remove, mut after, problems, .. } = planner;
+    // Operations on one map side by side are one call.
+    before.sort_by_key(rank_before);
+    after.sort_by_key(rank_after);
+    let mut plan = Plan { problems, ..Plan::default() };
+    let mut ops = before.into_iter().chain(turn).chain(remove).chain(after).peekable();
+    while ops.peek().is_some() {
+        plan.push(ops.by_ref().take(transaction_max).collect());
+    }
+    plan
+}
+
+/// What is referred to comes first.
+const fn rank_before(op: &Op) -> u8 {
+    match op {
+        Op::Install => 0,
+        Op::SetName(..) => 1,
+        Op::AddRange(..) => 2,
+        Op::SetEndpoint(..) => 3,
+        Op::SetSlots(..) => 4,
+        Op::SetPods(_) => 5,
+        _ => 6,
+    }
+}
+
+/// What refers to others goes first.
+const fn rank_after(op: &Op) -> u8 {
+    match op {
+        Op::SetPods(Some(_)) => 0,
+        Op::SetFlags { .. } => 1,
+        Op::SetPods(None) => 2,
+        Op::SetSlots(..) => 3,
+        Op::SetEndpoint(..) => 4,
+        Op::SetAddress(..) => 5,
+        Op::DeleteRange(..) => 6,
+        Op::SetName(..) => 7,
+        _ => 8,
+    }
+}
+
+struct Planner<'a> {
+    observed: &'a State,
+    desired: &'a Desired,
+    /// Phases.
+    before: Vec<Op>,
+    turn: Vec<Op>,
+    remove: Vec<Op>,
+    after: Vec<Op>,
+    /// What cannot be done for want of room.
+    problems: Vec<String>,
+    /// Service ids and groups of the ports in question.
+    placed: BTreeMap<Arc<str>, Placed>,
+    free_services: Box<dyn Iterator<Item = u32> + 'a>,
+    free_endpoints: Box<dyn Iterator<Item = u32> + 'a>,
+    /// Room for groups, once somebody asked.
+    room: Option<Room>,
+    /// Slots of groups that stay in place; only where everything is looked at.
+    kept: Room,
+}
+
+#[derive(Clone, Copy)]
+struct Placed {
+    id: u32,
+    cluster: Group,
+    local: Group,
+}
+
+const MEMBERSHIP: u16 = endpoint_flags::CLUSTER | endpoint_flags::LOCAL;
+
+impl<'a> Planner<'a> {
+    fn new(observed: &'a State, desired: &'a Desired) -> Self {
+        Self {
+            observed,
+            desired,
+            before: Vec::new(),
+            turn: Vec::new(),
+            remove: Vec::new(),
+            after: Vec::new(),
+            problems: Vec::new(),
+            placed: BTreeMap::new(),
+            free_services: Box::new(observed.free_service_ids()),
+            free_endpoints: Box::new(observed.free_endpoint_ids()),
+            room: None,
+            kept: Room::new(observed.sizes.slots_of(observed.family), std::iter::empty()),
+        }
+    }
+
+    fn plan(&mut self) {
+        if self.desired.active && !self.observed.installed {
+            self.before.push(Op::Install);
+        }
+        let ids = self.assign_ids();
+        for (name, id) in &ids {
+            let port = &self.desired.ports[*name];
+            self.port(name, *id, port);
+        }
+        self.frontends();
+        self.addresses();
+        self.settings();
+        self.local_endpoints();
+        self.release();
+        match (self.observed.installed, self.desired.active) {
+            (false, true) => self.remove.push(Op::Attach),
+            (true, false) => self.after.push(Op::Detach),
+            _ => {}
+        }
+    }
+
+    /// Ids of the ports in question: those that are held are kept, the others get the next free one.
+    fn assign_ids(&mut self) -> BTreeMap<&'a Arc<str>, u32> {
+        let mut ids = BTreeMap::new();
+        for name in self.desired.ports.keys() {
+            match self.observed.id_of(name).or_else(|| self.free_services.next()) {
+                Some(id) => drop(ids.insert(name, id)),
+                None => self.problems.push(format!("{name}: not served: all service ids are taken")),
+            }
+        }
+        ids
+    }
+
+    fn port(&mut self, name: &'a Arc<str>, id: u32, port: &'a Port) {
+        if self.observed.names().get(&id) != Some(name) {
+            self.before.push(Op::SetName(id, Some(name.clone())));
+        }
+        self.ranges(id, &port.ranges);
+        let members = self.endpoints(name, id, port);
+        let ids_of = |flag| -> Vec<u32> {
+            members.iter().filter(|(_, flags)| flags & flag != 0).map(|(id, _)| *id).collect()
+        };
+        let cluster = self.group(name, id, false, &ids_of(endpoint_flags::CLUSTER));
+        let local = self.group(name, id, true, &ids_of(endpoint_flags::LOCAL));
+        self.placed.insert(name.clone(), Placed { id, cluster, local });
+        if !self.desired.everything {
+            self.empty_slots(&self.groups_of(id), &[cluster, local]);
+        }
+    }
+
+    fn ranges(&mut self, owner: u32, wanted: &BTreeSet<IpNet>) {
+        let held: BTreeSet<IpNet> = self.observed.ranges_of(owner).copied().collect();
+        self.before.extend(wanted.difference(&held).map(|range| Op::AddRange(owner, *range)));
+        self.after.extend(held.difference(wanted).map(|range| Op::DeleteRange(owner, *range)));
+    }
+
+    /// Endpoints of a port: ids and flags of those that there will be.
+    fn endpoints(&mut self, name: &str, service: u32, port: &Port) -> Vec<(u32, u16)> {
+        let held = self.observed.users(service).into_iter().flat_map(|u| &u.endpoints);
+        let mut ids: BTreeMap<(Address, u16), u32> = BTreeMap::new();
+        let mut gone = Vec::new();
+        for id in held {
+            let endpoint = self.observed.endpoint(*id);
+            if let Some(other) = ids.insert((endpoint.address, endpoint.port), *id) {
+                gone.push(other);
+            }
+        }
+        let mut members = Vec::with_capacity(port.members.len());
+        let mut left_out = 0;
+        for member in &port.members {
+            if let Some(id) = ids.remove(&(member.address, member.port)) {
+                let endpoint = self.observed.endpoint(id);
+                // It stays in the groups of which it was until no frontend leads there.
+                let meanwhile = endpoint.flags & MEMBERSHIP | member.flags;
+                if meanwhile != endpoint.flags {
+                    self.before.push(Op::SetEndpoint(id, Endpoint { flags: meanwhile, ..endpoint }));
+                }
+                if meanwhile != member.flags {
+                    self.after.push(Op::SetEndpoint(id, Endpoint { flags: member.flags, ..endpoint }));
+                }
+                members.push((id, member.flags));
+            } else if let Some(id) = self.free_endpoints.next() {
+                let endpoint = Endpoint {
+                    address: member.address,
+                    port: member.port,
+                    flags: member.flags,
+                    service,
+                    generation: self.observed.endpoint(id).generation.wrapping_add(1),
+                    reserved: 0,
+                };
+                self.before.push(Op::SetEndpoint(id, endpoint));
+                members.push((id, member.flags));
+            } else {
+                left_out += 1;
+            }
+        }
+        if left_out > 0 {
+            self.problems.push(format!("{name}: {left_out} endpoints left out: all endpoint ids are taken"));
+        }
+        gone.extend(ids.into_values());
+        gone.into_iter().for_each(|id| self.free(id));
+        members
+    }
+
+    fn free(&mut self, id: u32) {
+        let generation = self.observed.endpoint(id).generation;
+        self.after.push(Op::SetEndpoint(id, Endpoint { generation, ..Endpoint::default() }));
+    }
+
+    /// Groups that frontends of a service id have.
+    fn groups_of(&self, id: u32) -> BTreeSet<Group> {
+        let keys = self.observed.users(id).into_iter().flat_map(|u| &u.frontends);
+        let frontends = keys.filter_map(|key| self.observed.frontends().get(key));
+        frontends.flat_map(|f| [f.cluster, f.local]).filter(|group| group.count > 0).collect()
+    }
+
+    /// Where a port's endpoints of a policy lie and will lie.
+    fn group(&mut self, name: &str, service: u32, local: bool, wanted: &[u32]) -> Group {
+        let Ok(count) = u32::try_from(wanted.len()) else { return Group::default() };
+        if count == 0 {
+            return Group::default();
+        }
+        if let Some(held) = self.group_in_place(service, local)
+            && self.grow_in_place(held, count)
+        {
+            let group = Group { base: held.base, count };
+            if self.desired.everything {
+                self.kept.take(extent(group));
+            }
+            self.edit_slots(held, wanted);
+            return group;
+        }
+        let mut fits = count;
+        while fits > 0 {
+            if let Some(base) = self.room().allocate(fits) {
+                if fits < count {
+                    let left_out = count - fits;
+                    self.problems.push(format!("{name}: {left_out} endpoints left out: no room for slots"));
+                }
+                let group = Group { base, count: fits };
+                if self.desired.everything {
+                    self.kept.take(extent(group));
+                }
+                self.before.push(Op::SetSlots(base, wanted.iter().copied().take(fits as usize).collect()));
+                return group;
+            }
+            fits /= 2;
+        }
+        self.problems.push(format!("{name}: no endpoint is served: no room for slots"));
+        Group::default()
+    }
+
+    /// The group of a policy as it is now, if it may stay where it is.
+    fn group_in_place(&self, service: u32, local: bool) -> Option<Group> {
+        let frontends = self.observed.users(service)?.frontends.iter();
+        let mut groups = frontends.filter_map(|key| Some(self.observed.frontends().get(key)?.group(local)));
+        let group = groups.find(|group| group.count > 0)?;
+        let range = self.observed.sizes.slots_of(self.observed.family);
+        let slots = extent(group);
+        let inside = range.start <= slots.start && slots.end <= range.end;
+        let alone = !self.desired.everything || self.kept.is_free(&slots);
+        (inside && alone).then_some(group)
+    }
+
+    /// Whether a group can have so many slots where it is. Takes the room.
+    fn grow_in_place(&mut self, held: Group, count: u32) -> bool {
+        let (now, then) = (extent(held), extent(Group { count, ..held }));
+        if then.end <= now.end {
+            return true;
+        }
+        let size = then.end - then.start;
+        let more = now.end..then.end;
+        if !held.base.is_multiple_of(size)
+            || !self.room().is_free(&more)
+            || self.desired.everything && !self.kept.is_free(&more)
+        {
+            return false;
+        }
+        self.room().take(more);
+        true
+    }
+
+    fn room(&mut self) -> &mut Room {
+        let observed = self.observed;
+        self.room.get_or_insert_with(|| {
+            // What slots hold that belong to no group was written by a plan that broke off.
+            let used = observed.used_slots().map(|(number, _)| number..number + 1);
+            let range = observed.sizes.slots_of(observed.family);
+            Room::new(range, observed.groups().map(extent).chain(used))
+        })
+    }
+
+    /// Makes the slots of a group hold these ids: those that stay keep their slots, others fill the gaps.
+    fn edit_slots(&mut self, held: Group, wanted: &[u32]) {
+        let mut missing: BTreeSet<u32> = wanted.iter().copied().collect();
+        let mut slots: Vec<Option<u32>> = (held.base..)
+            .take(wanted.len())
+            .zip(0..)
+            .map(|(number, n)| (n < held.count).then(|| self.observed.slot(number)))
+            .map(|id| id.filter(|id| missing.remove(id)))
+            .collect();
+        let mut missing = missing.into_iter();
+        let mut run: Vec<u32> = Vec::new();
+        for (number, slot) in (held.base..).zip(&mut slots) {
+            let id = slot.or_else(|| missing.next()).unwrap_or(0);
+            if id != self.observed.slot(number) {
+                run.push(id);
+            } else if !run.is_empty() {
+                self.before.push(Op::SetSlots(number - run.len() as u32, std::mem::take(&mut run)));
+            }
+        }
+        if !run.is_empty() {
+            let first = held.base + slots.len() as u32 - run.len() as u32;
+            self.before.push(Op::SetSlots(first, run));
+        }
+    }
+
+    /// Empties the slots of groups that are not those of others.
+    fn empty_slots(&mut self, groups: &BTreeSet<Group>, but: &[Group]) {
+        let kept = |number: u32| but.iter().any(|g| number.wrapping_sub(g.base) < g.count);
+        let range = self.observed.sizes.slots_of(self.observed.family);
+        let slots: BTreeSet<u32> = groups
+            .iter()
+            .flat_map(|g| (g.base..).take(g.count as usize).take_while(|number| range.contains(number)))
+            .filter(|number| !kept(*number) && self.observed.slot(*number) != 0)
+            .collect();
+        self.empty(slots.into_iter());
+    }
+
+    fn empty(&mut self, slots: impl Iterator<Item = u32>) {
+        let mut run: Option<(u32, usize)> = None;
+        for number in slots {
+            run = match run {
+                Some((first, len)) if first + len as u32 == number => Some((first, len + 1)),
+                Some((first, len)) => {
+                    self.after.push(Op::SetSlots(first, vec![0; len]));
+                    Some((number, 1))
+                }
+                None => Some((number, 1)),
+            };
+        }
+        if let Some((first, len)) = run {
+            self.after.push(Op::SetSlots(first, vec![0; len]));
+        }
+    }
+
+    fn frontends(&mut self) {
+        let room = self.observed.sizes.frontends as usize;
+        let mut count = self.observed.frontends().len();
+        for (key, dispatch) in &self.desired.frontends {
+            let held = self.observed.frontends().get(key);
+            let to = dispatch.as_ref().and_then(|dispatch| self.frontend(dispatch));
+            match (held, to) {
+                (None, Some(_)) if count >= room => self.problems.push(format!(
+                    "{}: not served: the map of frontends is full",
+                    crate::state::text::key_text(key)
+                )),
+                (held, Some(to)) => {
+                    count += usize::from(held.is_none());
+                    if held != Some(&to) {
+                        self.turn.push(Op::SetFrontend(*key, Some(to)));
+                    }
+                }
+                (Some(_), None) => self.remove.push(Op::SetFrontend(*key, None)),
+                (None, None) => {}
+            }
+        }
+        if self.desired.everything {
+            let strays = self.observed.frontends().keys().filter(|k| !self.desired.frontends.contains_key(k));
+            self.remove.extend(strays.map(|key| Op::SetFrontend(*key, None)));
+            return;
+        }
+        // Frontends of the same port that are not in question have the same groups.
+        let desired = &self.desired.frontends;
+        for Placed { id, cluster, local } in self.placed.values() {
+            let keys = self.observed.users(*id).into_iter().flat_map(|u| &u.frontends);
+            for key in keys.filter(|key| !desired.contains_key(key)) {
+                if let Some(held) = self.observed.frontends().get(key) {
+                    let to = Frontend { cluster: *cluster, local: *local, ..*held };
+                    if to != *held {
+                        self.turn.push(Op::SetFrontend(*key, Some(to)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn frontend(&self, dispatch: &Dispatch) -> Option<Frontend> {
+        let Placed { id, cluster, local } = *self.placed.get(&dispatch.port)?;
+        Some(Frontend {
+            service: id,
+            affinity: dispatch.affinity,
+            cluster,
+            local,
+            verdicts: dispatch.verdicts,
+            flags: dispatch.flags,
+            reserved: 0,
+        })
+    }
+
+    fn addresses(&mut self) {
+        let (observed, desired) = (&self.observed.addresses, &self.desired.addresses);
+        let mut change = |address: &Address, from: u32, to: u32| {
+            if from | to != from {
+                self.turn.push(Op::SetAddress(*address, from | to));
+            }
+            if from | to != to {
+                self.after.push(Op::SetAddress(*address, to));
+            }
+        };
+        for (address, to) in desired {
+            change(address, observed.get(address).copied().unwrap_or(0), *to);
+        }
+        if self.desired.everything {
+            for (address, from) in observed.iter().filter(|(address, _)| !desired.contains_key(address)) {
+                change(address, *from, 0);
+            }
+        }
+    }
+
+    fn settings(&mut self) {
+        let v4 = matches!(self.observed.family, shunt_core::id::IpFamily::V4);
+        self.ranges(range_owner::pods(v4), &self.desired.pod_ranges);
+        self.ranges(range_owner::service_cidr(v4), &self.desired.service_cidrs);
+        let of = FamilyFlags::of(self.observed.family);
+        let mask = of.settings();
+        let pod_bits = of.pods_by_range | of.pods_by_interface;
+        let (from, to) = (self.observed.flags, self.desired.flags);
+        let early = self.tells_pods_apart();
+        let mut flags = from;
+        let mut set = |ops: &mut Vec<Op>, to: u32| {
+            if flags != to {
+                ops.push(Op::SetFlags { mask, to });
+                flags = to;
+            }
+        };
+        // Besides the way to tell local pods: what comes comes early, what goes goes late.
+        let meanwhile = (from | to) & !pod_bits;
+        let bits = if early { to } else { from };
+        let pods = (self.observed.pods != self.desired.pods).then(|| Op::SetPods(self.desired.pods.clone()));
+        // The name is there before it is asked for, and until it is asked for no more.
+        let comes = self.desired.pods.is_some();
+        if early && comes {
+            self.before.extend(pods.clone());
+        }
+        set(&mut self.before, meanwhile | bits & pod_bits);
+        if !early && comes {
+            self.after.extend(pods.clone());
+        }
+        set(&mut self.after, to);
+        if !comes {
+            self.after.extend(pods);
+        }
+    }
+
+    /// Whether frontends treat local pods better than others: then pods must be known before. Otherwise
+    /// frontends change first, for they may have treated them better until now.
+    fn tells_pods_apart(&self) -> bool {
+        self.desired.frontends.values().flatten().any(|dispatch| {
+            let [pod, _, other] = dispatch.verdicts;
+            pod.is_forward() && !pod.masquerades() && other.is_forward() && other.masquerades()
+        })
+    }
+
+    /// Endpoints of ports that are not in question may have come to this node or left it.
+    fn local_endpoints(&mut self) {
+        if self.desired.local_endpoints.is_empty() {
+            return;
+        }
+        let wanted: BTreeMap<(Address, u16, u8), bool> = self
+            .desired
+            .local_endpoints
+            .iter()
+            .map(|(e, here)| ((Address::from(e.address), e.port.to_be(), e.protocol.number()), *here))
+            .collect();
+        let addresses: BTreeSet<(Address, u16)> = wanted.keys().map(|(a, port, _)| (*a, *port)).collect();
+        let in_question: BTreeSet<u32> = self.placed.values().map(|placed| placed.id).collect();
+        for (id, endpoint) in self.observed.endpoints() {
+            if !addresses.contains(&(endpoint.address, endpoint.port))
+                || in_question.contains(&endpoint.service)
+            {
+                continue;
+            }
+            let users = self.observed.users(endpoint.service);
+            let protocol = users.and_then(|u| u.frontends.first()).map_or(0, |key| key.protocol);
+            let Some(here) = wanted.get(&(endpoint.address, endpoint.port, protocol)) else { continue };
+            let flags = if *here {
+                endpoint.flags | endpoint_flags::HERE
+            } else {
+                endpoint.flags & !endpoint_flags::HERE
+            };
+            if flags != endpoint.flags {
+                self.before.push(Op::SetEndpoint(id, Endpoint { flags, ..*endpoint }));
+            }
+        }
+    }
+
+    /// Gives back the ids that no frontend uses any more, and all that belongs to them.
+    fn release(&mut self) {
+        let in_question: BTreeSet<u32> = self.placed.values().map(|placed| placed.id).collect();
+        let candidates: BTreeSet<u32> = if self.desired.everything {
+            self.observed.used_ids()
+        } else {
+            let held = self.desired.frontends.keys().filter_map(|key| self.observed.frontends().get(key));
+            held.map(|frontend| frontend.service).collect()
+        };
+        let stays = |key: &FrontendKey| !self.desired.everything && !self.desired.frontends.contains_key(key);
+        let gone: Vec<u32> = candidates
+            .into_iter()
+            .filter(|id| !in_question.contains(id))
+            .filter(|id| !self.observed.users(*id).is_some_and(|u| u.frontends.iter().any(stays)))
+            .collect();
+        for id in gone {
+            if !self.desired.everything {
+                self.empty_slots(&self.groups_of(id), &[]);
+            }
+            let endpoints = self.observed.users(id).into_iter().flat_map(|u| &u.endpoints);
+            endpoints.for_each(|endpoint| self.free(*endpoint));
+            self.ranges(id, &BTreeSet::new());
+            if self.observed.names().contains_key(&id) {
+                self.after.push(Op::SetName(id, None));
+            }
+        }
+        if self.desired.everything {
+            let groups = self.placed.values().flat_map(|p| [p.cluster, p.local]);
+            let mut wanted: Vec<Group> = groups.filter(|group| group.count > 0).collect();
+            wanted.sort_unstable();
+            let is_wanted = |number: u32| {
+                let at = wanted.partition_point(|group| group.base <= number);
+                at.checked_sub(1).is_some_and(|at| number - wanted[at].base < wanted[at].count)
+            };
+            let slots: Vec<u32> =
+                self.observed.used_slots().map(|(number, _)| number).filter(|n| !is_wanted(*n)).collect();
+            self.empty(slots.into_iter());
+            // Owners below the service ids that mean nothing to us are those of the other family.
+            debug_assert!(self.observed.ranges().keys().all(|owner| self.observed.owns_range(*owner)));
+            debug_assert!(self.placed.values().all(|placed| placed.id >= FIRST_SERVICE_ID));
+        }
+    }
+}
