@@ -361,12 +361,14 @@ impl Engine {
     /// Does what is due.
     fn tick(&mut self, now: Instant) {
         let Some(compiler) = &self.compiler else { return };
+        let mut problems = Vec::new();
         for family in &mut self.families {
             let of = family.driver.family();
             if let Some(step) = family.sync.next(now) {
                 match family.driver.sync(compiler.table(of), &step) {
-                    Ok(report) => {
+                    Ok(mut report) => {
                         log_sync(of, &step, &report);
+                        problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
                     }
                     Err(error) => {
@@ -384,6 +386,7 @@ impl Engine {
                 flows.tick(of, compiler, now);
             }
         }
+        problems.into_iter().for_each(|problem| self.complain(problem));
     }
 
     /// Answers what came in by the admin socket.

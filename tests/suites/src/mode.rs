@@ -1,6 +1,6 @@
 //! How the suites see a mode.
 
-mod ebpf;
+pub mod ebpf;
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
