@@ -11,7 +11,7 @@ use crate::sync::Step;
 use crate::{Backend, KernelError, Mode, Plan, Remedy, Unsupported, Usage, rendered};
 
 /// What a sync did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Report {
     /// Transactions that the kernel carried out.
     pub transactions: usize,
@@ -25,6 +25,8 @@ pub struct Report {
     pub applying: Duration,
     /// Part of that time in which others held a lock.
     pub waiting: Duration,
+    /// What the kernel has no room for: [`Plan::problems`].
+    pub problems: Vec<String>,
 }
 
 /// How a dump is printed.
@@ -91,12 +93,14 @@ pub struct ModeDriver<B: Backend> {
     family: IpFamily,
     /// What the kernel holds, as far as known; `None` until it was read, and after an error.
     state: Option<B::State>,
+    /// The kernel had no room for something: the next change may make some.
+    short: bool,
 }
 
 impl<B: Backend> ModeDriver<B> {
     /// A driver that knows nothing of the kernel yet.
     pub const fn new(backend: B, family: IpFamily) -> Self {
-        Self { backend, family, state: None }
+        Self { backend, family, state: None, short: false }
     }
 
     /// What the kernel holds, as far as known.
@@ -131,7 +135,7 @@ impl<B: Backend> Driver for ModeDriver<B> {
         let everything = Change::everything();
         // While a sync runs, what the kernel holds is not known: an error leaves it so.
         let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
-            (state, change)
+            (state, if self.short { &everything } else { change })
         } else {
             let started = Instant::now();
             let state = self.backend.observe()?;
@@ -141,6 +145,8 @@ impl<B: Backend> Driver for ModeDriver<B> {
         let started = Instant::now();
         let plan = B::plan(&state, &B::render(table, change));
         report.planning = started.elapsed();
+        self.short = !plan.problems.is_empty();
+        report.problems = plan.problems;
         let started = Instant::now();
         for transaction in plan.transactions {
             self.backend.apply(&transaction)?;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
-use shunt_ebpf_abi::{VERSION, config_flags, map, size};
+use shunt_ebpf_abi::{ServiceCounters, VERSION, config_flags, map, size};
 use shunt_mode::{KernelError, Mode, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins};
@@ -121,6 +121,12 @@ impl Bpf {
             File::open("/proc/thread-self/ns/net").map_err(|e| failed("open network namespace", e))?;
         let pins = Pins::new(&options.bpf_root);
         Ok(Self { family, pins, options, netns, maps: None, devices: Devices::default(), loaded: false })
+    }
+
+    /// What the programs have counted, by Service port, of both families.
+    pub fn counters(&mut self) -> Result<Vec<(Arc<str>, ServiceCounters)>, KernelError> {
+        let names = self.maps()?.names().map_err(of_map)?;
+        maps::counters(&self.pins.maps(), &names).map_err(of_map)
     }
 
     /// Runs something in the network namespace of the handle.

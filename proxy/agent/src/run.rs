@@ -488,13 +488,14 @@ impl Engine {
     fn tick(&mut self, now: Instant) {
         self.account.tick(now);
         let Some(compiler) = &self.compiler else { return };
+        let mut problems = Vec::new();
         for family in &mut self.families {
             let of = family.driver.family();
             // A look at the kernel for which nothing waits finds what nobody asked for.
             let idle = family.in_sync();
             if let Some(step) = family.sync.next(now) {
                 match family.driver.sync(compiler.table(of), &step) {
-                    Ok(report) => {
+                    Ok(mut report) => {
                         log_sync(of, &step, &report);
                         let full = step == Step::Resync;
                         if idle && full && report.operations > 0 {
@@ -502,6 +503,7 @@ impl Engine {
                             self.account.metrics.drift(of, report.operations);
                         }
                         self.account.synced(&*family.driver, full, &report);
+                        problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
                     }
                     Err(error) => {
@@ -524,6 +526,7 @@ impl Engine {
                 flows.tick(of, compiler, now);
             }
         }
+        problems.into_iter().for_each(|problem| self.complain(problem));
     }
 
     /// Answers what came in by the admin socket.

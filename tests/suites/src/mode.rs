@@ -1,6 +1,6 @@
 //! How the suites see a mode.
 
-mod ebpf;
+pub mod ebpf;
 mod iptables;
 mod ipvs;
 mod nftables;

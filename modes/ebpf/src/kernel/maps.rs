@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use aya::maps::MapData;
+use aya::maps::{Map, MapData, PerCpuArray};
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Address, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface, Name, RangeKey,
-    address_flags, map,
+    ServiceCounters, address_flags, map,
 };
 
 use super::sys::{Prefix, Table};
@@ -77,6 +77,29 @@ fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
     Table::new(data).map_err(at(name))
 }
 
+/// Sums of what the processors have counted, by Service port.
+pub(super) fn counters(
+    folder: &Path,
+    names: &BTreeMap<u32, Arc<str>>,
+) -> Result<Vec<(Arc<str>, ServiceCounters)>, MapError> {
+    let at = at(map::SERVICE_STATS);
+    let fd = super::sys::open_pinned(&folder.join(map::SERVICE_STATS)).map_err(&at)?;
+    let data = MapData::from_fd(fd).map_err(|e| at(io::Error::other(e)))?;
+    let array = PerCpuArray::<MapData, ServiceCounters>::try_from(Map::PerCpuArray(data));
+    let array = array.map_err(|e| at(io::Error::other(e)))?;
+    let mut counters = Vec::with_capacity(names.len());
+    for (id, name) in names {
+        let values = array.get(id, 0).map_err(|e| at(io::Error::other(e)))?;
+        let sum = values.iter().fold(ServiceCounters::default(), |sum, one| ServiceCounters {
+            forwarded: sum.forwarded + one.forwarded,
+            rejected: sum.rejected + one.rejected,
+            dropped: sum.dropped + one.dropped,
+        });
+        counters.push((name.clone(), sum));
+    }
+    Ok(counters)
+}
+
 /// Makes the map that the object does not have, unless it is pinned already.
 pub(super) fn pin_names(folder: &Path, size: u32) -> io::Result<()> {
     let path = folder.join(map::NAMES);
@@ -120,6 +143,19 @@ impl Maps {
     /// Remembers what the programs were loaded from.
     pub(super) fn set_object(&self, object: &str) -> Result<(), MapError> {
         self.names.update(&[OBJECT], &[name_value(object)]).map_err(at(map::NAMES))
+    }
+
+    /// Names of Service ports of both families.
+    pub(super) fn names(&self) -> Result<BTreeMap<u32, Arc<str>>, MapError> {
+        let mut names = BTreeMap::new();
+        self.names
+            .read(|number, name| {
+                if number >= FIRST_SERVICE_ID {
+                    names.insert(number, name_text(&name));
+                }
+            })
+            .map_err(at(map::NAMES))?;
+        Ok(names)
     }
 
     /// The settings.

@@ -1,6 +1,6 @@
 //! ebpf mode as the suites see it.
 
-mod place;
+pub mod place;
 
 use anyhow::{Result, ensure};
 use shunt_core::id::IpFamily;

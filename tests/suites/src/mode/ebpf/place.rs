@@ -16,7 +16,7 @@ const CGROUPS: &str = "shunt-suites-";
 
 /// Options for the lab in whose node's network namespace the calling thread is. The same lab gets the
 /// same ones each time.
-pub(super) fn options() -> Result<Arc<Options>> {
+pub fn options() -> Result<Arc<Options>> {
     // Unlike the inode number, a cookie is never given to a second namespace.
     let cookie = network_namespace_cookie()?;
     let bpf_root = bpffs()?.join(cookie.to_string());

@@ -1,0 +1,321 @@
+//! What only ebpf mode has: programs that are adopted and replaced, maps of a size.
+
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+use std::borrow::Cow;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shunt_core::compile::Context;
+use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
+use shunt_core::id::{IpFamily, NamespacedName, Protocol};
+use shunt_core::node::{Config, Node};
+use shunt_core::service::{Service, ServicePort, TrafficPolicy};
+use shunt_core::store::Event;
+use shunt_core::table::Change;
+use shunt_core::walk::{Outcome, Packet};
+use shunt_harness::cases;
+use shunt_harness::lab::{Lab, Probe, StormSpec, require_kernel};
+use shunt_mode::{Backend, rendered};
+use shunt_mode_ebpf::Ebpf;
+use shunt_mode_ebpf::fake::FakeKernel;
+use shunt_mode_ebpf::kernel::{Bpf, Options};
+use shunt_mode_ebpf::state::Sizes;
+use shunt_suites::driver::{Cluster, Synced};
+use shunt_suites::mode::ebpf::place;
+use shunt_suites::mode::{EbpfMode, ModeUnderTest};
+use shunt_suites::random::Step;
+
+const V4: IpFamily = IpFamily::V4;
+
+fn service(n: u32, node_port: Option<u16>) -> Step {
+    let [_, high, middle, low] = n.to_be_bytes();
+    Step::Event(Event::Service(Service {
+        name: NamespacedName::new("ns", format!("svc{n}")),
+        created: 0,
+        cluster_ips: vec![[172, 16 + high, middle, low].into()],
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        ports: vec![ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port }],
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        affinity: None,
+        health_check_node_port: None,
+    }))
+}
+
+fn slice(n: u32, addresses: &[IpAddr]) -> Step {
+    Step::Event(Event::Slice(EndpointSlice {
+        name: NamespacedName::new("ns", format!("svc{n}-1")),
+        service: NamespacedName::new("ns", format!("svc{n}")),
+        family: V4,
+        ports: vec![EndpointPort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
+        endpoints: addresses
+            .iter()
+            .map(|address| Endpoint {
+                address: *address,
+                conditions: Conditions::default(),
+                node: Some(cases::NODE.into()),
+                zone: None,
+                hints: None,
+            })
+            .collect(),
+        last_change_trigger: None,
+    }))
+}
+
+fn cluster() -> Cluster {
+    let mut cluster = Cluster::new(Context::new(cases::NODE, Config::default()));
+    cluster.step(&Step::Event(Event::Node(Node {
+        name: cases::NODE.into(),
+        addresses: vec![[192, 168, 0, 2].into()],
+        ..Node::default()
+    })));
+    cluster
+}
+
+fn start(lab: &Lab, options: &Arc<Options>) -> Synced<Ebpf<Bpf>> {
+    lab.node().run(|| Ok(Synced::adopt(Ebpf::new(Bpf::open(V4, options.clone())?))?)).unwrap()
+}
+
+/// Processes start over and over on what is there, then with other programs: connections that begin
+/// meanwhile succeed, those that are open stay, at sockets and at devices.
+#[test]
+fn no_connection_breaks_when_the_agent_starts_anew_or_is_replaced() {
+    if !require_kernel() {
+        return;
+    }
+    let pods: Vec<IpAddr> = (1..=4).map(|n| [10, 180, 0, n].into()).collect();
+    let mut builder = Lab::builder().node([[192, 168, 0, 2].into()]).client([[203, 0, 113, 2].into()]);
+    for pod in &pods {
+        builder = builder.pod(&pod.to_string(), [*pod]);
+    }
+    let lab = builder.build().unwrap();
+    for pod in &pods {
+        lab.pod(&pod.to_string()).unwrap().serve_ports([8080]).unwrap();
+    }
+    EbpfMode::settle(&lab).unwrap();
+    let options = lab.node().run(place::options).unwrap();
+    let mut cluster = cluster();
+    cluster.steps(&[service(1, Some(3001)), slice(1, &pods)]);
+    let table = cluster.table(V4).clone();
+    start(&lab, &options).sync(&table, &Change::everything()).unwrap();
+
+    let targets = [
+        (lab.client(), "192.168.0.2:3001"),
+        (lab.client(), "172.16.0.1:80"),
+        (lab.node(), "172.16.0.1:80"),
+        (lab.pod("10.180.0.1").unwrap(), "172.16.0.1:80"),
+    ];
+    let probe = |to: &str| Probe::tcp(to.parse().unwrap()).timeout(Duration::from_millis(900));
+    let storms: Vec<_> = targets
+        .iter()
+        .map(|(from, to)| {
+            let spec = StormSpec { probe: probe(to), rate: 100, duration: Duration::from_mins(2) };
+            from.storm(spec).unwrap()
+        })
+        .collect();
+    let mut open: Vec<_> = targets.iter().map(|(from, to)| from.converse(&probe(to)).unwrap()).collect();
+    let homes: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
+
+    for _ in 0..50 {
+        let again = start(&lab, &options);
+        assert!(again.mirror.installed);
+        let plan = again.plan(&table, &Change::everything());
+        assert!(plan.is_empty(), "a restart would do\n{plan}");
+    }
+    for n in 0..10_u8 {
+        // The same programs in another file: to the agent and to the kernel they are others.
+        let mut object = options.object.to_vec();
+        object.extend([n; 8]);
+        let other = Arc::new(Options { object: Cow::Owned(object), ..Options::clone(&options) });
+        let mut upgraded = start(&lab, &other);
+        assert!(!upgraded.mirror.installed, "other programs are taken for the same");
+        upgraded.sync(&table, &Change::everything()).unwrap();
+        assert_eq!(upgraded.backend.observe().unwrap(), upgraded.mirror);
+        for conversation in &mut open {
+            conversation.ask().unwrap();
+        }
+    }
+    let now: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
+    assert_eq!(now, homes);
+    for ((_, to), storm) in targets.iter().zip(storms) {
+        let report = storm.stop().unwrap();
+        println!("to {to}: {report}");
+        assert!(report.failures.is_empty(), "{report}");
+        assert_eq!(report.replies.len(), pods.len());
+    }
+    start(&lab, &options).backend.cleanup().unwrap();
+    // Nothing is left of it, and nothing is served any more.
+    let root = options.bpf_root.join("shunt");
+    assert!(!root.exists());
+    let seen = lab.client().probe(probe("172.16.0.1:80")).unwrap();
+    assert!(seen.answer().is_none(), "{seen}");
+}
+
+/// A device that comes is served when the agent hears of it.
+#[test]
+fn new_devices_are_served() {
+    if !require_kernel() {
+        return;
+    }
+    let pod: IpAddr = [10, 180, 0, 1].into();
+    let lab = Lab::builder()
+        .node([[192, 168, 0, 2].into()])
+        .client([[203, 0, 113, 2].into()])
+        .pod("pod", [pod])
+        .build()
+        .unwrap();
+    lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
+    let options = lab.node().run(place::options).unwrap();
+    let mut cluster = cluster();
+    cluster.steps(&[service(1, Some(3001)), slice(1, &[pod])]);
+    let mut kernel = start(&lab, &options);
+    kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+    let links = || std::fs::read_dir(options.bpf_root.join("shunt/links")).unwrap().count();
+    let before = links();
+    lab.node().exec("ip", ["link", "add", "dummy7", "type", "dummy"], "").unwrap();
+    kernel.backend.refresh().unwrap();
+    assert_eq!(links(), before + 2);
+    lab.node().exec("ip", ["link", "delete", "dummy7"], "").unwrap();
+    kernel.backend.refresh().unwrap();
+    assert_eq!(links(), before);
+    // An address that comes is known as the node's.
+    lab.add_node_address([192, 168, 0, 9].into()).unwrap();
+    kernel.backend.refresh().unwrap();
+    assert_eq!(kernel.backend.observe().unwrap(), kernel.mirror);
+    kernel.backend.cleanup().unwrap();
+}
+
+/// Services for which there is no room are named and not served, the others are; room that comes is used.
+#[test]
+fn what_does_not_fit_is_named_and_left_out_as_a_whole() {
+    let sizes = Sizes { frontends: 4, services: 16 + 2 * 8, endpoints: 2 * 7, slots: 64 };
+    let mut kernel = Synced::adopt(Ebpf::new(FakeKernel::new(V4).with_sizes(sizes))).unwrap();
+    let mut cluster = cluster();
+    let pod = |n: u8| -> IpAddr { [10, 180, 0, n].into() };
+    for n in 1..=6 {
+        cluster.steps(&[service(n, None), slice(n, &[pod(1), pod(2)])]);
+    }
+    let sync = |kernel: &mut Synced<Ebpf<FakeKernel>>, cluster: &Cluster| {
+        let plan = kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+        let answers = |n: u8| {
+            let packet = Packet {
+                source: [10, 1, 1, 1].into(),
+                interface: None,
+                destination: [172, 16, 0, n].into(),
+                port: 80,
+                protocol: Protocol::Tcp,
+            };
+            let local = &cluster.table(V4).node().local_addresses;
+            match EbpfMode::trace(&kernel.mirror, local, &packet).unwrap() {
+                Outcome::Forward(endpoints) => endpoints.len(),
+                _ => 0,
+            }
+        };
+        (plan.problems, (1..=6).map(answers).collect::<Vec<usize>>())
+    };
+    let (problems, served) = sync(&mut kernel, &cluster);
+    assert_eq!(served, [2, 2, 2, 0, 0, 0]);
+    let named = |name: &str| problems.iter().any(|p| p.contains(name));
+    assert!(named("svc4") && named("172.16.0.5:80") && named("172.16.0.6:80"), "{problems:?}");
+    assert!(!named("svc1") && !named("svc2") && !named("svc3"), "{problems:?}");
+    // The first two go.
+    for n in 1..=2 {
+        cluster.step(&Step::Event(Event::ServiceGone(NamespacedName::new("ns", format!("svc{n}")))));
+    }
+    sync(&mut kernel, &cluster);
+    let (problems, served) = sync(&mut kernel, &cluster);
+    assert_eq!(served, [0, 0, 2, 2, 2, 0], "{problems:?}");
+}
+
+/// What 10,000 Services with 10 endpoints each cost the kernel. The limits are far above what is measured
+/// on an idle machine: `cargo test --release -p shunt-suites --test ebpf -- --nocapture scale`.
+#[test]
+fn scale() {
+    const SERVICES: u32 = 10_000;
+    if !require_kernel() {
+        return;
+    }
+    let lab = Lab::builder().node([[192, 168, 0, 2].into()]).build().unwrap();
+    let small = lab.node().run(place::options).unwrap();
+    let default = Options::default();
+    let (frontends, endpoints, flows) = (default.frontends, default.endpoints, default.flows);
+    let options = Arc::new(Options { frontends, endpoints, flows, ..Options::clone(&small) });
+    let mut cluster = cluster();
+    let endpoints = |n: u32, first: u8| -> Vec<IpAddr> {
+        let [_, _, high, low] = n.to_be_bytes();
+        (first..first + 10).map(|e| [10 + e, high, low, 1].into()).collect()
+    };
+    for n in 1..=SERVICES {
+        cluster.steps(&[service(n, None), slice(n, &endpoints(n, 0))]);
+    }
+    cluster.take_change(V4);
+    let started = Instant::now();
+    let mut kernel = start(&lab, &options);
+    println!("observe nothing: {:?}", started.elapsed());
+    let table = cluster.table(V4);
+    let started = Instant::now();
+    let plan = kernel.plan(table, &Change::everything());
+    println!("plan: {:?}, {} operations", started.elapsed(), plan.len());
+    let started = Instant::now();
+    for transaction in &plan.transactions {
+        kernel.apply(transaction).unwrap();
+    }
+    let cold = started.elapsed();
+    println!("apply, with loading and attaching the programs: {cold:?}");
+    let started = Instant::now();
+    assert_eq!(kernel.backend.observe().unwrap(), kernel.mirror);
+    println!("observe everything: {:?}", started.elapsed());
+    assert_eq!(kernel.mirror, rendered::<Ebpf<FakeKernel>>(table));
+    let mut times = Vec::new();
+    for n in 1..=200 {
+        cluster.step(&slice(n * 37, &endpoints(n * 37, 1)));
+        let change = cluster.take_change(V4);
+        let started = Instant::now();
+        kernel.sync(cluster.table(V4), &change).unwrap();
+        times.push(started.elapsed());
+    }
+    times.sort();
+    println!("one endpoint replaced: p50 {:?}, p99 {:?}", times[100], times[197]);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    println!("{}", status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or_default());
+    assert!(cold < Duration::from_secs(10) && times[100] < Duration::from_millis(20));
+    kernel.backend.cleanup().unwrap();
+}
+
+/// What the kernel counts is what was sent.
+#[test]
+fn flows_are_counted() {
+    if !require_kernel() {
+        return;
+    }
+    let pod: IpAddr = [10, 180, 0, 1].into();
+    let client: IpAddr = [203, 0, 113, 2].into();
+    let lab =
+        Lab::builder().node([[192, 168, 0, 2].into()]).client([client]).pod("pod", [pod]).build().unwrap();
+    lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
+    EbpfMode::settle(&lab).unwrap();
+    let options = lab.node().run(place::options).unwrap();
+    let mut cluster = cluster();
+    cluster.steps(&[service(1, Some(3001)), slice(1, &[pod]), service(2, None)]);
+    let mut kernel = start(&lab, &options);
+    kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+    let ask = |namespace: &shunt_harness::lab::Namespace, to: &str| {
+        let to: SocketAddr = to.parse().unwrap();
+        namespace.probe(Probe::tcp(to).timeout(Duration::from_secs(2))).unwrap()
+    };
+    for _ in 0..3 {
+        assert!(ask(lab.node(), "172.16.0.1:80").answer().is_some());
+        assert!(ask(lab.client(), "192.168.0.2:3001").answer().is_some());
+    }
+    assert!(ask(lab.node(), "172.16.0.2:80").is_refused());
+    let counters = kernel.backend.kernel().counters().unwrap();
+    let of = |name: &str| counters.iter().find(|(n, _)| n.contains(name)).map(|(_, c)| *c).unwrap();
+    assert_eq!((of("svc1").forwarded, of("svc1").rejected), (6, 0));
+    assert_eq!((of("svc2").forwarded, of("svc2").rejected), (0, 1));
+    kernel.backend.cleanup().unwrap();
+}
