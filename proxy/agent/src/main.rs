@@ -106,12 +106,15 @@ fn dashed(argument: OsString) -> OsString {
     format!("{}{value}", name.replace('_', "-")).into()
 }
 
+/// Removes everything of ours and of kube-proxy's.
 fn cleanup() -> anyhow::Result<()> {
-    for mode in shunt_modes::BUILT {
-        for family in IpFamily::ALL {
-            shunt_modes::open(*mode, family)?.cleanup()?;
-            tracing::info!(%mode, %family, "removed");
+    let mut failed = None;
+    for family in IpFamily::ALL {
+        for error in shunt_modes::remove_leftovers(None, family) {
+            tracing::error!(%family, "{error}");
+            failed = Some(error);
         }
+        tracing::info!(%family, "removed");
     }
-    Ok(())
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }

@@ -9,6 +9,7 @@ use shunt_core::compile::{Compiler, Context, unguarded_family};
 use shunt_core::id::{IpFamily, NamespacedName};
 use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
+use shunt_mode::Mode;
 use shunt_mode::driver::{Driver, Report};
 use shunt_mode::sync::{Periods, Step, SyncLoop};
 use shunt_node::health::Health;
@@ -252,7 +253,11 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     for family in IpFamily::ALL {
         let mut driver = shunt_modes::open(settings.mode, family)?;
         match driver.probe() {
-            Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
+            Ok(()) => families.push(Family {
+                driver,
+                sync: SyncLoop::new(periods),
+                leftovers: settings.remove_leftovers,
+            }),
             Err(error) => {
                 tracing::warn!(%family, "{error}");
                 errors.push(error);
@@ -269,6 +274,8 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
 struct Family {
     driver: Box<dyn Driver>,
     sync: SyncLoop,
+    /// Rules of others are to be removed once ours are in place.
+    leftovers: bool,
 }
 
 impl Family {
@@ -494,6 +501,9 @@ impl Engine {
                         }
                         self.account.synced(&*family.driver, full, &report);
                         family.sync.finished(Ok(step), Instant::now());
+                        if std::mem::take(&mut family.leftovers) {
+                            remove_leftovers(family.driver.mode(), of);
+                        }
                     }
                     Err(error) => {
                         self.account.metrics.failed(of);
@@ -538,6 +548,19 @@ impl Engine {
             self.said.pop_front();
         }
         self.said.push_back(what);
+    }
+}
+
+/// Removes what kube-proxy and other modes left, on a thread of its own: their tools may take a while.
+/// Connections that they translated go on, as the kernel remembers how.
+fn remove_leftovers(in_use: Mode, family: IpFamily) {
+    let remove = move || {
+        for error in shunt_modes::remove_leftovers(Some(in_use), family) {
+            tracing::warn!(%family, "leftovers of another mode may remain: {error}");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("leftovers".to_owned()).spawn(remove) {
+        tracing::warn!(%family, "leftovers of other modes remain: {error}");
     }
 }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shunt_harness::apiserver::{ApiServer, Resource};
-use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, StormSpec, require_kernel};
+use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, StormSpec, TransferSpec, require_kernel};
 
 const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 const LONG: Duration = Duration::from_secs(30);
@@ -456,6 +456,126 @@ fn a_changed_configuration_takes_effect_and_breaks_nothing() -> Result<()> {
     assert!(report.attempted > 100 && report.failures.is_empty(), "{report}");
     assert!(agent.try_wait()?.is_none(), "the process is the same: {agent}");
     assert!(agent.stop()?.success());
+    Ok(())
+}
+
+/// What kube-proxy 1.36 in nftables mode has for the Service of this test, and a table of somebody else.
+const KUBE_PROXY_NFTABLES: &str = r#"
+table ip kube-proxy {
+    comment "rules for kube-proxy"
+    set cluster-ips { type ipv4_addr; comment "Active ClusterIPs"; elements = { 10.96.0.10 } }
+    set nodeport-ips { type ipv4_addr; comment "IPs that accept NodePort traffic"; elements = { 192.0.2.11 } }
+    map service-ips {
+        type ipv4_addr . inet_proto . inet_service : verdict
+        elements = { 10.96.0.10 . tcp . 80 : goto service-ABCDEFGH-demo/web/tcp/http }
+    }
+    map service-nodeports {
+        type inet_proto . inet_service : verdict
+        elements = { tcp . 30080 : goto service-ABCDEFGH-demo/web/tcp/http }
+    }
+    map no-endpoint-services { type ipv4_addr . inet_proto . inet_service : verdict; }
+    chain mark-for-masquerade { meta mark set meta mark | 0x4000; }
+    chain masquerading {
+        meta mark & 0x4000 == 0 return
+        meta mark set meta mark ^ 0x4000
+        masquerade fully-random
+    }
+    chain endpoint-IJKLMNOP-demo/web/tcp/http__10.244.1.11/8080 {
+        ip saddr 10.244.1.11 jump mark-for-masquerade
+        meta l4proto tcp dnat to 10.244.1.11:8080
+    }
+    chain endpoint-QRSTUVWX-demo/web/tcp/http__10.244.1.12/8080 {
+        ip saddr 10.244.1.12 jump mark-for-masquerade
+        meta l4proto tcp dnat to 10.244.1.12:8080
+    }
+    chain service-ABCDEFGH-demo/web/tcp/http {
+        ip saddr != 10.244.0.0/16 jump mark-for-masquerade
+        numgen random mod 2 vmap {
+            0 : goto endpoint-IJKLMNOP-demo/web/tcp/http__10.244.1.11/8080,
+            1 : goto endpoint-QRSTUVWX-demo/web/tcp/http__10.244.1.12/8080
+        }
+    }
+    chain services {
+        ip daddr . meta l4proto . th dport vmap @service-ips
+        ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+    }
+    chain cluster-ips-check { ip daddr @cluster-ips reject; }
+    chain service-endpoints-check { ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }
+    chain filter-prerouting-pre-dnat { type filter hook prerouting priority -110; policy accept; }
+    chain filter-forward {
+        type filter hook forward priority 0; policy accept;
+        ct state new jump service-endpoints-check
+        ct state new jump cluster-ips-check
+    }
+    chain nat-prerouting { type nat hook prerouting priority -100; policy accept; jump services; }
+    chain nat-output { type nat hook output priority -100; policy accept; jump services; }
+    chain nat-postrouting { type nat hook postrouting priority 100; policy accept; jump masquerading; }
+}
+table ip6 kube-proxy { comment "rules for kube-proxy"
+}
+table ip of-somebody-else { chain kube-proxy { type filter hook input priority 5; counter; }
+}
+"#;
+
+#[test]
+fn a_node_is_taken_over_from_kube_proxy_without_a_break() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let node = cluster.lab.node();
+    node.nft(KUBE_PROXY_NFTABLES)?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let probe = Probe::tcp("10.96.0.10:80".parse()?).timeout(Duration::from_secs(3));
+    let client = cluster.lab.client();
+    let storm =
+        client.storm(StormSpec { probe: probe.clone(), rate: 300, duration: Duration::from_mins(1) })?;
+    let transfer = client.transfer(&TransferSpec { probe, pace: None, limit: None })?;
+    let foreign = || node.exec("nft", ["-s", "list", "table", "ip", "of-somebody-else"], "");
+    let before = foreign()?;
+
+    let mut agent = cluster.start(&[])?;
+    cluster.wait("kube-proxy's tables are gone", |c| {
+        let tables = c.lab.node().exec("nft", ["list", "tables"], "")?;
+        Ok(!tables.contains("kube-proxy") && tables.contains("ip shunt"))
+    })?;
+    let at_change = transfer.bytes();
+    cluster.endpoints(&["10.244.1.12"]);
+    cluster.reach("10.96.0.10:80", &["pod-b"])?;
+    cluster.endpoints(&["10.244.1.11", "10.244.1.12"]);
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let report = storm.stop()?;
+    assert!(report.attempted > 100 && report.failures.is_empty(), "{report}");
+    assert!(transfer.bytes() > at_change, "a connection that kube-proxy translated stands still");
+    transfer.stop()?;
+    assert_eq!(foreign()?, before, "somebody else's table was touched");
+
+    // And back: everything goes, kube-proxy's as well as ours, and nothing else.
+    assert!(agent.stop()?.success());
+    node.nft(KUBE_PROXY_NFTABLES.split("table ip of-").next().context("text")?)?;
+    let mut cleanup = cluster.start(&["--cleanup"])?;
+    assert!(cleanup.wait(LONG)?.success(), "{cleanup}");
+    assert_eq!(node.exec("nft", ["list", "tables"], "")?.trim(), "table ip of-somebody-else");
+    Ok(())
+}
+
+#[test]
+fn leftovers_stay_where_they_are_to_stay() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    cluster.lab.node().nft(KUBE_PROXY_NFTABLES)?;
+    cluster.write_files(&format!(
+        "{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nleftovers: Keep\nfuture: 1\n"
+    ))?;
+    let mut agent = cluster.start(&[])?;
+    agent.wait_for("ShuntConfiguration: unknown field \"future\"", LONG)?;
+    cluster.wait("in sync", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.body.contains("IPv4")))?;
+    cluster.endpoints(&["10.244.1.11"]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(cluster.lab.node().exec("nft", ["list", "tables"], "")?.contains("table ip kube-proxy"));
+    agent.stop()?;
     Ok(())
 }
 
