@@ -173,6 +173,9 @@ pub(crate) struct RunArgs {
 pub(crate) struct CleanupArgs {
     #[command(flatten)]
     pub log: LogArgs,
+    /// Only what this mode put there.
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<String>,
 }
 
 /// What to print.

@@ -14,6 +14,7 @@ mod account;
 mod admin;
 mod cli;
 mod config;
+mod connections;
 mod dump;
 mod explain;
 mod flags;
@@ -32,6 +33,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser;
 use shunt_core::id::IpFamily;
+use shunt_mode::Mode;
 
 use crate::cli::{Cli, Command, RunArgs};
 use crate::config::Configuration;
@@ -50,7 +52,7 @@ fn main() -> ExitCode {
         }
         Command::Cleanup(args) => {
             logging::start(&args.log);
-            done(cleanup())
+            done(cleanup_modes(args.mode.as_deref()))
         }
     };
     match result {
@@ -104,6 +106,18 @@ fn dashed(argument: OsString) -> OsString {
     let Some(text) = argument.to_str().filter(|text| text.starts_with("--")) else { return argument };
     let (name, value) = text.split_at(text.find('=').unwrap_or(text.len()));
     format!("{}{value}", name.replace('_', "-")).into()
+}
+
+/// Removes what our modes put into the kernel, or what one of them did.
+fn cleanup_modes(only: Option<&str>) -> anyhow::Result<()> {
+    let only: Option<Mode> = only.map(str::parse).transpose()?;
+    for mode in shunt_modes::BUILT.iter().filter(|mode| only.is_none_or(|only| only == **mode)) {
+        for family in IpFamily::ALL {
+            shunt_modes::open(*mode, family)?.cleanup()?;
+            tracing::info!(%mode, %family, "removed");
+        }
+    }
+    Ok(())
 }
 
 /// Removes everything of ours and of kube-proxy's.

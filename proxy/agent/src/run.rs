@@ -25,6 +25,7 @@ use crate::account::{Account, Note};
 use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
 use crate::config::{self, Configuration};
+use crate::connections::{self, Counts};
 use crate::dump;
 use crate::explain;
 use crate::flows::{Done, Flows};
@@ -141,6 +142,13 @@ async fn run_async(
 
     let (done_tx, mut done) = mpsc::unbounded_channel();
     let flows = settings.mode.uses_conntrack().then(|| Flows::start(done_tx)).transpose()?;
+    let (counts_tx, mut counts) = mpsc::channel(1);
+    if settings.mode.uses_conntrack()
+        && settings.metrics_bind_address.is_some()
+        && let Err(error) = connections::start(counts_tx)
+    {
+        tracing::warn!("connections are not counted: {error}");
+    }
     let mut engine = Engine::new(settings, node_name, families, flows, account);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
@@ -166,6 +174,7 @@ async fn run_async(
             }
             Some(found) = addresses.recv() => engine.addresses(found),
             Some(ended) = done.recv() => engine.cleaned(ended),
+            Some(counted) = counts.recv() => engine.counted(&counted),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
                 let _ = answer.send(block_in_place(|| engine.answer(&request)));
@@ -479,6 +488,12 @@ impl Engine {
         let complaint = self.flows.as_mut().and_then(|flows| flows.done(ended, Instant::now()));
         if let Some(complaint) = complaint {
             self.complain(complaint);
+        }
+    }
+
+    fn counted(&self, counts: &Counts) {
+        if let Some(compiler) = &self.compiler {
+            self.account.metrics.connections(counts.family, &counts.by_service(compiler));
         }
     }
 

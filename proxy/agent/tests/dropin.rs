@@ -334,6 +334,19 @@ fn metrics_server(cluster: &Cluster) -> Result<()> {
     assert_eq!(config["clusterCIDR"], "10.244.0.0/16");
     assert!(cluster.get("192.0.2.11:10249", "/metrics").is_err(), "metrics are for this node alone");
 
+    cluster.lab.node().set_sysctl("net/netfilter/nf_conntrack_acct", "1")?;
+    let probe = Probe::tcp("203.0.113.1:80".parse()?);
+    let transfer = cluster.lab.client().transfer(&TransferSpec { probe, pace: None, limit: None })?;
+    let web = "namespace=\"demo\",service=\"web\",port=\"http\",ip_family=\"IPv4\",protocol=\"TCP\"";
+    cluster.wait("bytes of a Service", |c| {
+        let metrics = c.metrics()?;
+        let of = |direction| format!("shunt_service_bytes{{{web},direction=\"{direction}\"}}");
+        let least = |direction| sample(&metrics, &of(direction)).is_some_and(|bytes| bytes > 1000.0);
+        let connections = sample(&metrics, &format!("shunt_service_connections{{{web}}}"));
+        Ok(least("request") && least("response") && connections.is_some_and(|n| n >= 1.0))
+    })?;
+    transfer.stop()?;
+
     let answer = cluster.get(at, "/metrics")?;
     assert_eq!(answer.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
     let metrics = answer.body;
@@ -391,7 +404,28 @@ fn metrics_server(cluster: &Cluster) -> Result<()> {
         "{programming}"
     );
     assert_eq!(programming.split(' ').count(), 81);
+    dashboards(&metrics);
     promtool(&metrics)
+}
+
+/// Every metric that dashboard and alerts ask for is there.
+fn dashboards(metrics: &str) {
+    for text in [
+        include_str!("../../../deploy/dashboards/grafana.json"),
+        include_str!("../../../deploy/dashboards/alerts.yaml"),
+    ] {
+        let names = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|word| {
+            ["kubeproxy_", "shunt_", "process_"].iter().any(|prefix| word.starts_with(prefix))
+        });
+        for name in names {
+            // A pattern has the beginning of a name in it.
+            let is_there = metrics.lines().any(|line| {
+                line.strip_prefix(name)
+                    .is_some_and(|rest| name.ends_with('_') || rest.starts_with(['{', ' ']))
+            });
+            assert!(is_there, "{name}");
+        }
+    }
 }
 
 /// Prometheus' own check of names, types and texts. kube-proxy has a gauge whose name ends like a

@@ -225,6 +225,26 @@ fn each_mode_has_an_overlay() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn cleaning_up_after_a_switch_back_has_a_manifest() -> Result<()> {
+    let built = kustomize(&deploy().join("cleanup"))?;
+    built.iter().try_for_each(check)?;
+    let container = &find(&built, "DaemonSet")?["spec"]["template"]["spec"]["initContainers"][0];
+    assert_eq!(container["args"], json!(["cleanup", "--mode", "nftables"]));
+    assert!(container["image"].as_str().is_some_and(|i| i.starts_with("ghcr.io/")));
+    Ok(())
+}
+
+#[test]
+fn a_field_that_the_api_lacks_is_found() -> Result<()> {
+    let mut base = kustomize(&deploy().join("base"))?;
+    let daemon_set = base.iter_mut().find(|o| o["kind"] == "DaemonSet").context("DaemonSet")?;
+    daemon_set["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readOnlyRootFileSystem"] = true.into();
+    let error = format!("{:#}", check(daemon_set).expect_err("a typing error"));
+    assert!(error.contains("securityContext.readOnlyRootFileSystem: unknown field"), "{error}");
+    Ok(())
+}
+
 /// As much of Helm's templates as the chart uses; anything else is an error.
 fn render(template: &str, values: &Value) -> Result<String> {
     let mut text = String::new();
