@@ -638,6 +638,64 @@ fn a_port_that_is_taken_is_tried_again_or_ends_it() -> Result<()> {
 }
 
 #[test]
+fn drift_is_mended_and_counted() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    cluster.write_files(&format!(
+        "{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nresyncPeriod: 200ms\n"
+    ))?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let drift = "shunt_drift_repaired_total{ip_family=\"IPv4\"}";
+    assert_eq!(sample(&cluster.metrics()?, drift), Some(0.0));
+    cluster.lab.node().nft("delete element ip shunt services { 10.96.0.10 . tcp . 80 }")?;
+    cluster.wait("drift", |c| Ok(sample(&c.metrics()?, drift) == Some(1.0)))?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    agent.stop()?;
+    Ok(())
+}
+
+#[test]
+fn the_node_changes_in_place() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let ranges =
+        KUBEADM.replace("nodePortAddresses: null", "nodePortAddresses: [192.0.2.0/24, 2001:db8::/64]");
+    cluster.write_files(&ranges)?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("192.0.2.11:30080", &["pod-a", "pod-b"])?;
+    let more: IpAddr = "192.0.2.77".parse()?;
+    cluster.lab.add_node_address(more)?;
+    cluster.reach("192.0.2.77:30080", &["pod-a", "pod-b"])?;
+    cluster.wait("health checks there", |c| Ok(c.get("192.0.2.77:31234", "/")?.status == 200))?;
+    assert_eq!(cluster.get("192.0.2.11:31234", "/")?.status, 200);
+    cluster.lab.remove_node_address(more)?;
+    cluster.wait("no health checks there", |c| Ok(c.get("192.0.2.77:31234", "/").is_err()))?;
+
+    // Another primary address by the Node object, and back to where node ports follow it.
+    cluster.write_files(KUBEADM)?;
+    cluster.lab.add_node_address(more)?;
+    cluster.wait("only the primary address", |c| {
+        Ok(c.get("192.0.2.77:31234", "/").is_err() && c.get("192.0.2.11:31234", "/").is_ok())
+    })?;
+    cluster.server.put(json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": { "name": "worker-1" },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.77" }] },
+    }));
+    cluster.reach("192.0.2.77:30080", &["pod-a", "pod-b"])?;
+    cluster.wait("the primary address moved", |c| {
+        Ok(c.get("192.0.2.11:31234", "/").is_err() && c.get("192.0.2.77:31234", "/").is_ok())
+    })?;
+    assert!(agent.try_wait()?.is_none(), "{agent}");
+    agent.stop()?;
+    Ok(())
+}
+
+#[test]
 fn init_only_sets_sysctls_and_no_rules() -> Result<()> {
     if !require_kernel() {
         return Ok(());

@@ -239,7 +239,8 @@ fn cleaning_up_after_a_switch_back_has_a_manifest() -> Result<()> {
 fn a_field_that_the_api_lacks_is_found() -> Result<()> {
     let mut base = kustomize(&deploy().join("base"))?;
     let daemon_set = base.iter_mut().find(|o| o["kind"] == "DaemonSet").context("DaemonSet")?;
-    daemon_set["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readOnlyRootFileSystem"] = true.into();
+    daemon_set["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readOnlyRootFileSystem"] =
+        true.into();
     let error = format!("{:#}", check(daemon_set).expect_err("a typing error"));
     assert!(error.contains("securityContext.readOnlyRootFileSystem: unknown field"), "{error}");
     Ok(())

@@ -73,7 +73,8 @@ impl EncodeLabelSet for OfService {
             ("ip_family", family_name(*family)),
         ]
         .encode(encoder)?;
-        [("protocol", name.protocol.to_string())].encode(encoder)?;
+        // As the API writes it.
+        [("protocol", name.protocol.to_string().to_uppercase())].encode(encoder)?;
         direction.iter().try_for_each(|direction| [("direction", *direction)].encode(encoder))
     }
 }
