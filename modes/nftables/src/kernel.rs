@@ -177,6 +177,28 @@ impl Kernel for Netlink {
     }
 }
 
+/// The table of kube-proxy's own nftables mode, in `ip` and `ip6`.
+const KUBE_PROXY_TABLE: &str = "kube-proxy";
+
+/// Deletes what kube-proxy's nftables mode left in the calling thread's network namespace. Answers whether
+/// there was anything.
+pub fn remove_kube_proxy(of: IpFamily) -> Result<bool, KernelError> {
+    let mut socket = Socket::new().map_err(|e| failed("open nf_tables", e))?;
+    let id = TableId::new(family(of), KUBE_PROXY_TABLE);
+    let tables = socket.dump_tables(id.family).map_err(|e| failed("list tables", e))?;
+    if !tables.iter().any(|t| t.name == KUBE_PROXY_TABLE) {
+        return Ok(false);
+    }
+    let mut batch = Batch::new();
+    batch.delete_table(id);
+    socket.commit(&batch).map_err(|error| KernelError {
+        context: format!("delete table {KUBE_PROXY_TABLE}"),
+        source: Box::new(error),
+        remedy: Remedy::Retry,
+    })?;
+    Ok(true)
+}
+
 fn failed(context: &str, error: Error) -> KernelError {
     KernelError { context: context.to_owned(), source: Box::new(error), remedy: Remedy::Retry }
 }

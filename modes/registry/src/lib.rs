@@ -73,6 +73,27 @@ pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn D
     }
 }
 
+/// Removes what modes other than `in_use` and kube-proxy left for a family. Everything is tried; the
+/// errors say what may be left. What kube-proxy's iptables and ipvs modes leave has the names that ours
+/// use, and goes with them.
+pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Options) -> Vec<KernelError> {
+    let mut errors = Vec::new();
+    match shunt_mode_nftables::kernel::remove_kube_proxy(family) {
+        Ok(false) => {}
+        Ok(true) => tracing::info!(%family, "removed the table of kube-proxy's nftables mode"),
+        Err(error) => errors.push(error),
+    }
+    for mode in BUILT.iter().filter(|mode| Some(**mode) != in_use) {
+        // What cannot even be opened has left nothing.
+        match open(*mode, family, options).map(|mut driver| driver.cleanup()) {
+            Ok(Ok(())) => tracing::debug!(%mode, %family, "nothing of this mode is left"),
+            Ok(Err(error)) => errors.push(error),
+            Err(error) => tracing::debug!(%mode, %family, "not cleaned up: {error}"),
+        }
+    }
+    errors
+}
+
 /// Prints what a mode makes of a table, without a kernel.
 pub fn dump(
     mode: Mode,

@@ -215,6 +215,9 @@ pub(crate) struct CleanupArgs {
     pub log: LogArgs,
     #[command(flatten)]
     pub ebpf: EbpfArgs,
+    /// Only what this mode put there.
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<String>,
 }
 
 /// What to print.

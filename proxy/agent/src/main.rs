@@ -14,6 +14,7 @@ mod account;
 mod admin;
 mod cli;
 mod config;
+mod connections;
 mod dump;
 mod explain;
 mod flags;
@@ -33,6 +34,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser;
 use shunt_core::id::IpFamily;
+use shunt_mode::Mode;
 
 use crate::cli::{Cli, Command, RunArgs};
 use crate::config::Configuration;
@@ -51,7 +53,7 @@ fn main() -> ExitCode {
         }
         Command::Cleanup(args) => {
             logging::start(&args.log);
-            done(cleanup(&args.ebpf))
+            done(cleanup_modes(args.mode.as_deref(), &args.ebpf))
         }
     };
     match result {
@@ -107,13 +109,33 @@ fn dashed(argument: OsString) -> OsString {
     format!("{}{value}", name.replace('_', "-")).into()
 }
 
-fn cleanup(ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
-    let options = shunt_modes::Options { ebpf: ebpf.options().into(), ..Default::default() };
-    for mode in shunt_modes::BUILT {
+/// Removes what our modes put into the kernel, or what one of them did.
+fn cleanup_modes(only: Option<&str>, ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
+    let options = options(ebpf);
+    let only: Option<Mode> = only.map(str::parse).transpose()?;
+    for mode in shunt_modes::BUILT.iter().filter(|mode| only.is_none_or(|only| only == **mode)) {
         for family in IpFamily::ALL {
             shunt_modes::open(*mode, family, &options)?.cleanup()?;
             tracing::info!(%mode, %family, "removed");
         }
     }
     Ok(())
+}
+
+fn options(ebpf: &cli::EbpfArgs) -> shunt_modes::Options {
+    shunt_modes::Options { ebpf: ebpf.options().into(), ..Default::default() }
+}
+
+/// Removes everything of ours and of kube-proxy's.
+fn cleanup(ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
+    let options = options(ebpf);
+    let mut failed = None;
+    for family in IpFamily::ALL {
+        for error in shunt_modes::remove_leftovers(None, family, &options) {
+            tracing::error!(%family, "{error}");
+            failed = Some(error);
+        }
+        tracing::info!(%family, "removed");
+    }
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }

@@ -9,6 +9,7 @@ use shunt_core::compile::{Compiler, Context, unguarded_family};
 use shunt_core::id::{IpFamily, NamespacedName};
 use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
+use shunt_mode::Mode;
 use shunt_mode::driver::{Driver, Report};
 use shunt_mode::sync::{Periods, Step, SyncLoop};
 use shunt_node::health::Health;
@@ -24,6 +25,7 @@ use crate::account::{Account, Note};
 use crate::admin::{self, Asked, Request};
 use crate::cli::RunArgs;
 use crate::config::{self, Configuration};
+use crate::connections::{self, Counts};
 use crate::dump;
 use crate::explain;
 use crate::flows::{Done, Flows};
@@ -140,6 +142,13 @@ async fn run_async(
 
     let (done_tx, mut done) = mpsc::unbounded_channel();
     let flows = settings.mode.uses_conntrack().then(|| Flows::start(done_tx)).transpose()?;
+    let (counts_tx, mut counts) = mpsc::channel(1);
+    if settings.mode.uses_conntrack()
+        && settings.metrics_bind_address.is_some()
+        && let Err(error) = connections::start(counts_tx)
+    {
+        tracing::warn!("connections are not counted: {error}");
+    }
     let mut engine = Engine::new(settings, node_name, families, flows, account);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
@@ -165,6 +174,7 @@ async fn run_async(
             }
             Some(found) = addresses.recv() => block_in_place(|| engine.addresses(found)),
             Some(ended) = done.recv() => engine.cleaned(ended),
+            Some(counted) = counts.recv() => engine.counted(&counted),
             Some(Asked { request, answer }) = asked.recv() => {
                 // Nobody may be waiting any more; that is their business.
                 let _ = answer.send(block_in_place(|| engine.answer(&request)));
@@ -252,7 +262,11 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     for family in IpFamily::ALL {
         let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
         match driver.probe() {
-            Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
+            Ok(()) => families.push(Family {
+                driver,
+                sync: SyncLoop::new(periods),
+                leftovers: settings.remove_leftovers.then(|| settings.options.clone()),
+            }),
             Err(error) => {
                 tracing::warn!(%family, "{error}");
                 errors.push(error);
@@ -269,6 +283,8 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
 struct Family {
     driver: Box<dyn Driver>,
     sync: SyncLoop,
+    /// Rules of others are to be removed once ours are in place, with these settings.
+    leftovers: Option<shunt_modes::Options>,
 }
 
 impl Family {
@@ -484,6 +500,12 @@ impl Engine {
         }
     }
 
+    fn counted(&self, counts: &Counts) {
+        if let Some(compiler) = &self.compiler {
+            self.account.metrics.connections(counts.family, &counts.by_service(compiler));
+        }
+    }
+
     /// Does what is due.
     fn tick(&mut self, now: Instant) {
         self.account.tick(now);
@@ -505,6 +527,9 @@ impl Engine {
                         self.account.synced(&*family.driver, full, &report);
                         problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
+                        if let Some(options) = family.leftovers.take() {
+                            remove_leftovers(family.driver.mode(), of, options);
+                        }
                     }
                     Err(error) => {
                         self.account.metrics.failed(of);
@@ -550,6 +575,19 @@ impl Engine {
             self.said.pop_front();
         }
         self.said.push_back(what);
+    }
+}
+
+/// Removes what kube-proxy and other modes left, on a thread of its own: their tools may take a while.
+/// Connections that they translated go on, as the kernel remembers how.
+fn remove_leftovers(in_use: Mode, family: IpFamily, options: shunt_modes::Options) {
+    let remove = move || {
+        for error in shunt_modes::remove_leftovers(Some(in_use), family, &options) {
+            tracing::warn!(%family, "leftovers of another mode may remain: {error}");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("leftovers".to_owned()).spawn(remove) {
+        tracing::warn!(%family, "leftovers of other modes remain: {error}");
     }
 }
 

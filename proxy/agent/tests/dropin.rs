@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shunt_harness::apiserver::{ApiServer, Resource};
-use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, StormSpec, require_kernel};
+use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, StormSpec, TransferSpec, require_kernel};
 
 const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 const LONG: Duration = Duration::from_secs(30);
@@ -334,6 +334,19 @@ fn metrics_server(cluster: &Cluster) -> Result<()> {
     assert_eq!(config["clusterCIDR"], "10.244.0.0/16");
     assert!(cluster.get("192.0.2.11:10249", "/metrics").is_err(), "metrics are for this node alone");
 
+    cluster.lab.node().set_sysctl("net/netfilter/nf_conntrack_acct", "1")?;
+    let probe = Probe::tcp("203.0.113.1:80".parse()?);
+    let transfer = cluster.lab.client().transfer(&TransferSpec { probe, pace: None, limit: None })?;
+    let web = "namespace=\"demo\",service=\"web\",port=\"http\",ip_family=\"IPv4\",protocol=\"TCP\"";
+    cluster.wait("bytes of a Service", |c| {
+        let metrics = c.metrics()?;
+        let of = |direction| format!("shunt_service_bytes{{{web},direction=\"{direction}\"}}");
+        let least = |direction| sample(&metrics, &of(direction)).is_some_and(|bytes| bytes > 1000.0);
+        let connections = sample(&metrics, &format!("shunt_service_connections{{{web}}}"));
+        Ok(least("request") && least("response") && connections.is_some_and(|n| n >= 1.0))
+    })?;
+    transfer.stop()?;
+
     let answer = cluster.get(at, "/metrics")?;
     assert_eq!(answer.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
     let metrics = answer.body;
@@ -391,7 +404,28 @@ fn metrics_server(cluster: &Cluster) -> Result<()> {
         "{programming}"
     );
     assert_eq!(programming.split(' ').count(), 81);
+    dashboards(&metrics);
     promtool(&metrics)
+}
+
+/// Every metric that dashboard and alerts ask for is there.
+fn dashboards(metrics: &str) {
+    for text in [
+        include_str!("../../../deploy/dashboards/grafana.json"),
+        include_str!("../../../deploy/dashboards/alerts.yaml"),
+    ] {
+        let names = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|word| {
+            ["kubeproxy_", "shunt_", "process_"].iter().any(|prefix| word.starts_with(prefix))
+        });
+        for name in names {
+            // A pattern has the beginning of a name in it.
+            let is_there = metrics.lines().any(|line| {
+                line.strip_prefix(name)
+                    .is_some_and(|rest| name.ends_with('_') || rest.starts_with(['{', ' ']))
+            });
+            assert!(is_there, "{name}");
+        }
+    }
 }
 
 /// Prometheus' own check of names, types and texts. kube-proxy has a gauge whose name ends like a
@@ -459,6 +493,126 @@ fn a_changed_configuration_takes_effect_and_breaks_nothing() -> Result<()> {
     Ok(())
 }
 
+/// What kube-proxy 1.36 in nftables mode has for the Service of this test, and a table of somebody else.
+const KUBE_PROXY_NFTABLES: &str = r#"
+table ip kube-proxy {
+    comment "rules for kube-proxy"
+    set cluster-ips { type ipv4_addr; comment "Active ClusterIPs"; elements = { 10.96.0.10 } }
+    set nodeport-ips { type ipv4_addr; comment "IPs that accept NodePort traffic"; elements = { 192.0.2.11 } }
+    map service-ips {
+        type ipv4_addr . inet_proto . inet_service : verdict
+        elements = { 10.96.0.10 . tcp . 80 : goto service-ABCDEFGH-demo/web/tcp/http }
+    }
+    map service-nodeports {
+        type inet_proto . inet_service : verdict
+        elements = { tcp . 30080 : goto service-ABCDEFGH-demo/web/tcp/http }
+    }
+    map no-endpoint-services { type ipv4_addr . inet_proto . inet_service : verdict; }
+    chain mark-for-masquerade { meta mark set meta mark | 0x4000; }
+    chain masquerading {
+        meta mark & 0x4000 == 0 return
+        meta mark set meta mark ^ 0x4000
+        masquerade fully-random
+    }
+    chain endpoint-IJKLMNOP-demo/web/tcp/http__10.244.1.11/8080 {
+        ip saddr 10.244.1.11 jump mark-for-masquerade
+        meta l4proto tcp dnat to 10.244.1.11:8080
+    }
+    chain endpoint-QRSTUVWX-demo/web/tcp/http__10.244.1.12/8080 {
+        ip saddr 10.244.1.12 jump mark-for-masquerade
+        meta l4proto tcp dnat to 10.244.1.12:8080
+    }
+    chain service-ABCDEFGH-demo/web/tcp/http {
+        ip saddr != 10.244.0.0/16 jump mark-for-masquerade
+        numgen random mod 2 vmap {
+            0 : goto endpoint-IJKLMNOP-demo/web/tcp/http__10.244.1.11/8080,
+            1 : goto endpoint-QRSTUVWX-demo/web/tcp/http__10.244.1.12/8080
+        }
+    }
+    chain services {
+        ip daddr . meta l4proto . th dport vmap @service-ips
+        ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+    }
+    chain cluster-ips-check { ip daddr @cluster-ips reject; }
+    chain service-endpoints-check { ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }
+    chain filter-prerouting-pre-dnat { type filter hook prerouting priority -110; policy accept; }
+    chain filter-forward {
+        type filter hook forward priority 0; policy accept;
+        ct state new jump service-endpoints-check
+        ct state new jump cluster-ips-check
+    }
+    chain nat-prerouting { type nat hook prerouting priority -100; policy accept; jump services; }
+    chain nat-output { type nat hook output priority -100; policy accept; jump services; }
+    chain nat-postrouting { type nat hook postrouting priority 100; policy accept; jump masquerading; }
+}
+table ip6 kube-proxy { comment "rules for kube-proxy"
+}
+table ip of-somebody-else { chain kube-proxy { type filter hook input priority 5; counter; }
+}
+"#;
+
+#[test]
+fn a_node_is_taken_over_from_kube_proxy_without_a_break() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let node = cluster.lab.node();
+    node.nft(KUBE_PROXY_NFTABLES)?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let probe = Probe::tcp("10.96.0.10:80".parse()?).timeout(Duration::from_secs(3));
+    let client = cluster.lab.client();
+    let storm =
+        client.storm(StormSpec { probe: probe.clone(), rate: 300, duration: Duration::from_mins(1) })?;
+    let transfer = client.transfer(&TransferSpec { probe, pace: None, limit: None })?;
+    let foreign = || node.exec("nft", ["-s", "list", "table", "ip", "of-somebody-else"], "");
+    let before = foreign()?;
+
+    let mut agent = cluster.start(&[])?;
+    cluster.wait("kube-proxy's tables are gone", |c| {
+        let tables = c.lab.node().exec("nft", ["list", "tables"], "")?;
+        Ok(!tables.contains("kube-proxy") && tables.contains("ip shunt"))
+    })?;
+    let at_change = transfer.bytes();
+    cluster.endpoints(&["10.244.1.12"]);
+    cluster.reach("10.96.0.10:80", &["pod-b"])?;
+    cluster.endpoints(&["10.244.1.11", "10.244.1.12"]);
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let report = storm.stop()?;
+    assert!(report.attempted > 100 && report.failures.is_empty(), "{report}");
+    assert!(transfer.bytes() > at_change, "a connection that kube-proxy translated stands still");
+    transfer.stop()?;
+    assert_eq!(foreign()?, before, "somebody else's table was touched");
+
+    // And back: everything goes, kube-proxy's as well as ours, and nothing else.
+    assert!(agent.stop()?.success());
+    node.nft(KUBE_PROXY_NFTABLES.split("table ip of-").next().context("text")?)?;
+    let mut cleanup = cluster.start(&["--cleanup"])?;
+    assert!(cleanup.wait(LONG)?.success(), "{cleanup}");
+    assert_eq!(node.exec("nft", ["list", "tables"], "")?.trim(), "table ip of-somebody-else");
+    Ok(())
+}
+
+#[test]
+fn leftovers_stay_where_they_are_to_stay() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    cluster.lab.node().nft(KUBE_PROXY_NFTABLES)?;
+    cluster.write_files(&format!(
+        "{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nleftovers: Keep\nfuture: 1\n"
+    ))?;
+    let mut agent = cluster.start(&[])?;
+    agent.wait_for("ShuntConfiguration: unknown field \"future\"", LONG)?;
+    cluster.wait("in sync", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.body.contains("IPv4")))?;
+    cluster.endpoints(&["10.244.1.11"]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(cluster.lab.node().exec("nft", ["list", "tables"], "")?.contains("table ip kube-proxy"));
+    agent.stop()?;
+    Ok(())
+}
+
 #[test]
 fn a_port_that_is_taken_is_tried_again_or_ends_it() -> Result<()> {
     if !require_kernel() {
@@ -480,6 +634,64 @@ fn a_port_that_is_taken_is_tried_again_or_ends_it() -> Result<()> {
     let mut agent = cluster.start(&[])?;
     assert_eq!(agent.wait(LONG)?.code(), Some(1), "{agent}");
     assert!(agent.stderr().contains("failed to start metrics server on 127.0.0.1:10249"), "{agent}");
+    Ok(())
+}
+
+#[test]
+fn drift_is_mended_and_counted() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    cluster.write_files(&format!(
+        "{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nresyncPeriod: 200ms\n"
+    ))?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let drift = "shunt_drift_repaired_total{ip_family=\"IPv4\"}";
+    assert_eq!(sample(&cluster.metrics()?, drift), Some(0.0));
+    cluster.lab.node().nft("delete element ip shunt services { 10.96.0.10 . tcp . 80 }")?;
+    cluster.wait("drift", |c| Ok(sample(&c.metrics()?, drift) == Some(1.0)))?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    agent.stop()?;
+    Ok(())
+}
+
+#[test]
+fn the_node_changes_in_place() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let ranges =
+        KUBEADM.replace("nodePortAddresses: null", "nodePortAddresses: [192.0.2.0/24, 2001:db8::/64]");
+    cluster.write_files(&ranges)?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("192.0.2.11:30080", &["pod-a", "pod-b"])?;
+    let more: IpAddr = "192.0.2.77".parse()?;
+    cluster.lab.add_node_address(more)?;
+    cluster.reach("192.0.2.77:30080", &["pod-a", "pod-b"])?;
+    cluster.wait("health checks there", |c| Ok(c.get("192.0.2.77:31234", "/")?.status == 200))?;
+    assert_eq!(cluster.get("192.0.2.11:31234", "/")?.status, 200);
+    cluster.lab.remove_node_address(more)?;
+    cluster.wait("no health checks there", |c| Ok(c.get("192.0.2.77:31234", "/").is_err()))?;
+
+    // Another primary address by the Node object, and back to where node ports follow it.
+    cluster.write_files(KUBEADM)?;
+    cluster.lab.add_node_address(more)?;
+    cluster.wait("only the primary address", |c| {
+        Ok(c.get("192.0.2.77:31234", "/").is_err() && c.get("192.0.2.11:31234", "/").is_ok())
+    })?;
+    cluster.server.put(json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": { "name": "worker-1" },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.77" }] },
+    }));
+    cluster.reach("192.0.2.77:30080", &["pod-a", "pod-b"])?;
+    cluster.wait("the primary address moved", |c| {
+        Ok(c.get("192.0.2.11:31234", "/").is_err() && c.get("192.0.2.77:31234", "/").is_ok())
+    })?;
+    assert!(agent.try_wait()?.is_none(), "{agent}");
+    agent.stop()?;
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use shunt_core::compile::Compiler;
+use shunt_core::health::ports_without_local_endpoints;
 use shunt_core::id::IpFamily;
 use shunt_harness::cases;
 use shunt_mode::Mode;
@@ -48,4 +49,28 @@ fn the_inputs_are_sound() {
             }
         }
     }
+}
+
+#[test]
+fn ports_without_local_endpoints_are_those_that_kube_proxy_counts() {
+    let mut compared = 0;
+    for case in cases::all().unwrap() {
+        let mut run = CaseRun::new(&case, Mode::Nftables);
+        while let Some(step) = run.next_step() {
+            let Ok(text) = std::fs::read_to_string(step.folder.join("metrics.json")) else { continue };
+            let metrics: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let table = run.cluster.table(IpFamily::V4);
+            let counts = table.services().map(|s| ports_without_local_endpoints(s));
+            let [internal, external] = counts.fold([0, 0], |a, b| [a[0] + b[0], a[1] + b[1]]);
+            for sample in metrics["kubeproxy_sync_proxy_rules_no_local_endpoints_total"].as_array().unwrap() {
+                let count = match sample["labels"]["traffic_policy"].as_str().unwrap() {
+                    "internal" => internal,
+                    _ => external,
+                };
+                assert_eq!(sample["value"], count, "{}: {sample}", case.name);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared >= 14, "{compared}");
 }

@@ -33,6 +33,7 @@ const V4: IpFamily = IpFamily::V4;
 fn service(n: u32, node_port: Option<u16>) -> Step {
     let [_, high, middle, low] = n.to_be_bytes();
     Step::Event(Event::Service(Service {
+        scheduler: None,
         name: NamespacedName::new("ns", format!("svc{n}")),
         created: 0,
         cluster_ips: vec![[172, 16 + high, middle, low].into()],
@@ -56,6 +57,7 @@ fn slice(n: u32, addresses: &[IpAddr]) -> Step {
         endpoints: addresses
             .iter()
             .map(|address| Endpoint {
+                pod: None,
                 address: *address,
                 conditions: Conditions::default(),
                 node: Some(cases::NODE.into()),

@@ -6,7 +6,9 @@
 mod process;
 pub(crate) mod text;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder};
@@ -15,13 +17,14 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use shunt_core::id::IpFamily;
+use shunt_core::id::{IpFamily, ServicePortName};
 use shunt_mode::Mode;
 use shunt_mode::driver::Report;
 use shunt_node::conntrack::Report as FlowsReport;
 use shunt_node::health::Endpoint;
 use shunt_watch::Kind;
 
+use crate::connections::Count;
 use process::Process;
 
 /// Kubernetes version whose kube-proxy this is compatible with.
@@ -53,6 +56,26 @@ pub(crate) struct FamilyAnd(IpFamily, (&'static str, &'static str));
 impl EncodeLabelSet for FamilyAnd {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> std::fmt::Result {
         [("ip_family", family_name(self.0)), self.1].encode(encoder)
+    }
+}
+
+/// A Service port, and perhaps a direction.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct OfService(IpFamily, ServicePortName, Option<&'static str>);
+
+impl EncodeLabelSet for OfService {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> std::fmt::Result {
+        let Self(family, name, direction) = self;
+        [
+            ("namespace", &*name.service.namespace),
+            ("service", &*name.service.name),
+            ("port", &*name.port),
+            ("ip_family", family_name(*family)),
+        ]
+        .encode(encoder)?;
+        // As the API writes it.
+        [("protocol", name.protocol.to_string().to_uppercase())].encode(encoder)?;
+        direction.iter().try_for_each(|direction| [("direction", *direction)].encode(encoder))
     }
 }
 
@@ -120,6 +143,10 @@ pub(crate) struct Metrics {
     contact: Family<OfKind, FloatGauge>,
     connected: Family<OfKind, Gauge>,
     problems: Counter,
+    service_connections: Family<OfService, Gauge>,
+    service_bytes: Family<OfService, Gauge>,
+    /// Which Service ports these two are shown for.
+    service_names: Arc<Mutex<[BTreeSet<ServicePortName>; 2]>>,
 }
 
 impl Metrics {
@@ -153,6 +180,9 @@ impl Metrics {
             contact: Family::default(),
             connected: Family::default(),
             problems: Counter::default(),
+            service_connections: Family::default(),
+            service_bytes: Family::default(),
+            service_names: Arc::default(),
         };
         let mut registry = Registry::default();
         metrics.register_kube_proxy(mode, &mut registry);
@@ -323,6 +353,18 @@ impl Metrics {
             "1 while the API server is heard, 0 while it is lost, by kind of object",
             self.connected.clone(),
         );
+        if mode.uses_conntrack() {
+            r.register(
+                "service_connections",
+                "Connections to a Service port that the kernel tracks",
+                self.service_connections.clone(),
+            );
+            r.register(
+                "service_bytes",
+                "Bytes so far of the connections to a Service port that the kernel tracks",
+                self.service_bytes.clone(),
+            );
+        }
         r.register("object_problems", "Fields of objects that could not be used", self.problems.clone());
     }
 
@@ -422,6 +464,35 @@ impl Metrics {
         if !lost {
             self.contact.get_or_create(&OfKind(kind.name())).set(now());
         }
+    }
+
+    /// Connections of a family, by Service port; of ports that are left out there are none.
+    pub(crate) fn connections(&self, family: IpFamily, counts: &BTreeMap<ServicePortName, Count>) {
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let mut shown = self.shown(family);
+        for (name, count) in counts {
+            let set = |gauges: &Family<OfService, Gauge>, direction, value| {
+                gauges.get_or_create(&OfService(family, name.clone(), direction)).set(number(value));
+            };
+            set(&self.service_connections, None, count.connections);
+            set(&self.service_bytes, Some("request"), count.bytes[0]);
+            set(&self.service_bytes, Some("response"), count.bytes[1]);
+            shown.remove(name);
+        }
+        for name in shown {
+            self.service_connections.remove(&OfService(family, name.clone(), None));
+            for direction in ["request", "response"] {
+                self.service_bytes.remove(&OfService(family, name.clone(), Some(direction)));
+            }
+        }
+        if let Ok(mut all) = self.service_names.lock() {
+            all[family as usize] = counts.keys().cloned().collect();
+        }
+    }
+
+    /// Service ports of a family that have connections as far as was said.
+    fn shown(&self, family: IpFamily) -> BTreeSet<ServicePortName> {
+        self.service_names.lock().map(|all| all[family as usize].clone()).unwrap_or_default()
     }
 
     /// A field of an object cannot be used.

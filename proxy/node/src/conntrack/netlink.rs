@@ -7,6 +7,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
+use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::stale::{Flow, FlowFilter};
 
 use super::{Conntrack, ConntrackError, Dump, Fate, wire};
@@ -59,7 +60,7 @@ impl Netlink {
         &mut self,
         filter: &FlowFilter,
         filter_in_kernel: bool,
-        each: &mut dyn FnMut(Flow),
+        each: &mut dyn FnMut(Flow, &[u8]),
     ) -> Result<Result<Dump, Errno>, ConntrackError> {
         self.sequence = self.sequence.wrapping_add(1);
         let sequence = self.sequence;
@@ -85,13 +86,26 @@ impl Netlink {
                         let flow = wire::flow(attributes);
                         dump.unfiltered |= flow.is_none_or(|flow| !filter.matches(&flow));
                         if let Some(flow) = flow {
-                            each(flow);
+                            each(flow, attributes);
                         }
                     }
                     _ => {}
                 }
             }
         }
+    }
+
+    /// Lists all flows of a family that Services may have, with the bytes of both directions so far, that of
+    /// the client first. They are zero unless `net.netfilter.nf_conntrack_acct` is set.
+    pub fn list(
+        &mut self,
+        family: IpFamily,
+        each: &mut dyn FnMut(Flow, [u64; 2]),
+    ) -> Result<Dump, ConntrackError> {
+        let filter = FlowFilter { family, protocol: Protocol::Tcp, address: None, port: None };
+        let each = &mut |flow, attributes: &[u8]| each(flow, wire::bytes(attributes));
+        let listed = self.try_dump(&filter, false, each)?;
+        listed.map_err(|errno| refusal(format!("list {family} flows"), errno as i32))
     }
 
     fn delete_batch(&mut self, flows: &[Flow]) -> Result<Vec<Fate>, ConntrackError> {
@@ -154,6 +168,7 @@ impl Conntrack for Netlink {
     fn dump(&mut self, filter: &FlowFilter, each: &mut dyn FnMut(Flow)) -> Result<Dump, ConntrackError> {
         let fail = |errno: Errno| refusal(format!("list flows {filter}"), errno as i32);
         let filter = &wire::what_the_kernel_can(filter);
+        let each = &mut |flow, _: &[u8]| each(flow);
         match self.try_dump(filter, true, each)? {
             Ok(dump) => Ok(dump),
             // Kernels before 5.8 ignore filters; others may know filters, but not this one.

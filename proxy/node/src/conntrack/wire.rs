@@ -24,9 +24,13 @@ const AF_INET6: u8 = 10;
 
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_COUNTERS_ORIG: u16 = 9;
+const CTA_COUNTERS_REPLY: u16 = 10;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
+
+const CTA_COUNTERS_BYTES: u16 = 2;
 
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const FLAG_IP_DST: u32 = 1 << 1;
@@ -120,6 +124,15 @@ pub(super) fn flow(attributes: &[u8]) -> Option<Flow> {
     }
     let ((protocol, original), (_, reply)) = (original?, reply?);
     Some(Flow { protocol, original, reply, zone, id })
+}
+
+/// Bytes of a flow in both directions, original first; zero where the kernel does not count.
+pub(super) fn bytes(attributes: &[u8]) -> [u64; 2] {
+    [CTA_COUNTERS_ORIG, CTA_COUNTERS_REPLY].map(|direction| {
+        let counters = find(attributes, direction).unwrap_or_default();
+        let bytes = find(counters, CTA_COUNTERS_BYTES).and_then(|value| value.try_into().ok());
+        bytes.map_or(0, u64::from_be_bytes)
+    })
 }
 
 fn tuple(attributes: &[u8]) -> Option<(Protocol, Tuple)> {
