@@ -162,7 +162,7 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     for family in IpFamily::ALL {
         let mut driver = shunt_modes::open(settings.mode, family)?;
         match driver.probe() {
-            Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
+            Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods), tend_at: None }),
             Err(error) => {
                 tracing::warn!(%family, "{error}");
                 errors.push(error);
@@ -179,6 +179,8 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
 struct Family {
     driver: Box<dyn Driver>,
     sync: SyncLoop,
+    /// When the mode has something to do on its own, if so.
+    tend_at: Option<Instant>,
 }
 
 impl Family {
@@ -204,6 +206,9 @@ struct Engine {
     said: VecDeque<String>,
 }
 
+/// How long after a change a mode is asked what else there is to do.
+const TEND_AFTER: Duration = Duration::from_secs(10);
+
 /// Complaints to remember.
 const SAID_MAX: usize = 1000;
 
@@ -225,7 +230,11 @@ impl Engine {
     fn deadline(&self) -> Option<Instant> {
         let flows = self.flows.as_ref();
         let of_flows = |f: &Family| flows?.deadline(f.driver.family()).filter(|_| f.in_sync());
-        self.families.iter().flat_map(|f| [f.sync.deadline(), of_flows(f)]).flatten().min()
+        self.families
+            .iter()
+            .flat_map(|f| [f.sync.deadline(), of_flows(f), f.tend_at.filter(|_| f.in_sync())])
+            .flatten()
+            .min()
     }
 
     fn updates(&mut self, batch: &mut Vec<Update>) {
@@ -359,6 +368,7 @@ impl Engine {
                     Ok(report) => {
                         log_sync(of, &step, &report);
                         family.sync.finished(Ok(step), Instant::now());
+                        family.tend_at.get_or_insert(now + TEND_AFTER);
                     }
                     Err(error) => {
                         family.sync.finished(Err(error.remedy), Instant::now());
@@ -369,6 +379,16 @@ impl Engine {
                         );
                     }
                 }
+            }
+            if family.tend_at.is_some_and(|at| at <= now) && family.in_sync() {
+                family.tend_at = match family.driver.tend(now) {
+                    Ok(next) => next,
+                    Err(error) => {
+                        tracing::error!(family = %of, "{error}; reading the kernel again soon");
+                        family.sync.start(now);
+                        Some(now + TEND_AFTER)
+                    }
+                };
             }
             // A flow that is deleted too early would be bound to the old endpoint again.
             if let Some(flows) = self.flows.as_mut().filter(|_| family.in_sync()) {

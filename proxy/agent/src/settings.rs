@@ -144,6 +144,7 @@ impl Settings {
                 masquerade_bit,
                 local_detector,
                 node_port_addresses: node_ports(document.node_port_addresses.as_deref())?,
+                scheduler: None,
                 // KEP-5707: on by default until Kubernetes 1.40.
                 allow_external_ips: document
                     .feature_gates

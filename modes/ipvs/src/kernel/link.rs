@@ -139,9 +139,9 @@ fn decode(payload: &[u8], index: u32) -> Option<IpAddr> {
     let of = u32::from_ne_bytes(payload.get(4..8)?.try_into().ok()?);
     let attributes = payload.get(ADDRESS_HEADER..)?;
     let value = Attributes::find(attributes, LOCAL).or_else(|| Attributes::find(attributes, ADDRESS))?;
-    let address = match payload.first()? {
-        &AF_INET => IpAddr::V4(Ipv4Addr::from(*value.first_chunk::<4>()?)),
-        &AF_INET6 => IpAddr::V6(Ipv6Addr::from(*value.first_chunk::<16>()?)),
+    let address = match *payload.first()? {
+        AF_INET => IpAddr::V4(Ipv4Addr::from(*value.first_chunk::<4>()?)),
+        AF_INET6 => IpAddr::V6(Ipv6Addr::from(*value.first_chunk::<16>()?)),
         _ => return None,
     };
     let link_local = matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
