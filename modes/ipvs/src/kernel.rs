@@ -20,6 +20,7 @@ use crate::op::Op;
 use crate::state::{Server, State};
 use link::Links;
 use namespace::Namespace;
+use tables::Tool;
 
 /// Connections of drained destinations.
 pub type Connections = BTreeMap<Drained, u32>;
@@ -64,6 +65,7 @@ pub struct Linux {
     family: IpFamily,
     options: Options,
     namespace: Namespace,
+    tool: Option<Tool>,
     links: Links,
     /// `None` where the kernel has none.
     ipvs: Option<Ipvs>,
@@ -101,10 +103,16 @@ impl Linux {
             family,
             options,
             namespace: Namespace::current().map_err(|e| retry("find the network namespace", e.into()))?,
+            tool: None,
             links: Links::open().map_err(|e| retry("open rtnetlink", e.into()))?,
             ipvs,
             sets,
         })
+    }
+
+    fn tool(&mut self) -> Tool {
+        let (family, namespace) = (self.family, &self.namespace);
+        self.tool.get_or_insert_with(|| namespace.run(move || Tool::find(family))).clone()
     }
 
     fn ipvs(&mut self) -> Result<&mut Ipvs, KernelError> {
@@ -205,9 +213,9 @@ impl Linux {
             }
             Op::ReplaceSet(family, set, elements) => self.replace_set(*family, *set, elements),
             Op::SetRules(family, was, rules) => {
-                let (family, text) = (*family, tables::restore_text(*family, was, rules));
+                let (tool, text) = (self.tool(), tables::restore_text(*family, was, rules));
                 self.namespace
-                    .run(move || tables::restore(family, &text))
+                    .run(move || tool.restore(&text))
                     .map_err(|error| failed(op.to_string(), error, Remedy::Resync))
             }
             _ => Ok(()),
@@ -391,7 +399,8 @@ impl Kernel for Linux {
             );
         }
         let family = self.family;
-        match self.namespace.run(move || tables::save(family)) {
+        let tool = self.tool();
+        match self.namespace.run(move || tool.save(family)) {
             Ok(_) => Ok(()),
             Err(error) => unsupported(
                 format!("{} does not answer ({error})", crate::skeleton::tool(family)),
@@ -410,10 +419,12 @@ impl Kernel for Linux {
         state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
         state.servers = self.servers()?;
         self.read_sets(&mut state)?;
+        let tool = self.tool();
         state.rules = self
             .namespace
-            .run(move || tables::save(family))
+            .run(move || tool.save(family))
             .map_err(|error| failed("read the rules", error, Remedy::Retry))?;
+        state.forget_shared();
         Ok(state)
     }
 
@@ -458,8 +469,8 @@ impl Kernel for Linux {
             return Ok(());
         }
         let state = self.observe()?;
-        // Virtual servers bear no names: without link and sets they were never ours.
-        let was_here = state.link || !state.sets.is_empty();
+        // Virtual servers bear no names: without VIPs and sets they were never ours.
+        let was_here = !state.addresses.is_empty() || !state.sets.is_empty();
         let mut ops: Vec<Op> = state.addresses.iter().map(|a| Op::DeleteAddress(*a)).collect();
         if was_here {
             ops.extend(state.servers.keys().map(|key| Op::DeleteServer(*key)));

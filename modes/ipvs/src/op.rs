@@ -105,6 +105,7 @@ pub fn step(state: &mut State, op: &Op) {
         Op::DestroySet(_, set) => {
             state.sets.remove(set);
             state.misdeclared.remove(set);
+            state.forget_shared();
         }
         Op::SetRules(_, _, rules) => state.rules = rules.clone(),
         Op::AddServer(service) => {

@@ -197,9 +197,7 @@ fn rule(family: IpFamily, words: &[String]) -> Option<Rule> {
     let mut reader = Reader { family, words: words.iter().peekable() };
     let mut matches = Vec::new();
     loop {
-        let Some(word) = reader.words.next() else {
-            return None;
-        };
+        let word = reader.words.next()?;
         match word.as_str() {
             "-s" => matches.push(Match::Source(reader.word()?.parse().ok()?)),
             "-i" => matches.push(Match::Interface(reader.word()?.to_owned())),

@@ -342,7 +342,7 @@ impl Planner<'_> {
         let value = sound.map_or_else(|| layout::mark(self.new_mark(), bit), |m| m.value);
         for key in self.mark_keys(value) {
             self.marks_kept.insert(key);
-            let service = Service { key, ..wanted.service.clone() };
+            let service = Service { key, ..wanted.inside_service() };
             self.server(&service, destinations, Phase::MarkServers);
         }
         if held.is_none_or(|m| (m.value, m.mask) != (value, u32::MAX)) {

@@ -67,6 +67,15 @@ impl State {
         }
     }
 
+    /// Link and settings belong to both families. Without sets the mode does nothing in this one, and
+    /// what the other has made is none of its business.
+    pub fn forget_shared(&mut self) {
+        if self.sets.is_empty() {
+            self.link = false;
+            self.tuned = false;
+        }
+    }
+
     /// Whether a set holds an entry.
     pub fn holds(&self, set: SetName, entry: &Entry) -> bool {
         self.sets.get(&set).is_some_and(|elements| elements.contains_key(entry))

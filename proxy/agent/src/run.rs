@@ -265,6 +265,7 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
             Ok(()) => families.push(Family {
                 driver,
                 sync: SyncLoop::new(periods),
+                tend_at: None,
                 leftovers: settings.remove_leftovers.then(|| settings.options.clone()),
             }),
             Err(error) => {
@@ -285,6 +286,8 @@ struct Family {
     sync: SyncLoop,
     /// Rules of others are to be removed once ours are in place, with these settings.
     leftovers: Option<shunt_modes::Options>,
+    /// When the mode has something to do on its own, if so.
+    tend_at: Option<Instant>,
 }
 
 impl Family {
@@ -310,6 +313,9 @@ struct Engine {
     /// What was complained about lately, so that it is said once.
     said: VecDeque<String>,
 }
+
+/// How long after a change a mode is asked what else there is to do.
+const TEND_AFTER: Duration = Duration::from_secs(10);
 
 /// Complaints to remember.
 const SAID_MAX: usize = 1000;
@@ -339,7 +345,11 @@ impl Engine {
     fn deadline(&self) -> Option<Instant> {
         let flows = self.flows.as_ref();
         let of_flows = |f: &Family| flows?.deadline(f.driver.family()).filter(|_| f.in_sync());
-        let of_families = self.families.iter().flat_map(|f| [f.sync.deadline(), of_flows(f)]).flatten();
+        let of_families = self
+            .families
+            .iter()
+            .flat_map(|f| [f.sync.deadline(), of_flows(f), f.tend_at.filter(|_| f.in_sync())])
+            .flatten();
         of_families.chain(self.account.deadline()).min()
     }
 
@@ -530,6 +540,7 @@ impl Engine {
                         if let Some(options) = family.leftovers.take() {
                             remove_leftovers(family.driver.mode(), of, options);
                         }
+                        family.tend_at.get_or_insert(now + TEND_AFTER);
                     }
                     Err(error) => {
                         self.account.metrics.failed(of);
@@ -545,6 +556,16 @@ impl Engine {
             }
             if family.in_sync() {
                 self.account.serve(of, now);
+            }
+            if family.tend_at.is_some_and(|at| at <= now) && family.in_sync() {
+                family.tend_at = match family.driver.tend(now) {
+                    Ok(next) => next,
+                    Err(error) => {
+                        tracing::error!(family = %of, "{error}; reading the kernel again soon");
+                        family.sync.start(now);
+                        Some(now + TEND_AFTER)
+                    }
+                };
             }
             // A flow that is deleted too early would be bound to the old endpoint again.
             if let Some(flows) = self.flows.as_mut().filter(|_| family.in_sync()) {

@@ -65,6 +65,10 @@ pub trait ModeUnderTest: 'static {
     fn expected(table: &ForwardingTable, packet: &Packet) -> Outcome {
         walk(table, packet).outcome
     }
+    /// Whether the source of a packet is the same to the node before and after a change of the table.
+    fn is_settled(_before: &ForwardingTable, _after: &ForwardingTable, _packet: &Packet) -> bool {
+        true
+    }
     /// Whether operations take effect one by one, so that a Service whose traffic policy changes may for
     /// a moment be masqueraded although it is not before nor after.
     const ONE_BY_ONE: bool = false;

@@ -243,7 +243,7 @@ fn every_prefix_of_a_plan_is_safe<M: ModeUnderTest>() {
                     };
                     // Which addresses are the node's changes on its own; either time will do.
                     let local = &new.node().local_addresses;
-                    if local != &old.node().local_addresses {
+                    if local != &old.node().local_addresses || !M::is_settled(old, &new, packet) {
                         continue;
                     }
                     let (was, will, is) =

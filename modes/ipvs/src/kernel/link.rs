@@ -23,6 +23,8 @@ const LINK_INFO: u16 = 18;
 const LINK_KIND: u16 = 1;
 const ADDRESS: u16 = 1;
 const LOCAL: u16 = 2;
+/// `struct ifa_cacheinfo`: preferred and valid lifetime, two times of change.
+const CACHE_INFO: u16 = 6;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -139,9 +141,9 @@ fn decode(payload: &[u8], index: u32) -> Option<IpAddr> {
     let of = u32::from_ne_bytes(payload.get(4..8)?.try_into().ok()?);
     let attributes = payload.get(ADDRESS_HEADER..)?;
     let value = Attributes::find(attributes, LOCAL).or_else(|| Attributes::find(attributes, ADDRESS))?;
-    let address = match payload.first()? {
-        &AF_INET => IpAddr::V4(Ipv4Addr::from(*value.first_chunk::<4>()?)),
-        &AF_INET6 => IpAddr::V6(Ipv6Addr::from(*value.first_chunk::<16>()?)),
+    let address = match *payload.first()? {
+        AF_INET => IpAddr::V4(Ipv4Addr::from(*value.first_chunk::<4>()?)),
+        AF_INET6 => IpAddr::V6(Ipv6Addr::from(*value.first_chunk::<16>()?)),
         _ => return None,
     };
     let link_local = matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
@@ -163,6 +165,12 @@ pub(super) fn address(batch: &mut Batch, index: u32, address: IpAddr, add: bool)
         };
         put(w, LOCAL);
         put(w, ADDRESS);
+        if address.is_ipv6() {
+            // Deprecated for as long as it lives: the kernel must not choose it as the source of other
+            // connections, nor when it masquerades.
+            let lifetimes = [[0; 4], u32::MAX.to_ne_bytes(), [0; 4], [0; 4]].concat();
+            w.attribute(CACHE_INFO, &lifetimes);
+        }
     });
 }
 

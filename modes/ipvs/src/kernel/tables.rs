@@ -14,10 +14,40 @@ use crate::skeleton::tool;
 /// Chains by which the kubelet says in which of the two flavours it writes its rules.
 const HINTS: [&str; 2] = [":KUBE-IPTABLES-HINT", ":KUBE-KUBELET-CANARY"];
 
-/// Which of the tools to use: the flavour in which the kubelet left its hint, or the system's own.
+/// Which tools to use: they are the same as long as the process runs.
+#[derive(Clone, Debug)]
+pub(super) struct Tool(String);
+
+impl Tool {
+    /// Finds them in the calling thread's network namespace.
+    pub(super) fn find(family: IpFamily) -> Self {
+        Self(flavour(family))
+    }
+
+    /// Our rules as they are.
+    pub(super) fn save(&self, family: IpFamily) -> io::Result<Rules> {
+        save(family, &self.0)
+    }
+
+    /// Makes rules so.
+    pub(super) fn restore(&self, text: &str) -> io::Result<()> {
+        restore(&self.0, text)
+    }
+}
+
+/// The flavour in which the kubelet left its hint, or the system's own.
 fn flavour(family: IpFamily) -> String {
     let plain = tool(family);
+    // Looking at a table of the legacy flavour would make it.
+    let names = match family {
+        IpFamily::V4 => "/proc/net/ip_tables_names",
+        IpFamily::V6 => "/proc/net/ip6_tables_names",
+    };
+    let legacy = std::fs::read_to_string(names).is_ok_and(|names| names.lines().any(|n| n == "mangle"));
     for flavour in ["nft", "legacy"] {
+        if flavour == "legacy" && !legacy {
+            continue;
+        }
         let name = format!("{plain}-{flavour}");
         let saved = Command::new(format!("{name}-save")).args(["-t", "mangle"]).output();
         let hinted = saved.is_ok_and(|output| {
@@ -36,9 +66,8 @@ fn failed(name: &str, output: &std::process::Output) -> io::Error {
     io::Error::other(format!("{name}: {}", words.trim()))
 }
 
-/// Our rules as they are.
-pub(super) fn save(family: IpFamily) -> io::Result<Rules> {
-    let name = format!("{}-save", flavour(family));
+fn save(family: IpFamily, tool: &str) -> io::Result<Rules> {
+    let name = format!("{tool}-save");
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{name}: {error}"));
     let output = Command::new(&name).stdin(Stdio::null()).output().map_err(named)?;
     if !output.status.success() {
@@ -47,9 +76,8 @@ pub(super) fn save(family: IpFamily) -> io::Result<Rules> {
     Ok(parse(family, &String::from_utf8_lossy(&output.stdout)))
 }
 
-/// Makes rules so.
-pub(super) fn restore(family: IpFamily, text: &str) -> io::Result<()> {
-    let name = format!("{}-restore", flavour(family));
+fn restore(tool: &str, text: &str) -> io::Result<()> {
+    let name = format!("{tool}-restore");
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{name}: {error}"));
     let mut child = Command::new(&name)
         .args(["--noflush", "-w", "5"])

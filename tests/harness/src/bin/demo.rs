@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, Proto};
 
-/// Modes that this build has and every kernel with nftables can run.
-const MODES: &[&str] = &["nftables"];
+/// Modes that this build has. One that the kernel cannot run says why.
+const MODES: &[&str] = &["nftables", "ipvs"];
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
@@ -62,7 +62,12 @@ fn demo_mode(shunt: &Path, examples: &Path, mode: &str) -> Result<()> {
     heading("shunt run --manifests examples, instead of an API server");
     let started = Instant::now();
     let mut agent = start(&lab, shunt, mode, &manifests, &socket)?;
-    agent.wait_for("in sync with the kernel", Duration::from_secs(20))?;
+    if let Err(error) = agent.wait_for("in sync with the kernel", Duration::from_secs(20)) {
+        let text = format!("{error:#}");
+        let Some(why) = text.lines().find(|line| line.contains("cannot run here")) else { return Err(error) };
+        println!("  {}", why.trim());
+        return Ok(());
+    }
     // One line a family.
     agent.wait_for("family=IPv6", Duration::from_secs(20))?;
     println!("  programmed {} ms after the start of the process", started.elapsed().as_millis());

@@ -63,7 +63,7 @@ impl Guest {
     /// machine lacks, and how to install it.
     pub fn new() -> Result<Self> {
         ensure!(geteuid().is_root(), "no guest kernel: that needs root");
-        Ok(Self { kernel: uml::Kernel::find()?, memory_mib: 1024, timeout: Duration::from_mins(5) })
+        Ok(Self { kernel: uml::Kernel::find()?, memory_mib: 1024, timeout: Duration::from_mins(12) })
     }
 
     /// With so much memory, in MiB.

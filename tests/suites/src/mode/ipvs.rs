@@ -100,6 +100,12 @@ impl ModeUnderTest for IpvsMode {
         }
     }
 
+    /// Where a packet comes from that has an address as its source which becomes a VIP is as open as with
+    /// one that becomes the node's.
+    fn is_settled(before: &ForwardingTable, after: &ForwardingTable, packet: &Packet) -> bool {
+        is_vip(before, packet.source) == is_vip(after, packet.source)
+    }
+
     fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
         let mut sets = String::new();
         let mut section = "";
