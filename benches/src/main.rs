@@ -16,6 +16,7 @@ mod agent;
 mod bed;
 mod cluster;
 mod control;
+mod growth;
 mod latency;
 mod layouts;
 mod load;
@@ -51,6 +52,16 @@ enum Command {
         /// The specification, JSON.
         file: PathBuf,
     },
+    /// Changes a cluster in memory (used by `run`, under valgrind).
+    #[command(hide = true)]
+    Change {
+        /// Mode.
+        mode: String,
+        /// Number of Services.
+        services: usize,
+        /// Number of changes.
+        changes: usize,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -61,6 +72,8 @@ enum Part {
     Throughput,
     /// Starts, changes, memory, restarts.
     Control,
+    /// Instructions and allocations of one change (needs valgrind).
+    Growth,
 }
 
 #[derive(Args)]
@@ -71,7 +84,7 @@ struct RunArgs {
     #[arg(long, value_delimiter = ',', default_value = "nftables")]
     modes: Vec<String>,
     /// Parts to measure.
-    #[arg(long, value_delimiter = ',', value_enum, default_values = ["latency", "throughput", "control"])]
+    #[arg(long, value_delimiter = ',', value_enum, default_values = ["latency", "throughput", "control", "growth"])]
     parts: Vec<Part>,
     /// Numbers of Services for first packets.
     #[arg(long, value_delimiter = ',', default_value = "1,10,100,1000,10000,30000")]
@@ -112,6 +125,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Run(args) => run(args),
         Command::Load { file } => load::run(&file),
+        Command::Change { mode, services, changes } => growth::work(&mode, services, changes),
     }
 }
 
@@ -168,6 +182,13 @@ fn run(mut args: RunArgs) -> Result<()> {
             rates: vec![1, 10, 100],
             duration,
         })?;
+    }
+    if args.parts.contains(&Part::Growth) {
+        let sizes: &[usize] = if args.quick { &[100, 1_000] } else { &[1_000, 30_000] };
+        // The other modes are not measured without a kernel.
+        if args.modes.iter().any(|mode| mode == "nftables") {
+            report.growth = growth::measure("nftables", sizes)?;
+        }
     }
     report.write(&args.output)
 }

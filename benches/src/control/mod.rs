@@ -78,10 +78,10 @@ pub(crate) fn measure(plan: &Plan) -> Result<Control> {
 /// Changes, then a restart over what is there.
 fn changes(plan: &Plan, program: &Program, cluster: &Cluster, control: &mut Control) -> Result<()> {
     let bed = Bed::new(false, program.works_on_sockets())?;
+    let probes = churn::Probes::new(&bed)?;
     let api = Api::start(&bed, &cluster.objects)?;
     let mut agent = Agent::start(&bed, &api, program)?;
     agent.wait_until_served(&bed, &crate::subject::sample(&cluster.frontends()), PATIENCE)?;
-    let probes = churn::Probes::new(&bed)?;
     // Let it finish what a start brings besides.
     std::thread::sleep(Duration::from_secs(1));
     control.churn.push(probes.measure(plan, program, &agent, &api, cluster)?);

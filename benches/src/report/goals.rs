@@ -119,6 +119,13 @@ pub(super) fn all(report: &Report) -> Vec<Goal> {
         latency(report, mode, &subject, &limits, &mut push);
         throughput(report, mode, &subject, &limits, &mut push);
         control(report, &subject, &limits, &mut push);
+        let growth: Vec<_> = report.growth.iter().filter(|growth| growth.subject == subject).collect();
+        if let [few, .., many] = growth.as_slice() {
+            let what = format!("of a change, {} / {} Services", many.services, few.services);
+            let instructions = many.instructions / few.instructions;
+            push("C7", format!("instructions {what}"), Some(instructions), 1.3);
+            push("C7", format!("allocations {what}"), Some(many.allocations / few.allocations), 1.3);
+        }
     }
     goals
 }

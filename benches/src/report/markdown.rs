@@ -210,6 +210,20 @@ fn control(report: &Report, out: &mut String) {
         .collect();
     let head = ["", "Services x endpoints", "whole, ms", "reading the kernel, ms", "planning, ms", "operations"];
     table(out, "Restart over what is there", &head, &restart);
+    let growth: Vec<Vec<String>> = report
+        .growth
+        .iter()
+        .map(|growth| {
+            vec![
+                growth.subject.clone(),
+                growth.services.to_string(),
+                format!("{:.0}", growth.instructions),
+                format!("{:.1}", growth.allocations),
+            ]
+        })
+        .collect();
+    let head = ["", "Services", "instructions", "allocations"];
+    table(out, "One changed endpoint in user space, from the event to the plan", &head, &growth);
     if !report.control.failures.is_empty() {
         _ = writeln!(out, "## Not measured\n");
         for failure in &report.control.failures {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::control::Control;
+use crate::growth::Growth;
 use crate::{latency, throughput};
 
 pub(crate) use goals::Goal;
@@ -26,6 +27,8 @@ pub(crate) struct Report {
     pub throughput: Vec<throughput::Row>,
     /// Control plane.
     pub control: Control,
+    /// What a change costs in user space.
+    pub growth: Vec<Growth>,
     /// Figures that have goals.
     pub goals: Vec<Goal>,
 }
@@ -76,6 +79,7 @@ impl Report {
             latency: Vec::new(),
             throughput: Vec::new(),
             control: Control::default(),
+            growth: Vec::new(),
             goals: Vec::new(),
         })
     }
