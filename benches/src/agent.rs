@@ -187,7 +187,12 @@ impl Agent {
                     return Ok(elapsed);
                 }
                 ensure!(child.try_wait()?.is_none(), "it ended: {child}");
-                ensure!(elapsed < patience, "{} of {} not served after {patience:?}: {child}", left.len(), targets.len());
+                ensure!(
+                    elapsed < patience,
+                    "{} of {} not served after {patience:?}: {child}",
+                    left.len(),
+                    targets.len()
+                );
                 std::thread::sleep(Duration::from_micros(500));
             }
         })
@@ -235,7 +240,8 @@ impl Agent {
         // utime, stime, cutime, cstime are fields 14 to 17; the first two are before the bracket.
         let ticks: u64 =
             fields.split_whitespace().skip(11).take(4).filter_map(|f| f.parse::<u64>().ok()).sum();
-        let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.ok_or_else(|| anyhow!("CLK_TCK"))?;
+        let second =
+            nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.ok_or_else(|| anyhow!("CLK_TCK"))?;
         Ok(Duration::from_secs_f64(ticks as f64 / second as f64))
     }
 }

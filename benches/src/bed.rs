@@ -77,8 +77,7 @@ impl Bed {
             .build()?;
         let folder = tempfile::tempdir()?;
         let tool = std::env::current_exe()?;
-        let [silent, echo] =
-            if echo { [ECHO_PORT, ENDPOINT_PORT] } else { [ENDPOINT_PORT, ECHO_PORT] };
+        let [silent, echo] = if echo { [ECHO_PORT, ENDPOINT_PORT] } else { [ENDPOINT_PORT, ECHO_PORT] };
         let file = folder.path().join("serve.json");
         let work = Work::Serve(Ports { silent, echo });
         write(&file, &Spec { cpu: SERVER_CORE, cgroup: None, work })?;

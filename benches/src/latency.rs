@@ -111,16 +111,17 @@ struct Row {
     results: Vec<(Target, Vec<Latency>)>,
 }
 
-/// Measures all sizes.
-pub(crate) fn measure(plan: &Plan) -> Result<Vec<Cell>> {
+/// Measures all sizes; what cannot be measured is said in `failures`.
+pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Cell>> {
     let mut cells = Vec::new();
     for &services in &plan.services {
-        cells.extend(measure_size(plan, services).with_context(|| format!("{services} Services"))?);
+        let measured = measure_size(plan, services, failures);
+        cells.extend(measured.with_context(|| format!("first packets, {services} Services"))?);
     }
     Ok(cells)
 }
 
-fn measure_size(plan: &Plan, services: usize) -> Result<Vec<Cell>> {
+fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Result<Vec<Cell>> {
     eprintln!("first packets: {services} Services x {} endpoints ...", plan.endpoints);
     let shape = |services| Shape { node_ports: true, ..Shape::new(services, plan.endpoints) };
     let largest = plan.services.iter().max() == Some(&services);
@@ -160,16 +161,16 @@ fn measure_size(plan: &Plan, services: usize) -> Result<Vec<Cell>> {
         let join = |thread: thread::ScopedJoinHandle<'_, Result<Stage>>| {
             thread.join().map_err(|_| anyhow!("a thread panicked"))?
         };
-        threads.into_iter().map(join).collect::<Result<Vec<Stage>>>()
-    })?;
-    let mut rows: Vec<Row> = wanted
-        .into_iter()
-        .zip(stages)
-        .map(|((subject, cluster), stage)| {
-            let results = targets.iter().map(|target| (*target, Vec::new())).collect();
-            Row { subject, cluster, stage, results }
-        })
-        .collect();
+        threads.into_iter().map(join).collect::<Vec<Result<Stage>>>()
+    });
+    let mut rows: Vec<Row> = Vec::new();
+    for ((subject, cluster), stage) in wanted.into_iter().zip(stages) {
+        let results = targets.iter().map(|target| (*target, Vec::new())).collect();
+        match stage {
+            Ok(stage) => rows.push(Row { subject, cluster, stage, results }),
+            Err(error) => failures.push(format!("first packets, {services} Services: {error:#}")),
+        }
+    }
     for run in 0..plan.repetitions {
         for row in &mut rows {
             for (target, results) in &mut row.results {

@@ -155,33 +155,42 @@ fn run(mut args: RunArgs) -> Result<()> {
 
     let mut report = Report::new(args.machine.clone(), &args.shunt)?;
     if args.parts.contains(&Part::Latency) {
-        report.latency = latency::measure(&latency::Plan {
-            services: args.services.clone(),
-            endpoints: 10,
-            connections: args.connections,
-            repetitions: args.repetitions,
-            subjects: subjects.clone(),
-            reference_limit: args.reference_limit,
-        })?;
+        report.latency = latency::measure(
+            &latency::Plan {
+                services: args.services.clone(),
+                endpoints: 10,
+                connections: args.connections,
+                repetitions: args.repetitions,
+                subjects: subjects.clone(),
+                reference_limit: args.reference_limit,
+            },
+            &mut report.failures,
+        )?;
     }
     if args.parts.contains(&Part::Throughput) {
-        report.throughput = throughput::measure(&throughput::Plan {
-            services: if args.quick { 100 } else { 1_000 },
-            repetitions: args.repetitions.min(5),
-            duration: Duration::from_millis(500),
-            subjects,
-        })?;
+        report.throughput = throughput::measure(
+            &throughput::Plan {
+                services: if args.quick { 100 } else { 1_000 },
+                repetitions: args.repetitions.min(5),
+                duration: Duration::from_millis(500),
+                subjects,
+            },
+            &mut report.failures,
+        )?;
     }
     if args.parts.contains(&Part::Control) {
         let shapes = args.shapes.iter().map(|text| shape(text)).collect::<Result<_>>()?;
-        report.control = control::measure(&control::Plan {
-            programs,
-            shapes,
-            repetitions: if args.quick { 1 } else { 2 },
-            churn: args.churn,
-            rates: vec![1, 10, 100],
-            duration,
-        })?;
+        report.control = control::measure(
+            &control::Plan {
+                programs,
+                shapes,
+                repetitions: if args.quick { 1 } else { 2 },
+                churn: args.churn,
+                rates: vec![1, 10, 100],
+                duration,
+            },
+            &mut report.failures,
+        )?;
     }
     if args.parts.contains(&Part::Growth) {
         let sizes: &[usize] = if args.quick { &[100, 1_000] } else { &[1_000, 30_000] };

@@ -25,7 +25,7 @@ pub(crate) struct Plan {
 }
 
 /// One subject.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Row {
     /// Which subject.
     pub subject: String,
@@ -52,76 +52,96 @@ const ARRIVED: f64 = 0.999;
 /// Short connections under way at the same time.
 const CONCURRENCY: usize = 32;
 
-/// Measures all subjects.
-pub(crate) fn measure(plan: &Plan) -> Result<Vec<Row>> {
+/// Measures all subjects that can be set up; the others are named in `failures`.
+pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row>> {
     eprintln!("throughput: {} Services x 10 endpoints ...", plan.services);
     let udp = Cluster::new(Shape { udp: true, ..Shape::new(plan.services, 10) })?;
     let tcp = Cluster::new(Shape::new(plan.services, 10))?;
-    let floods = rounds(plan, &udp, flood)?;
-    let shorts = rounds(plan, &tcp, |bed, targets, run| {
-        let work = ExchangeSpec {
-            targets: targets.to_vec(),
+    let mut rows = Vec::new();
+    let mut stages = Vec::new();
+    for subject in &plan.subjects {
+        match Both::set_up(subject, &udp, &tcp) {
+            Ok(both) => {
+                stages.push((subject.serves(), both));
+                rows.push(Row { subject: subject.name(), services: plan.services, ..Row::default() });
+            }
+            Err(error) => failures.push(format!("throughput, {}: {error:#}", subject.name())),
+        }
+    }
+    for run in 0..plan.repetitions {
+        for ((serves, both), row) in stages.iter().zip(&mut rows) {
+            both.repetition(
+                plan,
+                if *serves { [udp.frontends(), tcp.frontends()] } else { [udp.pods(), tcp.pods()] },
+                run,
+                row,
+            )
+            .with_context(|| row.subject.clone())?;
+        }
+    }
+    Ok(rows)
+}
+
+/// One subject's namespaces, with UDP Services and with TCP Services.
+struct Both {
+    udp: Stage,
+    tcp: Stage,
+}
+
+impl Both {
+    fn set_up(subject: &Subject, udp: &Cluster, tcp: &Cluster) -> Result<Self> {
+        let both = Self { udp: subject.set_up(udp, true)?, tcp: subject.set_up(tcp, true)? };
+        sink(&both.udp.bed)?;
+        Ok(both)
+    }
+
+    /// All kinds of load once; the best of each kind stays in `row`.
+    fn repetition(
+        &self,
+        plan: &Plan,
+        targets: [Vec<SocketAddrV4>; 2],
+        run: u32,
+        row: &mut Row,
+    ) -> Result<()> {
+        let [udp, tcp] = targets;
+        for stage in [&self.udp, &self.tcp] {
+            stage.bed.flush_conntrack()?;
+        }
+        let flood = flood(&self.udp.bed, &udp, run, plan.duration)?;
+        best(&mut row.udp_cpu_ns, flood.cpu_ns, f64::min);
+        best(&mut row.udp_per_second, flood.per_second, f64::max);
+        let exchange = ExchangeSpec {
+            targets: tcp.clone(),
             sources: From::Pod.sources(run),
             concurrency: CONCURRENCY,
             duration: plan.duration,
         };
-        bed.load::<Exchanges>(Work::Exchange(work))
-    })?;
-    let stream = |flows| {
-        rounds(plan, &tcp, move |bed, targets, _| {
-            let targets = targets[..FLOWS.min(targets.len())].to_vec();
-            bed.load::<Stream>(Work::Stream(StreamSpec { targets, flows, duration: plan.duration }))
-        })
-    };
-    let (one, eight) = (stream(1)?, stream(8)?);
-    let rows = plan.subjects.iter().enumerate().map(|(i, subject)| Row {
-        subject: subject.name(),
-        services: plan.services,
-        udp_cpu_ns: least(&floods[i], |f| f.cpu_ns),
-        udp_per_second: most(&floods[i], |f| f.per_second),
-        stream_gbps: most(&one[i], |s| s.gigabits_per_second),
-        streams_gbps: most(&eight[i], |s| s.gigabits_per_second),
-        exchanges_per_second: most(&shorts[i], |e| e.per_second),
-        exchange_cpu_us: least(&shorts[i], |e| e.cpu_us),
-    });
-    Ok(rows.collect())
-}
-
-/// All repetitions of one kind of load, by subject.
-fn rounds<T>(
-    plan: &Plan,
-    cluster: &Cluster,
-    load: impl Fn(&Bed, &[SocketAddrV4], u32) -> Result<T>,
-) -> Result<Vec<Vec<T>>> {
-    let set_up = |subject: &Subject| -> Result<Stage> {
-        let stage = subject.set_up(cluster, true).with_context(|| subject.name())?;
-        if cluster.shape.udp {
-            sink(&stage.bed)?;
+        let exchanges: Exchanges = self.tcp.bed.load(Work::Exchange(exchange))?;
+        best(&mut row.exchanges_per_second, exchanges.per_second, f64::max);
+        best(&mut row.exchange_cpu_us, exchanges.cpu_us, f64::min);
+        for (flows, figure) in [(1, &mut row.stream_gbps), (8, &mut row.streams_gbps)] {
+            let targets = tcp.iter().take(FLOWS).copied().collect();
+            let spec = StreamSpec { targets, flows, duration: plan.duration };
+            let stream: Stream = self.tcp.bed.load(Work::Stream(spec))?;
+            best(figure, stream.gigabits_per_second, f64::max);
         }
-        Ok(stage)
-    };
-    let stages = plan.subjects.iter().map(set_up).collect::<Result<Vec<Stage>>>()?;
-    let mut results: Vec<Vec<T>> = plan.subjects.iter().map(|_| Vec::new()).collect();
-    for run in 0..plan.repetitions {
-        for ((subject, stage), results) in plan.subjects.iter().zip(&stages).zip(&mut results) {
-            let targets = if subject.serves() { cluster.frontends() } else { cluster.pods() };
-            if subject.serves() {
-                stage.bed.flush_conntrack()?;
-            }
-            results.push(load(&stage.bed, &targets, run).with_context(|| subject.name())?);
-        }
+        Ok(())
     }
-    Ok(results)
 }
 
-fn flood(bed: &Bed, targets: &[SocketAddrV4], run: u32) -> Result<Flood> {
+/// The better of what is known and what was found; nothing is known before the first time.
+fn best(known: &mut f64, found: f64, better: fn(f64, f64) -> f64) {
+    *known = if *known == 0.0 { found } else { better(*known, found) };
+}
+
+fn flood(bed: &Bed, targets: &[SocketAddrV4], run: u32, duration: Duration) -> Result<Flood> {
     let source = From::Pod.sources(0).addresses.first().copied().context("no source")?;
     let step = (targets.len() / FLOWS).max(1);
     let work = FloodSpec {
         targets: targets.iter().skip(run as usize % step).step_by(step).copied().collect(),
         source,
         flows: FLOWS,
-        duration: Duration::from_millis(500),
+        duration,
     };
     let before = sunk(bed)?;
     let flood: Flood = bed.load(Work::Flood(work))?;
@@ -144,12 +164,4 @@ fn sunk(bed: &Bed) -> Result<u64> {
     let text = bed.pods()?.exec("nft", ["list", "chain", "netdev", "bench", "sink"], "")?;
     let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
     words.next().context("no counter")?.parse().context("counter")
-}
-
-fn least<T>(results: &[T], value: impl Fn(&T) -> f64) -> f64 {
-    results.iter().map(value).fold(f64::INFINITY, f64::min)
-}
-
-fn most<T>(results: &[T], value: impl Fn(&T) -> f64) -> f64 {
-    results.iter().map(value).fold(0.0, f64::max)
 }

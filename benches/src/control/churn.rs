@@ -123,7 +123,9 @@ pub(super) struct Probes<'b> {
 impl<'b> Probes<'b> {
     pub(super) fn new(bed: &'b Bed) -> Result<Self> {
         let listeners = bed.pods()?.run(|| {
-            (0..PROBES).map(|probe| Ok(silent_listener(SocketAddrV4::new(endpoint(probe, true), PORT))?)).collect()
+            (0..PROBES)
+                .map(|probe| Ok(silent_listener(SocketAddrV4::new(endpoint(probe, true), PORT))?))
+                .collect()
         })?;
         Ok(Self { bed, _listeners: listeners })
     }
@@ -202,12 +204,14 @@ fn run(api: &Api, accepting: &mut [bool], per_second: u32, changes: u32) -> Resu
 
 /// Changes many Services with one call; the time until the last of the probes among them has changed.
 fn burst(api: &Api, accepting: &mut [bool], cluster: &Cluster) -> Result<Duration> {
-    let ordinary = cluster.objects.iter().filter(|object| {
-        object["kind"] == "EndpointSlice" && object["metadata"]["namespace"] != "probes"
-    });
+    let ordinary = cluster
+        .objects
+        .iter()
+        .filter(|object| object["kind"] == "EndpointSlice" && object["metadata"]["namespace"] != "probes");
     let mut objects: Vec<Value> = ordinary.take(BURST - usize::from(PROBES)).cloned().collect();
     for (i, object) in objects.iter_mut().enumerate() {
-        object["endpoints"][0]["addresses"][0] = IpAddr::from([10, 106, (i / 250) as u8, (i % 250) as u8]).to_string().into();
+        object["endpoints"][0]["addresses"][0] =
+            IpAddr::from([10, 106, (i / 250) as u8, (i % 250) as u8]).to_string().into();
     }
     let mut waiting = Waiting::new();
     let started = Instant::now();

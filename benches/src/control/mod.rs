@@ -44,12 +44,10 @@ pub(crate) struct Control {
     pub restart: Vec<Restart>,
     /// Changes.
     pub churn: Vec<Churn>,
-    /// What could not be measured, and why.
-    pub failures: Vec<String>,
 }
 
-/// Measures all programs.
-pub(crate) fn measure(plan: &Plan) -> Result<Control> {
+/// Measures all programs; what cannot be measured is said in `failures`.
+pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control> {
     let mut control = Control::default();
     for &(services, endpoints) in &plan.shapes {
         let cluster = Cluster::new(Shape::new(services, endpoints))?;
@@ -58,7 +56,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Control> {
             eprintln!("{what} ...");
             match cold::measure(program, &cluster, plan.repetitions) {
                 Ok(cold) => control.cold.push(cold),
-                Err(error) => control.failures.push(format!("{what}: {error:#}")),
+                Err(error) => failures.push(format!("{what}: {error:#}")),
             }
         }
     }
@@ -68,7 +66,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Control> {
             let what = format!("{}, changes among {services} Services", program.name());
             eprintln!("{what} ...");
             if let Err(error) = changes(plan, program, &cluster, &mut control) {
-                control.failures.push(format!("{what}: {error:#}"));
+                failures.push(format!("{what}: {error:#}"));
             }
         }
     }

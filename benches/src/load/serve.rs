@@ -49,7 +49,10 @@ pub(super) fn serve(ports: Ports) -> Result<()> {
                     epoll.add(socket.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, id))?;
                     connections.insert(id, socket);
                 }
-            } else if connections.get_mut(&event.data()).is_some_and(|socket| answer(socket, &mut buffer).is_err()) {
+            } else if connections
+                .get_mut(&event.data())
+                .is_some_and(|socket| answer(socket, &mut buffer).is_err())
+            {
                 connections.remove(&event.data());
             }
         }
@@ -83,8 +86,9 @@ pub(crate) fn silent_listener(address: SocketAddrV4) -> io::Result<Socket> {
 fn defer_accept(socket: &Socket) -> io::Result<()> {
     let (value, length) = ((&raw const DEFER).cast(), size_of_val(&DEFER) as libc::socklen_t);
     // SAFETY: the descriptor is open; the pointer and the length are those of an int, as tcp(7) asks for.
-    let result =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, value, length) };
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, value, length)
+    };
     Errno::result(result).map(drop).map_err(Into::into)
 }
 

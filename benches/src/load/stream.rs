@@ -50,7 +50,10 @@ pub(super) fn run(spec: &StreamSpec) -> Result<Stream> {
                 })
             })
             .collect();
-        flows.into_iter().map(|flow| flow.join().map_err(|_| anyhow!("a stream panicked"))?).sum::<Result<u64>>()
+        flows
+            .into_iter()
+            .map(|flow| flow.join().map_err(|_| anyhow!("a stream panicked"))?)
+            .sum::<Result<u64>>()
     })?;
     let (elapsed, used) = (started.elapsed(), cpu_time()? - before);
     Ok(Stream {

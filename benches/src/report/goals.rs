@@ -134,15 +134,22 @@ type Push<'p> = &'p mut dyn FnMut(&'static str, String, Option<f64>, f64);
 
 fn latency(report: &Report, mode: &str, subject: &str, limits: &Limits, push: Push<'_>) {
     let p50 = |subject: &str, services: usize, target: Target| {
-        let same = |cell: &&Cell| cell.subject == subject && cell.services == services && cell.target == target;
+        let same =
+            |cell: &&Cell| cell.subject == subject && cell.services == services && cell.target == target;
         // Of one Service there may be two: the last one was measured beside the largest cluster.
         report.latency.iter().filter(same).next_back().map(|cell| cell.p50_us)
     };
     let largest = report.latency.iter().map(|cell| cell.services).max().unwrap_or_default();
     let growth = |target| Some(p50(subject, largest, target)? / p50(subject, 1, target)?);
     push("A1", format!("first packet p50, {largest} / 1 Services, fixed"), growth(Target::Fixed), limits.a1);
-    push("A2", format!("first packet p50, {largest} / 1 Services, random"), growth(Target::Random), limits.a2);
-    let at = report.latency.iter().map(|cell| cell.services).filter(|s| *s <= 10_000).max().unwrap_or_default();
+    push(
+        "A2",
+        format!("first packet p50, {largest} / 1 Services, random"),
+        growth(Target::Random),
+        limits.a2,
+    );
+    let at =
+        report.latency.iter().map(|cell| cell.services).filter(|s| *s <= 10_000).max().unwrap_or_default();
     let above = |subject: &str, target| Some(p50(subject, at, target)? - p50("direct", at, target)?);
     let share = |target| Some(above(subject, target)? / above(reference(mode), target)?);
     let what = |what: &str| format!("{what} - direct at {at}, / {}", reference(mode));
@@ -151,7 +158,8 @@ fn latency(report: &Report, mode: &str, subject: &str, limits: &Limits, push: Pu
 }
 
 fn throughput(report: &Report, mode: &str, subject: &str, limits: &Limits, push: Push<'_>) {
-    let of = |subject: &str| report.throughput.iter().find(|row| row.subject == subject).map(|row| row.udp_cpu_ns);
+    let of =
+        |subject: &str| report.throughput.iter().find(|row| row.subject == subject).map(|row| row.udp_cpu_ns);
     let ratio = |to: &str| Some(of(subject)? / of(to)?);
     push("B", format!("CPU of a packet / {}", reference(mode)), ratio(reference(mode)), limits.b);
     push("B", "CPU of a packet / direct".to_owned(), ratio("direct"), limits.b_direct);
@@ -169,7 +177,12 @@ fn control(report: &Report, subject: &str, limits: &Limits, push: Push<'_>) {
     }
     if let [first, .., last] = churn.as_slice() {
         let growth = fastest(last).zip(fastest(first)).map(|(last, first)| last[0] / first[0]);
-        push("C2", format!("change to kernel p50, {} / {} Services", last.services, first.services), growth, 1.5);
+        push(
+            "C2",
+            format!("change to kernel p50, {} / {} Services", last.services, first.services),
+            growth,
+            1.5,
+        );
     }
     for cold in report.control.cold.iter().filter(|c| c.subject == subject) {
         let kernel = cold.first_sync.map(|sync| sync.write_ms);

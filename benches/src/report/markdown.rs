@@ -55,7 +55,8 @@ fn goals(report: &Report, out: &mut String) {
         .iter()
         .map(|goal| {
             let met = if goal.met() { "met" } else { "**not met**" };
-            let number = |value: f64| format!("{value:.2}").trim_end_matches('0').trim_end_matches('.').to_owned();
+            let number =
+                |value: f64| format!("{value:.2}").trim_end_matches('0').trim_end_matches('.').to_owned();
             vec![
                 goal.id.to_owned(),
                 goal.subject.clone(),
@@ -208,7 +209,8 @@ fn control(report: &Report, out: &mut String) {
             ]
         })
         .collect();
-    let head = ["", "Services x endpoints", "whole, ms", "reading the kernel, ms", "planning, ms", "operations"];
+    let head =
+        ["", "Services x endpoints", "whole, ms", "reading the kernel, ms", "planning, ms", "operations"];
     table(out, "Restart over what is there", &head, &restart);
     let growth: Vec<Vec<String>> = report
         .growth
@@ -224,9 +226,9 @@ fn control(report: &Report, out: &mut String) {
         .collect();
     let head = ["", "Services", "instructions", "allocations"];
     table(out, "One changed endpoint in user space, from the event to the plan", &head, &growth);
-    if !report.control.failures.is_empty() {
+    if !report.failures.is_empty() {
         _ = writeln!(out, "## Not measured\n");
-        for failure in &report.control.failures {
+        for failure in &report.failures {
             _ = writeln!(out, "* {}", failure.lines().next().unwrap_or_default());
         }
     }

@@ -7,7 +7,7 @@ mod plot;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::control::Control;
@@ -29,6 +29,8 @@ pub(crate) struct Report {
     pub control: Control,
     /// What a change costs in user space.
     pub growth: Vec<Growth>,
+    /// What could not be measured, and why.
+    pub failures: Vec<String>,
     /// Figures that have goals.
     pub goals: Vec<Goal>,
 }
@@ -80,6 +82,7 @@ impl Report {
             throughput: Vec::new(),
             control: Control::default(),
             growth: Vec::new(),
+            failures: Vec::new(),
             goals: Vec::new(),
         })
     }
@@ -105,6 +108,7 @@ impl Report {
         put(format!("{stem}.md"), &text)?;
         println!("{text}");
         eprintln!("written: {}/{stem}.*", folder.display());
+        ensure!(self.failures.is_empty(), "{} measurements failed, see above", self.failures.len());
         Ok(())
     }
 }
