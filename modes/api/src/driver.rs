@@ -58,6 +58,9 @@ pub trait Driver: Send {
     fn family(&self) -> IpFamily;
     /// Whether this node can run the mode.
     fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Reads the kernel ahead of the first sync, which then need not: at a start, while the objects are
+    /// still on their way.
+    fn read_ahead(&mut self) -> Result<(), KernelError>;
     /// Makes the kernel hold what `table` asks for, as far as the step says.
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError>;
     /// Prints a stage; `only` restricts it to what a change touches.
@@ -82,12 +85,26 @@ pub struct ModeDriver<B: Backend> {
     family: IpFamily,
     /// What the kernel holds, as far as known; `None` until it was read, and after an error.
     state: Option<B::State>,
+    /// What was read ahead of the first sync.
+    ahead: Option<Ahead<B::State>>,
 }
+
+#[derive(Debug)]
+struct Ahead<S> {
+    state: S,
+    /// When it had been read.
+    at: Instant,
+    /// How long that took.
+    took: Duration,
+}
+
+/// What was read longer ago is read again: somebody else may have been at work meanwhile.
+const AHEAD_MAX: Duration = Duration::from_secs(10);
 
 impl<B: Backend> ModeDriver<B> {
     /// A driver that knows nothing of the kernel yet.
     pub const fn new(backend: B, family: IpFamily) -> Self {
-        Self { backend, family, state: None }
+        Self { backend, family, state: None, ahead: None }
     }
 
     /// What the kernel holds, as far as known.
@@ -114,12 +131,22 @@ impl<B: Backend> Driver for ModeDriver<B> {
         self.backend.probe()
     }
 
+    fn read_ahead(&mut self) -> Result<(), KernelError> {
+        let started = Instant::now();
+        let state = self.backend.observe()?;
+        self.ahead = Some(Ahead { state, at: Instant::now(), took: started.elapsed() });
+        Ok(())
+    }
+
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError> {
         let mut report = Report::default();
         let everything = Change::everything();
         // While a sync runs, what the kernel holds is not known: an error leaves it so.
         let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
             (state, change)
+        } else if let Some(ahead) = self.ahead.take().filter(|ahead| ahead.at.elapsed() < AHEAD_MAX) {
+            report.observing = ahead.took;
+            (ahead.state, &everything)
         } else {
             let started = Instant::now();
             let state = self.backend.observe()?;
@@ -170,6 +197,7 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.state = None;
+        self.ahead = None;
         self.backend.cleanup()
     }
 }

@@ -62,6 +62,8 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         "starting"
     );
     let families = open_families(&settings)?;
+    // The kernel is read while the objects are on their way.
+    let mut reading = tokio::task::spawn_blocking(|| read_ahead(families));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
@@ -78,7 +80,7 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
 
     let (done_tx, mut done) = mpsc::unbounded_channel();
     let flows = settings.mode.uses_conntrack().then(|| Flows::start(done_tx)).transpose()?;
-    let mut engine = Engine::new(settings, node_name, families, flows);
+    let mut engine = Engine::new(settings, node_name, flows);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
     tokio::pin!(watcher);
@@ -98,6 +100,9 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
                 if received > 0 {
                     engine.updates(&mut batch);
                 }
+            }
+            read = &mut reading, if engine.families.is_empty() => {
+                engine.opened(read.context("read the kernel")?);
             }
             Some(found) = addresses.recv() => engine.addresses(found),
             Some(ended) = done.recv() => engine.cleaned(ended),
@@ -175,6 +180,16 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     }
 }
 
+/// Reads what the kernel holds. What goes wrong here is said when the first sync reads again.
+fn read_ahead(mut families: Vec<Family>) -> Vec<Family> {
+    for family in &mut families {
+        if let Err(error) = family.driver.read_ahead() {
+            tracing::debug!(family = %family.driver.family(), "{error}");
+        }
+    }
+    families
+}
+
 /// One family's kernel and when to sync it.
 struct Family {
     driver: Box<dyn Driver>,
@@ -197,6 +212,7 @@ struct Engine {
     compiler: Option<Compiler>,
     synced: bool,
     addresses: Option<BTreeSet<IpAddr>>,
+    /// Empty until the kernel was read.
     families: Vec<Family>,
     /// `None` in modes that track no flows.
     flows: Option<Flows>,
@@ -208,7 +224,7 @@ struct Engine {
 const SAID_MAX: usize = 1000;
 
 impl Engine {
-    fn new(settings: Settings, node_name: String, families: Vec<Family>, flows: Option<Flows>) -> Self {
+    fn new(settings: Settings, node_name: String, flows: Option<Flows>) -> Self {
         Self {
             settings,
             node_name,
@@ -216,7 +232,7 @@ impl Engine {
             compiler: None,
             synced: false,
             addresses: None,
-            families,
+            families: Vec::new(),
             flows,
             said: VecDeque::new(),
         }
@@ -276,9 +292,16 @@ impl Engine {
         context
     }
 
-    /// Compiles everything and starts syncing, once all first lists and the addresses are there.
+    /// The kernel was read.
+    fn opened(&mut self, families: Vec<Family>) {
+        self.families = families;
+        self.start();
+    }
+
+    /// Compiles everything and starts syncing, once all first lists and the addresses are there and the
+    /// kernel was read.
     fn start(&mut self) {
-        if !self.synced || self.addresses.is_none() {
+        if !self.synced || self.addresses.is_none() || self.families.is_empty() {
             return;
         }
         let started = Instant::now();
