@@ -79,7 +79,7 @@ impl Cluster {
             let protocol = if shape.udp { "UDP" } else { "TCP" };
             if object["kind"] == "Service" {
                 let number = services.len();
-                let node_port = (shape.node_ports && number % 10 == 0 && number / 10 < NODE_PORTS)
+                let node_port = (shape.node_ports && number.is_multiple_of(10) && number / 10 < NODE_PORTS)
                     .then(|| 30_000 + (number / 10) as u16);
                 object["spec"]["ports"][0]["protocol"] = protocol.into();
                 if let Some(port) = node_port {

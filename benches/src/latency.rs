@@ -3,7 +3,7 @@
 
 use std::net::SocketAddrV4;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
@@ -155,7 +155,12 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
             .iter()
             .map(|(subject, cluster)| {
                 let cluster = &clusters[*cluster];
-                scope.spawn(move || subject.set_up(cluster, false).with_context(|| subject.name()))
+                scope.spawn(move || {
+                    let started = Instant::now();
+                    let stage = subject.set_up(cluster, false).with_context(|| subject.name())?;
+                    eprintln!("  {}: ready after {:.1} s", subject.name(), started.elapsed().as_secs_f64());
+                    Ok(stage)
+                })
             })
             .collect();
         let join = |thread: thread::ScopedJoinHandle<'_, Result<Stage>>| {

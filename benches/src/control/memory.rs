@@ -13,6 +13,7 @@ const EVERY: Duration = Duration::from_millis(2);
 
 /// Resident memory, MiB.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(clippy::struct_field_names)] // Units belong to names.
 pub(crate) struct Memory {
     /// Most of the process itself (`VmHWM`).
     pub peak_mib: f64,

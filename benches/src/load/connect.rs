@@ -95,9 +95,9 @@ pub(super) fn run(spec: &ConnectSpec) -> Result<Latency> {
     let mut warm = Measured::new()?;
     let started = Instant::now();
     for _ in 0..WARM {
-        warm.add(begin(None)?)?;
+        warm.add(begin(None)?);
         while !warm.pending.is_empty() {
-            warm.look_again()?;
+            warm.look_again();
         }
     }
     ensure!(warm.failed == 0, "{} of {WARM} connections failed: {:?}", warm.failed, spec.targets.first());
@@ -111,13 +111,13 @@ pub(super) fn run(spec: &ConnectSpec) -> Result<Latency> {
             break;
         }
         while Instant::now() < due {
-            measured.look_again()?;
+            measured.look_again();
             std::hint::spin_loop();
         }
-        measured.add(begin(Some(due))?)?;
+        measured.add(begin(Some(due))?);
     }
     while !measured.pending.is_empty() {
-        measured.look_again()?;
+        measured.look_again();
     }
     Ok(Latency {
         connections: measured.service.len(),
@@ -151,34 +151,32 @@ impl Measured {
         Ok(Self { service: histogram.clone(), response: histogram, failed: 0, pending: Vec::new() })
     }
 
-    fn add(&mut self, pending: Pending) -> Result<()> {
-        if !self.settle(&pending)? {
+    fn add(&mut self, pending: Pending) {
+        if !self.settle(&pending) {
             self.pending.push(pending);
         }
-        Ok(())
     }
 
-    fn look_again(&mut self) -> Result<()> {
+    fn look_again(&mut self) {
         for pending in std::mem::take(&mut self.pending) {
-            self.add(pending)?;
+            self.add(pending);
         }
-        Ok(())
     }
 
     /// Whether a connection is up or has failed.
-    fn settle(&mut self, pending: &Pending) -> io::Result<bool> {
+    fn settle(&mut self, pending: &Pending) -> bool {
         let answer = pending.socket.connect(&pending.target);
         let now = Instant::now();
         match answer.as_ref().err().and_then(io::Error::raw_os_error).map(Errno::from_raw) {
             None | Some(Errno::EISCONN) => {
                 self.service.saturating_record((now - pending.sent).as_nanos() as u64);
                 self.response.saturating_record((now - pending.due).as_nanos() as u64);
-                Ok(true)
+                true
             }
-            Some(Errno::EALREADY | Errno::EINPROGRESS) if now - pending.sent < PATIENCE => Ok(false),
+            Some(Errno::EALREADY | Errno::EINPROGRESS) if now - pending.sent < PATIENCE => false,
             Some(_) => {
                 self.failed += 1;
-                Ok(true)
+                true
             }
         }
     }

@@ -89,7 +89,7 @@ pub(super) fn run(spec: &ExchangeSpec) -> Result<Exchanges> {
             *socket = open(slot as u64)?;
         }
     }
-    let (elapsed, used) = (started.elapsed(), cpu_time()? - before);
+    let (elapsed, used) = (started.elapsed(), cpu_time()?.saturating_sub(before));
     ensure!(done > 0, "not one exchange succeeded, {failed} failed");
     Ok(Exchanges {
         per_second: done as f64 / elapsed.as_secs_f64(),

@@ -74,7 +74,7 @@ pub(super) fn run(spec: &FloodSpec) -> Result<Flood> {
             }
         }
     }
-    let (elapsed, used) = (started.elapsed(), cpu_time()? - before);
+    let (elapsed, used) = (started.elapsed(), cpu_time()?.saturating_sub(before));
     ensure!(sent > 0, "nothing could be sent");
     Ok(Flood {
         sent,

@@ -55,7 +55,7 @@ pub(super) fn run(spec: &StreamSpec) -> Result<Stream> {
             .map(|flow| flow.join().map_err(|_| anyhow!("a stream panicked"))?)
             .sum::<Result<u64>>()
     })?;
-    let (elapsed, used) = (started.elapsed(), cpu_time()? - before);
+    let (elapsed, used) = (started.elapsed(), cpu_time()?.saturating_sub(before));
     Ok(Stream {
         gigabits_per_second: sent as f64 * 8.0 / 1e9 / elapsed.as_secs_f64(),
         cpu_us_per_mib: used.as_secs_f64() * 1e6 / (sent as f64 / f64::from(1 << 20)),

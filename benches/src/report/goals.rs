@@ -137,7 +137,7 @@ fn latency(report: &Report, mode: &str, subject: &str, limits: &Limits, push: Pu
         let same =
             |cell: &&Cell| cell.subject == subject && cell.services == services && cell.target == target;
         // Of one Service there may be two: the last one was measured beside the largest cluster.
-        report.latency.iter().filter(same).next_back().map(|cell| cell.p50_us)
+        report.latency.iter().rfind(same).map(|cell| cell.p50_us)
     };
     let largest = report.latency.iter().map(|cell| cell.services).max().unwrap_or_default();
     let growth = |target| Some(p50(subject, largest, target)? / p50(subject, 1, target)?);

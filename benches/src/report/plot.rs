@@ -28,7 +28,10 @@ pub(super) fn all(report: &Report) -> Result<Vec<Plot>> {
     let latency = |target| {
         let mut curves = Curves::new();
         for cell in report.latency.iter().filter(|cell| cell.target == target) {
-            curves.entry(cell.subject.clone()).or_default().push((cell.services as f64, cell.p50_us));
+            let points = curves.entry(cell.subject.clone()).or_default();
+            // One Service was measured twice: the last time beside the largest cluster.
+            points.retain(|(services, _)| *services as usize != cell.services);
+            points.push((cell.services as f64, cell.p50_us));
         }
         curves
     };
@@ -81,7 +84,6 @@ fn draw(title: &str, unit: &str, curves: Curves) -> Result<String, Box<dyn std::
         chart.configure_mesh().x_desc("Services").y_desc(unit).draw()?;
         for (i, (name, mut points)) in curves.into_iter().enumerate() {
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            points.dedup_by(|a, b| a.0 == b.0);
             let colour = Palette99::pick(i).to_rgba();
             chart
                 .draw_series(LineSeries::new(points.clone(), colour.stroke_width(2)).point_size(3))?
