@@ -5,6 +5,9 @@ CARGO ?= cargo
 PACKAGES := gcc libc6-dev iproute2 nftables prometheus util-linux \
             user-mode-linux kmod ipvsadm ipset iptables
 SHUNT := target/debug/shunt
+# What `make bench` measures, and further arguments: make bench MODES=nftables BENCH='--parts latency'.
+MODES ?= nftables,iptables
+BENCH ?=
 TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 
 .PHONY: help demo test guest lint bench ebpf image deps build
@@ -30,9 +33,10 @@ lint: ## Formatting, clippy, licences and the direction of dependencies
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --workspace check licenses bans sources
 
-bench: deps ## Measures speed and memory at 10,000 Services (see benches/README.md)
+bench: deps ## Measures packets, control plane and memory (see benches/README.md); QUICK=1: only that it runs
+	@command -v valgrind >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends valgrind
 	$(CARGO) build --release -p shunt -p shunt-bench
-	target/release/shunt-bench target/release/shunt
+	target/release/shunt-bench run target/release/shunt --modes $(MODES) $(if $(QUICK),--quick --output target/bench) $(BENCH)
 
 ebpf: ## Rebuilds the eBPF programs
 	@echo "This version has no eBPF programs: there is nothing to build."

@@ -62,6 +62,9 @@ pub trait Driver: Send {
     fn family(&self) -> IpFamily;
     /// Whether this node can run the mode.
     fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Reads the kernel ahead of the first sync, which then need not: at a start, while the objects are
+    /// still on their way.
+    fn read_ahead(&mut self) -> Result<(), KernelError>;
     /// Makes the kernel hold what `table` asks for, as far as the step says.
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError>;
     /// Does what is due because time has passed, and answers when to come again; `None` when nothing
@@ -95,12 +98,26 @@ pub struct ModeDriver<B: Backend> {
     state: Option<B::State>,
     /// The kernel had no room for something: the next change may make some.
     short: bool,
+    /// What was read ahead of the first sync.
+    ahead: Option<Ahead<B::State>>,
 }
+
+#[derive(Debug)]
+struct Ahead<S> {
+    state: S,
+    /// When it had been read.
+    at: Instant,
+    /// How long that took.
+    took: Duration,
+}
+
+/// What was read longer ago is read again: somebody else may have been at work meanwhile.
+const AHEAD_MAX: Duration = Duration::from_secs(10);
 
 impl<B: Backend> ModeDriver<B> {
     /// A driver that knows nothing of the kernel yet.
     pub const fn new(backend: B, family: IpFamily) -> Self {
-        Self { backend, family, state: None, short: false }
+        Self { backend, family, state: None, short: false, ahead: None }
     }
 
     /// What the kernel holds, as far as known.
@@ -127,6 +144,13 @@ impl<B: Backend> Driver for ModeDriver<B> {
         self.backend.probe()
     }
 
+    fn read_ahead(&mut self) -> Result<(), KernelError> {
+        let started = Instant::now();
+        let state = self.backend.observe()?;
+        self.ahead = Some(Ahead { state, at: Instant::now(), took: started.elapsed() });
+        Ok(())
+    }
+
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError> {
         let mut report = Report::default();
         if *step == Step::Check {
@@ -136,6 +160,9 @@ impl<B: Backend> Driver for ModeDriver<B> {
         // While a sync runs, what the kernel holds is not known: an error leaves it so.
         let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
             (state, if self.short { &everything } else { change })
+        } else if let Some(ahead) = self.ahead.take().filter(|ahead| ahead.at.elapsed() < AHEAD_MAX) {
+            report.observing = ahead.took;
+            (ahead.state, &everything)
         } else {
             let started = Instant::now();
             let state = self.backend.observe()?;
@@ -208,6 +235,7 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.state = None;
+        self.ahead = None;
         self.backend.cleanup()
     }
 }

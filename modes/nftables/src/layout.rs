@@ -346,7 +346,7 @@ pub enum SetKey {
 /// the first size of the hash table has 16 bits: a multiple of 65,536 starts small.
 pub const RECORDS_CAPACITY: u32 = 1 << 24;
 
-/// Capacities of the sized sets where they start; they grow fourfold.
+/// Capacities of the sized sets where they start; they double.
 pub const SERVICES_CAPACITY: u32 = 16_384;
 /// See [`SERVICES_CAPACITY`].
 pub const ENDPOINTS_CAPACITY: u32 = 65_536;

@@ -767,7 +767,7 @@ fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {
 fn capacity(held: Option<u32>, least: u32, count: usize) -> u32 {
     let mut capacity = held.unwrap_or(least);
     while (capacity as usize) < count {
-        capacity = capacity.saturating_mul(4);
+        capacity = capacity.saturating_mul(2);
     }
     capacity
 }

@@ -108,6 +108,8 @@ async fn run_async(
     if args.init_only == Some(true) {
         return Ok(End::Stopped);
     }
+    // The kernel is read while the objects are on their way.
+    let mut reading = tokio::task::spawn_blocking(|| read_ahead(families));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
@@ -149,7 +151,7 @@ async fn run_async(
     {
         tracing::warn!("connections are not counted: {error}");
     }
-    let mut engine = Engine::new(settings, node_name, families, flows, account);
+    let mut engine = Engine::new(settings, node_name, flows, account);
     let mut batch = Vec::with_capacity(UPDATES_MAX);
     tokio::pin!(source);
     tokio::pin!(watcher);
@@ -171,6 +173,9 @@ async fn run_async(
                 if received > 0 {
                     engine.updates(&mut batch);
                 }
+            }
+            read = &mut reading, if engine.families.is_empty() => {
+                engine.opened(read.context("read the kernel")?);
             }
             Some(found) = addresses.recv() => block_in_place(|| engine.addresses(found)),
             Some(ended) = done.recv() => engine.cleaned(ended),
@@ -280,6 +285,16 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     }
 }
 
+/// Reads what the kernel holds. What goes wrong here is said when the first sync reads again.
+fn read_ahead(mut families: Vec<Family>) -> Vec<Family> {
+    for family in &mut families {
+        if let Err(error) = family.driver.read_ahead() {
+            tracing::debug!(family = %family.driver.family(), "{error}");
+        }
+    }
+    families
+}
+
 /// One family's kernel and when to sync it.
 struct Family {
     driver: Box<dyn Driver>,
@@ -306,6 +321,7 @@ struct Engine {
     compiler: Option<Compiler>,
     synced: bool,
     addresses: Option<BTreeSet<IpAddr>>,
+    /// Empty until the kernel was read.
     families: Vec<Family>,
     /// `None` in modes that track no flows.
     flows: Option<Flows>,
@@ -321,13 +337,7 @@ const TEND_AFTER: Duration = Duration::from_secs(10);
 const SAID_MAX: usize = 1000;
 
 impl Engine {
-    fn new(
-        settings: Settings,
-        node_name: String,
-        families: Vec<Family>,
-        flows: Option<Flows>,
-        account: Account,
-    ) -> Self {
+    fn new(settings: Settings, node_name: String, flows: Option<Flows>, account: Account) -> Self {
         Self {
             settings,
             node_name,
@@ -335,7 +345,7 @@ impl Engine {
             compiler: None,
             synced: false,
             addresses: None,
-            families,
+            families: Vec::new(),
             flows,
             account,
             said: VecDeque::new(),
@@ -426,9 +436,16 @@ impl Engine {
         context
     }
 
-    /// Compiles everything and starts syncing, once all first lists and the addresses are there.
+    /// The kernel was read.
+    fn opened(&mut self, families: Vec<Family>) {
+        self.families = families;
+        self.start();
+    }
+
+    /// Compiles everything and starts syncing, once all first lists and the addresses are there and the
+    /// kernel was read.
     fn start(&mut self) {
-        if !self.synced || self.addresses.is_none() {
+        if !self.synced || self.addresses.is_none() || self.families.is_empty() {
             return;
         }
         let started = Instant::now();

@@ -1,0 +1,91 @@
+//! The control plane: start, changes, memory, locks, restart; all seen from outside the program.
+
+mod churn;
+mod cold;
+mod lock;
+mod memory;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+pub(crate) use churn::Churn;
+pub(crate) use cold::{Cold, Restart};
+
+use crate::agent::{Agent, Api, Program};
+use crate::bed::Bed;
+use crate::cluster::{Cluster, Shape};
+use crate::subject::PATIENCE;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Programs.
+    pub programs: Vec<Program>,
+    /// Cold starts: Services and endpoints of each.
+    pub shapes: Vec<(usize, usize)>,
+    /// Repetitions of each cold start; the fastest counts, the first of all warms up memory.
+    pub repetitions: u32,
+    /// Numbers of Services under which changes are measured, with ten endpoints each.
+    pub churn: Vec<usize>,
+    /// Changes a second.
+    pub rates: Vec<u32>,
+    /// For how long at each rate.
+    pub duration: Duration,
+}
+
+/// What was measured.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Control {
+    /// Cold starts.
+    pub cold: Vec<Cold>,
+    /// Restarts over what is there.
+    pub restart: Vec<Restart>,
+    /// Changes.
+    pub churn: Vec<Churn>,
+}
+
+/// Measures all programs; what cannot be measured is said in `failures`.
+pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control> {
+    let mut control = Control::default();
+    for &(services, endpoints) in &plan.shapes {
+        let cluster = Cluster::new(Shape::new(services, endpoints))?;
+        for program in &plan.programs {
+            let what = format!("{}, cold start with {services} x {endpoints}", program.name());
+            eprintln!("{what} ...");
+            match cold::measure(program, &cluster, plan.repetitions) {
+                Ok(cold) => control.cold.push(cold),
+                Err(error) => failures.push(format!("{what}: {error:#}")),
+            }
+        }
+    }
+    for &services in &plan.churn {
+        let cluster = churn::with_probes(Cluster::new(Shape::new(services, 10))?);
+        for program in &plan.programs {
+            let what = format!("{}, changes among {services} Services", program.name());
+            eprintln!("{what} ...");
+            if let Err(error) = changes(plan, program, &cluster, &mut control) {
+                failures.push(format!("{what}: {error:#}"));
+            }
+        }
+    }
+    Ok(control)
+}
+
+/// Changes, then a restart over what is there.
+fn changes(plan: &Plan, program: &Program, cluster: &Cluster, control: &mut Control) -> Result<()> {
+    let bed = Bed::new(false, program.works_on_sockets())?;
+    let probes = churn::Probes::new(&bed)?;
+    let api = Api::start(&bed, &cluster.objects)?;
+    let mut agent = Agent::start(&bed, &api, program)?;
+    agent.wait_until_served(&bed, &crate::subject::sample(&cluster.frontends()), PATIENCE)?;
+    // Let it finish what a start brings besides.
+    std::thread::sleep(Duration::from_secs(1));
+    control.churn.push(probes.measure(plan, program, &agent, &api, cluster)?);
+    agent.stop().context("before the restart")?;
+    if matches!(program, Program::Shunt { .. }) {
+        control.restart.push(cold::restart(program, &bed, &api, cluster.shape)?);
+    }
+    Ok(())
+}

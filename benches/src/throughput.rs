@@ -1,0 +1,167 @@
+//! Packets in bulk: UDP floods, TCP streams, short connections. Repetitions go round as in `latency`.
+
+use std::net::SocketAddrV4;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+
+use crate::bed::{Bed, From};
+use crate::cluster::{Cluster, Shape};
+use crate::load::{ExchangeSpec, Exchanges, Flood, FloodSpec, Stream, StreamSpec, Work};
+use crate::subject::{Stage, Subject};
+
+/// How thoroughly to measure.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Number of Services, with ten endpoints each.
+    pub services: usize,
+    /// Repetitions.
+    pub repetitions: u32,
+    /// Length of each.
+    pub duration: Duration,
+    /// What is compared.
+    pub subjects: Vec<Subject>,
+}
+
+/// One subject.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Row {
+    /// Which subject.
+    pub subject: String,
+    /// Number of Services, with ten endpoints each.
+    pub services: usize,
+    /// Processor time of a forwarded UDP packet, ns: least of the repetitions.
+    pub udp_cpu_ns: f64,
+    /// UDP packets a second: most of the repetitions.
+    pub udp_per_second: f64,
+    /// One TCP stream, Gbit/s: most of the repetitions.
+    pub stream_gbps: f64,
+    /// Eight TCP streams, Gbit/s.
+    pub streams_gbps: f64,
+    /// Connect, request, response, close: a second; most of the repetitions.
+    pub exchanges_per_second: f64,
+    /// Processor time of the client's side for each of these, µs: least of the repetitions.
+    pub exchange_cpu_us: f64,
+}
+
+/// Flows of the flood.
+const FLOWS: usize = 64;
+/// Share of the flood that must arrive: what is dropped on the way costs less than what is carried.
+const ARRIVED: f64 = 0.999;
+/// Short connections under way at the same time.
+const CONCURRENCY: usize = 32;
+
+/// Measures all subjects that can be set up; the others are named in `failures`.
+pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row>> {
+    eprintln!("throughput: {} Services x 10 endpoints ...", plan.services);
+    let udp = Cluster::new(Shape { udp: true, ..Shape::new(plan.services, 10) })?;
+    let tcp = Cluster::new(Shape::new(plan.services, 10))?;
+    let mut rows = Vec::new();
+    let mut stages = Vec::new();
+    for subject in &plan.subjects {
+        match Both::set_up(subject, &udp, &tcp) {
+            Ok(both) => {
+                stages.push((subject.serves(), both));
+                rows.push(Row { subject: subject.name(), services: plan.services, ..Row::default() });
+            }
+            Err(error) => failures.push(format!("throughput, {}: {error:#}", subject.name())),
+        }
+    }
+    for run in 0..plan.repetitions {
+        for ((serves, both), row) in stages.iter().zip(&mut rows) {
+            both.repetition(
+                plan,
+                if *serves { [udp.frontends(), tcp.frontends()] } else { [udp.pods(), tcp.pods()] },
+                run,
+                row,
+            )
+            .with_context(|| row.subject.clone())?;
+        }
+    }
+    Ok(rows)
+}
+
+/// One subject's namespaces, with UDP Services and with TCP Services.
+struct Both {
+    udp: Stage,
+    tcp: Stage,
+}
+
+impl Both {
+    fn set_up(subject: &Subject, udp: &Cluster, tcp: &Cluster) -> Result<Self> {
+        let both = Self { udp: subject.set_up(udp, true)?, tcp: subject.set_up(tcp, true)? };
+        sink(&both.udp.bed)?;
+        Ok(both)
+    }
+
+    /// All kinds of load once; the best of each kind stays in `row`.
+    fn repetition(
+        &self,
+        plan: &Plan,
+        targets: [Vec<SocketAddrV4>; 2],
+        run: u32,
+        row: &mut Row,
+    ) -> Result<()> {
+        let [udp, tcp] = targets;
+        for stage in [&self.udp, &self.tcp] {
+            stage.bed.flush_conntrack()?;
+        }
+        let flood = flood(&self.udp.bed, &udp, run, plan.duration)?;
+        best(&mut row.udp_cpu_ns, flood.cpu_ns, f64::min);
+        best(&mut row.udp_per_second, flood.per_second, f64::max);
+        let exchange = ExchangeSpec {
+            targets: tcp.clone(),
+            sources: From::Pod.sources(run),
+            concurrency: CONCURRENCY,
+            duration: plan.duration,
+        };
+        let exchanges: Exchanges = self.tcp.bed.load(Work::Exchange(exchange))?;
+        best(&mut row.exchanges_per_second, exchanges.per_second, f64::max);
+        best(&mut row.exchange_cpu_us, exchanges.cpu_us, f64::min);
+        for (flows, figure) in [(1, &mut row.stream_gbps), (8, &mut row.streams_gbps)] {
+            let targets = tcp.iter().take(FLOWS).copied().collect();
+            let spec = StreamSpec { targets, flows, duration: plan.duration };
+            let stream: Stream = self.tcp.bed.load(Work::Stream(spec))?;
+            best(figure, stream.gigabits_per_second, f64::max);
+        }
+        Ok(())
+    }
+}
+
+/// The better of what is known and what was found; nothing is known before the first time.
+fn best(known: &mut f64, found: f64, better: fn(f64, f64) -> f64) {
+    *known = if *known == 0.0 { found } else { better(*known, found) };
+}
+
+fn flood(bed: &Bed, targets: &[SocketAddrV4], run: u32, duration: Duration) -> Result<Flood> {
+    let source = From::Pod.sources(0).addresses.first().copied().context("no source")?;
+    let step = (targets.len() / FLOWS).max(1);
+    let work = FloodSpec {
+        targets: targets.iter().skip(run as usize % step).step_by(step).copied().collect(),
+        source,
+        flows: FLOWS,
+        duration,
+    };
+    let before = sunk(bed)?;
+    let flood: Flood = bed.load(Work::Flood(work))?;
+    let arrived = (sunk(bed)? - before) as f64;
+    ensure!(arrived >= flood.sent as f64 * ARRIVED, "of {} packets only {arrived} arrived", flood.sent);
+    Ok(flood)
+}
+
+/// Lets the pods' link drop UDP as early as the kernel can without a program of ours, and count it: what
+/// lies behind the node costs next to nothing.
+fn sink(bed: &Bed) -> Result<()> {
+    bed.pods()?.nft(
+        "table netdev bench {\n chain sink {\n  type filter hook ingress device \"eth0\" priority 0;\n  \
+         meta l4proto udp counter drop\n }\n}\n",
+    )
+}
+
+/// Packets that were dropped there so far.
+fn sunk(bed: &Bed) -> Result<u64> {
+    let text = bed.pods()?.exec("nft", ["list", "chain", "netdev", "bench", "sink"], "")?;
+    let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
+    words.next().context("no counter")?.parse().context("counter")
+}
