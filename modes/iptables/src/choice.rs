@@ -63,7 +63,8 @@ fn level(
 /// FNV-1a, with its bits mixed once more: the low ones decide.
 fn hash(endpoint: SocketAddr) -> u32 {
     let text = endpoint.to_string();
-    let hash = text.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let hash =
+        text.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     hash ^ (hash >> 15)
 }
 
@@ -104,7 +105,12 @@ mod tests {
 
     fn choice(endpoints: &[SocketAddr]) -> (Vec<Rule>, BTreeMap<Name, Vec<Rule>>) {
         let mut chains = BTreeMap::new();
-        let rules = rules("KUBE-SVC-XPGD46QRK7WJZT7O", endpoints, &|to, m| Rule::new(m, Target::Dnat(to)), &mut chains);
+        let rules = rules(
+            "KUBE-SVC-XPGD46QRK7WJZT7O",
+            endpoints,
+            &|to, m| Rule::new(m, Target::Dnat(to)),
+            &mut chains,
+        );
         (rules, chains)
     }
 

@@ -41,7 +41,12 @@ impl FakeKernel {
             Op::CreateSet(_, name, _) if name.len() > 31 => Err(format!("set {name}: the name is too long")),
             Op::DestroySet(name) if !before.sets.contains_key(name) => Err(format!("no set {name}")),
             Op::DestroySet(name)
-                if next.chains.values().chain(next.hooks.values()).flatten().any(|r| r.sets().any(|s| s == name)) =>
+                if next
+                    .chains
+                    .values()
+                    .chain(next.hooks.values())
+                    .flatten()
+                    .any(|r| r.sets().any(|s| s == name)) =>
             {
                 Err(format!("set {name} is in use by a kernel component"))
             }
@@ -69,7 +74,8 @@ impl FakeKernel {
 /// Every chain and set that a rule names must be there.
 fn check_whole(state: &State) -> Result<(), String> {
     let of_hooks = state.hooks.iter().flat_map(|((table, _), rules)| rules.iter().map(move |r| (*table, r)));
-    let of_chains = state.chains.iter().flat_map(|((table, _), rules)| rules.iter().map(move |r| (*table, r)));
+    let of_chains =
+        state.chains.iter().flat_map(|((table, _), rules)| rules.iter().map(move |r| (*table, r)));
     for (table, rule) in of_hooks.chain(of_chains) {
         if let Some(chain) = rule.leads_to()
             && !state.chains.contains_key(&(table, chain.clone()))

@@ -127,13 +127,20 @@ pub fn chains(table: &ForwardingTable) -> Chains {
     );
     for table in Table::ALL {
         // `iptables -F` takes the rule away, `iptables -X` the chain.
-        add(table, names::CANARY, vec![Rule::new(vec![comment("gone when rules were flushed")], Target::Return)]);
+        add(
+            table,
+            names::CANARY,
+            vec![Rule::new(vec![comment("gone when rules were flushed")], Target::Return)],
+        );
     }
     add(
         Table::Filter,
         names::FORWARD,
         vec![
-            Rule::new(vec![comment("kubernetes forwarding rules"), Match::Mark(false, mark, mark)], Target::Accept),
+            Rule::new(
+                vec![comment("kubernetes forwarding rules"), Match::Mark(false, mark, mark)],
+                Target::Accept,
+            ),
             Rule::new(
                 vec![
                     comment("kubernetes forwarding conntrack rule"),
@@ -167,9 +174,8 @@ pub fn chains(table: &ForwardingTable) -> Chains {
 /// What the filter table does with new connections that were not translated.
 fn refusals(table: &ForwardingTable) -> Vec<Rule> {
     let family = table.family();
-    let of_set = |name, key, target| {
-        Rule::new(vec![Match::Set(false, names::set(family, name), key)], target)
-    };
+    let of_set =
+        |name, key, target| Rule::new(vec![Match::Set(false, names::set(family, name), key)], target);
     let mut rules = vec![
         Rule::new(vec![Match::State(false, States::DNAT)], Target::Return),
         of_set(names::REJECT, Key::Frontend, Target::Reject),

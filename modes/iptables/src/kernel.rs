@@ -78,6 +78,25 @@ impl Tools {
         self.programs.as_ref().map(|programs| programs.flavour)
     }
 
+    /// Removes rules of ours in the flavour that is not in use. Sets are the same in both.
+    pub fn remove_other_flavour(&mut self) -> Result<(), KernelError> {
+        let used = self.flavour();
+        self.remove_rules(|flavour| Some(flavour) != used)
+    }
+
+    fn remove_rules(&mut self, is_meant: impl Fn(Flavour) -> bool) -> Result<(), KernelError> {
+        for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
+            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
+            let mut state = State::empty(self.family);
+            state.read_rules(&programs.save(&self.namespace).map_err(failed("read rules"))?);
+            let used = self.programs.replace(programs);
+            let removed = self.carry_out(&plan::removal(&state));
+            self.programs = used;
+            removed?;
+        }
+        Ok(())
+    }
+
     fn programs(&self) -> io::Result<&Programs> {
         self.programs.as_ref().ok_or_else(|| io::Error::other("iptables is not installed"))
     }
@@ -100,7 +119,8 @@ impl Tools {
 
     fn read_sets(&self, state: &mut State) -> io::Result<()> {
         state.read_sets(&self.ipset(&["list", "-terse"], "")?);
-        let names: Vec<_> = state.sets.keys().filter(|n| Kind::of(self.family, n) != Some(Kind::Clients)).cloned().collect();
+        let names: Vec<_> =
+            state.sets.keys().filter(|n| Kind::of(self.family, n) != Some(Kind::Clients)).cloned().collect();
         for name in names {
             state.read_elements(&self.ipset(&["save", &name], "")?);
         }
@@ -114,7 +134,8 @@ impl Tools {
             return;
         }
         let path = std::env::var_os("XTABLES_LOCKFILE").map_or_else(|| LOCK_FILE.into(), PathBuf::from);
-        let Ok(file) = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path) else {
+        let Ok(file) = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
+        else {
             return;
         };
         let started = Instant::now();
@@ -132,7 +153,11 @@ impl Tools {
             Flavour::Nft => NFT_CHAINS_MAX,
         };
         for ops in ops.chunks(most) {
-            self.namespace.run(&programs.restore, &["--noflush", "--wait", LOCK_TIMEOUT], &restore_text(ops))?;
+            self.namespace.run(
+                &programs.restore,
+                &["--noflush", "--wait", LOCK_TIMEOUT],
+                &restore_text(ops),
+            )?;
         }
         for op in ops {
             match op {
@@ -153,7 +178,8 @@ impl Tools {
                 return Err(error);
             }
             // What came before the line that failed is done.
-            let done = said.split("Error in line ").nth(1).and_then(|rest| rest.split(':').next()?.parse().ok());
+            let done =
+                said.split("Error in line ").nth(1).and_then(|rest| rest.split(':').next()?.parse().ok());
             lines.drain(..done.map_or(0, |line: usize| line.saturating_sub(1).min(lines.len())));
             std::thread::sleep(DESTROY_PAUSE);
         }
@@ -197,7 +223,8 @@ impl Tools {
              -A SHUNT-PROBE -j MARK --set-xmark 0x1/0x0\n\
              -A SHUNT-PROBE -j MASQUERADE --random-fully\nCOMMIT\n"
         );
-        let tried = self.namespace.run(&programs.restore, &["--noflush", "--test", "--wait", LOCK_TIMEOUT], &text);
+        let tried =
+            self.namespace.run(&programs.restore, &["--noflush", "--test", "--wait", LOCK_TIMEOUT], &text);
         self.ipset(&["destroy", set], "")?;
         tried.map(drop)
     }
@@ -231,7 +258,10 @@ impl Kernel for Tools {
             ));
         };
         self.ipset(&["list", "-name"], "").map_err(|error| {
-            missing(&error.to_string(), "ipset needs CAP_NET_ADMIN and a kernel with CONFIG_IP_SET and CONFIG_IP_SET_HASH_IP")
+            missing(
+                &error.to_string(),
+                "ipset needs CAP_NET_ADMIN and a kernel with CONFIG_IP_SET and CONFIG_IP_SET_HASH_IP",
+            )
         })?;
         self.try_rules(&programs).map_err(|error| {
             missing(
@@ -255,23 +285,12 @@ impl Kernel for Tools {
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {
-        let used = self.programs.take();
-        for flavour in Flavour::ALL {
-            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
-            let mut state = State::empty(self.family);
-            let text = programs.save(&self.namespace).map_err(failed("read rules"))?;
-            state.read_rules(&text);
-            self.programs = Some(programs);
-            let result = self.carry_out(&plan::removal(&state));
-            self.programs.clone_from(&used);
-            result?;
-        }
+        self.remove_rules(|_| true)?;
         if self.ipset.is_some() {
             let mut state = State::empty(self.family);
             state.read_sets(&self.ipset(&["list", "-terse"], "").map_err(failed("read sets"))?);
             self.carry_out(&plan::removal(&state))?;
         }
-        self.programs = used;
         self.programmed = false;
         Ok(())
     }

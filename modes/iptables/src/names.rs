@@ -44,16 +44,8 @@ pub const GUARD: &str = "KUBE-FW-";
 /// One endpoint with session affinity; also the set of its clients.
 pub const ENDPOINT: &str = "KUBE-SEP-";
 
-const FIXED: [&str; 8] = [
-    SERVICES,
-    EXTERNAL_SERVICES,
-    NODE_PORTS,
-    POSTROUTING,
-    MARK_MASQ,
-    FORWARD,
-    PROXY_FIREWALL,
-    CANARY,
-];
+const FIXED: [&str; 8] =
+    [SERVICES, EXTERNAL_SERVICES, NODE_PORTS, POSTROUTING, MARK_MASQ, FORWARD, PROXY_FIREWALL, CANARY];
 const PREFIXES: [&str; 6] = [CLUSTER, LOCAL, EXTERNAL, INTERNAL, GUARD, ENDPOINT];
 
 /// Whether a chain is ours (or kube-proxy's, whose place we take).
@@ -143,7 +135,8 @@ mod tests {
         for name in SETS {
             assert!(set(IpFamily::V6, name).len() <= 31);
         }
-        for other in ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT", "KUBE-ROUTER-INPUT", "CNI-1"]
+        for other in
+            ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT", "KUBE-ROUTER-INPUT", "CNI-1"]
         {
             assert!(!is_ours(other), "{other}");
         }

@@ -71,7 +71,9 @@ impl Op {
 
     const fn table(&self) -> Option<Table> {
         match self {
-            Self::SetChain(table, ..) | Self::DeleteChain(table, _) | Self::SetHooks { table, .. } => Some(*table),
+            Self::SetChain(table, ..) | Self::DeleteChain(table, _) | Self::SetHooks { table, .. } => {
+                Some(*table)
+            }
             Self::GuardLoopback(_) => Some(Table::Filter),
             _ => None,
         }
@@ -94,7 +96,10 @@ impl fmt::Display for Op {
             Self::SetHooks { table, builtin, from, to } => {
                 let (table, builtin) = (table.name(), builtin.name());
                 let gone = from.iter().map(|rule| format!("-t {table} -D {builtin} {rule}"));
-                let come = to.iter().enumerate().map(|(i, rule)| format!("-t {table} -I {builtin} {} {rule}", i + 1));
+                let come = to
+                    .iter()
+                    .enumerate()
+                    .map(|(i, rule)| format!("-t {table} -I {builtin} {} {rule}", i + 1));
                 f.write_str(&gone.chain(come).collect::<Vec<_>>().join("\n"))
             }
             Self::GuardLoopback(_) => write!(f, "-t filter -A {} {}", names::FIREWALL, anti_martian()),

@@ -128,7 +128,8 @@ impl Reader {
                 return Some(());
             }
             "-m" => {
-                let known = ["addrtype", "conntrack", "mark", "set", "statistic", "comment", "tcp", "udp", "sctp"];
+                let known =
+                    ["addrtype", "conntrack", "mark", "set", "statistic", "comment", "tcp", "udp", "sctp"];
                 return known.contains(&next()?).then_some(());
             }
             "--mode" => {
@@ -216,7 +217,10 @@ mod tests {
             assert!(!matches!(read.target, Target::Other(_)), "{text}");
             assert_eq!(read.to_string(), text);
         }
-        assert_eq!(rule("-p sctp -m sctp --dport 80 -j REJECT --reject-with icmp-port-unreachable").target, Target::Reject);
+        assert_eq!(
+            rule("-p sctp -m sctp --dport 80 -j REJECT --reject-with icmp-port-unreachable").target,
+            Target::Reject
+        );
     }
 
     #[test]

@@ -213,7 +213,8 @@ impl<'a> Planner<'a> {
             }
         }
         if desired.everything {
-            let all = observed.sets.iter().flat_map(|(set, s)| s.elements.iter().map(|e| (set.clone(), e.clone())));
+            let all =
+                observed.sets.iter().flat_map(|(set, s)| s.elements.iter().map(|e| (set.clone(), e.clone())));
             held.extend(all);
         }
         for (set, element) in wanted.difference(&held) {
@@ -334,7 +335,9 @@ impl<'a> Planner<'a> {
         }
         self.chain(table, &root.into(), &rules);
         if !desired.everything {
-            let of_tree = |name: &Name| names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES);
+            let of_tree = |name: &Name| {
+                names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES)
+            };
             let held = observed.chains.keys().filter(|(of, name)| *of == table && of_tree(name));
             for (_, name) in held.filter(|(_, name)| !nodes.contains_key(name)) {
                 self.delete(table, name);
@@ -399,7 +402,10 @@ fn leaves_of(state: &State, table: Table) -> impl Iterator<Item = (Frontend, Rul
         .iter()
         .filter(move |((of, name), _)| {
             // In the filter table chains of these names hold something else.
-            *of == table && (names::is_tree(name) || roots.contains(&&**name) && !(table == Table::Filter && &**name != names::EXTERNAL_SERVICES))
+            *of == table
+                && (names::is_tree(name)
+                    || roots.contains(&&**name)
+                        && !(table == Table::Filter && &**name != names::EXTERNAL_SERVICES))
         })
         .flat_map(|(_, rules)| rules.iter().filter_map(tree::leaf))
 }

@@ -72,13 +72,15 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
     let mut ports = Ports { table, done: BTreeSet::new(), chains: BTreeMap::new() };
     let (frontends, cluster_ips, hairpins) = if change.everything {
         (
-            table.frontends().map(|(port, entry)| (entry.frontend, Some(ports.dispatch(port, entry)))).collect(),
+            table
+                .frontends()
+                .map(|(port, entry)| (entry.frontend, Some(ports.dispatch(port, entry))))
+                .collect(),
             table.cluster_ips().map(|ip| (ip, true)).collect(),
             table.local_endpoints().map(|e| (e, true)).collect(),
         )
     } else {
-        let mut dispatch =
-            |f: &Frontend| table.frontend(f).map(|(port, entry)| ports.dispatch(port, entry));
+        let mut dispatch = |f: &Frontend| table.frontend(f).map(|(port, entry)| ports.dispatch(port, entry));
         (
             change.frontends.iter().map(|f| (*f, dispatch(f))).collect(),
             change.cluster_ips.iter().map(|ip| (*ip, table.is_cluster_ip(*ip))).collect(),
@@ -115,7 +117,8 @@ impl<'a> Ports<'a> {
             PortChains::new(self.table, port).render(&mut self.chains);
         }
         let guard = entry.source_ranges.clone();
-        let forwards = |v: &Verdict| matches!(v, Verdict::Forward { policy, .. } if !port.group(*policy).is_empty());
+        let forwards =
+            |v: &Verdict| matches!(v, Verdict::Forward { policy, .. } if !port.group(*policy).is_empty());
         let refusal = if entry.verdicts.iter().all(forwards) {
             None
         } else if entry.verdicts.contains(&Verdict::Reject) {
@@ -258,7 +261,12 @@ impl<'a> PortChains<'a> {
     }
 
     /// The chain of a policy: marks what is to be masqueraded, and chooses an endpoint.
-    fn endpoints(&self, policy: TrafficPolicy, endpoints: &[Endpoint], chains: &mut BTreeMap<Name, Vec<Rule>>) {
+    fn endpoints(
+        &self,
+        policy: TrafficPolicy,
+        endpoints: &[Endpoint],
+        chains: &mut BTreeMap<Name, Vec<Rule>>,
+    ) {
         let name = self.name(policy_prefix(policy));
         let mut rules = Vec::new();
         let mut seen = BTreeSet::new();
@@ -279,7 +287,9 @@ impl<'a> PortChains<'a> {
             for to in &sockets {
                 let known = Match::Set(false, chain(*to), Key::Source);
                 rules.push(Rule::new(vec![known], Target::Goto(chain(*to))));
-                chains.entry(chain(*to)).or_insert_with(|| endpoint_chain(&chain(*to), *to, protocol.clone(), timeout));
+                chains
+                    .entry(chain(*to))
+                    .or_insert_with(|| endpoint_chain(&chain(*to), *to, protocol.clone(), timeout));
             }
             let send = |to: SocketAddr, matches| Rule::new(matches, Target::Goto(chain(to)));
             rules.extend(choice::rules(&name, &sockets, &send, chains));
@@ -356,8 +366,5 @@ impl<'a> PortChains<'a> {
 fn endpoint_chain(name: &Name, to: SocketAddr, protocol: Match, timeout: Duration) -> Vec<Rule> {
     // What ipset can hold at most.
     let seconds = timeout.as_secs().clamp(1, 2_147_483) as u32;
-    vec![
-        Rule::always(Target::AddSource(name.clone(), seconds)),
-        Rule::new(vec![protocol], Target::Dnat(to)),
-    ]
+    vec![Rule::always(Target::AddSource(name.clone(), seconds)), Rule::new(vec![protocol], Target::Dnat(to))]
 }

@@ -62,7 +62,8 @@ impl Kind {
             IpFamily::V4 => "inet",
             IpFamily::V6 => "inet6",
         };
-        let timeout = if self == Self::Clients { format!(" timeout {CLIENT_TIMEOUT}") } else { String::new() };
+        let timeout =
+            if self == Self::Clients { format!(" timeout {CLIENT_TIMEOUT}") } else { String::new() };
         format!("{} family {family} maxelem {ELEMENTS_MAX}{timeout}", self.type_name())
     }
 
@@ -74,7 +75,7 @@ impl Kind {
             let declaration = kind.declaration(family);
             let words: Vec<&str> = declaration.split(' ').collect();
             words[0] == type_name
-                && words[1..].chunks(2).all(|option| says(option))
+                && words[1..].chunks(2).all(&says)
                 && says(&["timeout"]) == (*kind == Self::Clients)
         })
     }
@@ -121,7 +122,8 @@ impl Element {
         match (kind, last) {
             (Kind::Frontends, None) => Some(Self::Frontend(address, protocol, port)),
             (Kind::Sources, Some(range)) => {
-                let range = range.parse().ok().or_else(|| Some(IpNet::from(range.parse::<IpAddr>().ok()?)))?;
+                let range =
+                    range.parse().ok().or_else(|| Some(IpNet::from(range.parse::<IpAddr>().ok()?)))?;
                 Some(Self::Source(address, protocol, port, range))
             }
             (Kind::Hairpins, Some(source)) if source.parse() == Ok(address) => {
@@ -154,7 +156,10 @@ mod tests {
             for kind in Kind::ALL {
                 let declaration = kind.declaration(family);
                 let (type_name, header) = declaration.split_once(' ').unwrap();
-                let printed = format!("{} bucketsize 12 initval 0x1", header.replace("maxelem", "hashsize 1024 maxelem"));
+                let printed = format!(
+                    "{} bucketsize 12 initval 0x1",
+                    header.replace("maxelem", "hashsize 1024 maxelem")
+                );
                 assert_eq!(Kind::declared(family, type_name, &printed), Some(kind), "{printed}");
             }
         }
@@ -180,9 +185,11 @@ mod tests {
             Element::parse(Kind::Sources, "10.0.0.1,tcp:80,10.0.0.7").to_string(),
             "10.0.0.1,tcp:80,10.0.0.7/32"
         );
-        for (kind, text) in
-            [(Kind::Frontends, "10.0.0.1"), (Kind::Hairpins, "10.0.0.1,tcp:80,10.0.0.2"), (Kind::Addresses, "x")]
-        {
+        for (kind, text) in [
+            (Kind::Frontends, "10.0.0.1"),
+            (Kind::Hairpins, "10.0.0.1,tcp:80,10.0.0.2"),
+            (Kind::Addresses, "x"),
+        ] {
             assert_eq!(Element::parse(kind, text), Element::Stray(text.into()));
         }
     }

@@ -150,7 +150,8 @@ impl State {
     /// Takes in what `ipset save` prints of one set: what it holds.
     pub fn read_elements(&mut self, text: &str) {
         for line in text.lines() {
-            let Some((name, element)) = line.strip_prefix("add ").and_then(|rest| rest.split_once(' ')) else {
+            let Some((name, element)) = line.strip_prefix("add ").and_then(|rest| rest.split_once(' '))
+            else {
                 continue;
             };
             if let Some(Set { kind: Some(kind), elements }) = self.sets.get_mut(name) {

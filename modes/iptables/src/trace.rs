@@ -218,10 +218,13 @@ impl<'a> Walker<'a> {
                 Match::Destination(inverted, range) => (*inverted, range.contains(&self.destination)),
                 Match::Interface(inverted, name) => {
                     let came_by = self.packet.interface.as_deref().unwrap_or_default();
-                    (*inverted, match name.strip_suffix('+') {
-                        Some(prefix) => came_by.starts_with(prefix),
-                        None => came_by == &**name,
-                    })
+                    (
+                        *inverted,
+                        match name.strip_suffix('+') {
+                            Some(prefix) => came_by.starts_with(prefix),
+                            None => came_by == &**name,
+                        },
+                    )
                 }
                 Match::Protocol(protocol) => (false, *protocol == self.packet.protocol),
                 Match::Ports(protocol, from, to) => {

@@ -145,7 +145,9 @@ impl Shape {
             Some(IpFamily::V4) if tail_bits == 0 => format!("{prefix}{:08X}-{bits}", address >> 96),
             Some(IpFamily::V4) => format!("{prefix}{:08X}-{tail:05X}-{bits}", address >> 96),
             // Too long for the name of a chain.
-            Some(IpFamily::V6) => format!("{prefix}{}", names::hash(&format!("{address:032x}{tail:05x}/{bits}"))),
+            Some(IpFamily::V6) => {
+                format!("{prefix}{}", names::hash(&format!("{address:032x}{tail:05x}/{bits}")))
+            }
             None => format!("{NODE_PORT_PREFIX}{tail:05X}-{bits}"),
         }
         .into()
@@ -188,7 +190,8 @@ pub fn leaf(rule: &Rule) -> Option<(Frontend, Rule)> {
 /// The rules of a tree: those of its root, which stand before others there, and those of its nodes.
 pub fn build(leaves: &Leaves) -> (Vec<Rule>, BTreeMap<Name, Vec<Rule>>) {
     let mut nodes = BTreeMap::new();
-    let keys: Vec<(BitKey, &Frontend, &Rule)> = leaves.iter().map(|(f, leaf)| (Shape::key(f), f, leaf)).collect();
+    let keys: Vec<(BitKey, &Frontend, &Rule)> =
+        leaves.iter().map(|(f, leaf)| (Shape::key(f), f, leaf)).collect();
     let Some((_, first, _)) = keys.first() else { return (Vec::new(), nodes) };
     let root = node(Shape::of(first), &keys, 0, true, &mut nodes);
     (root, nodes)
@@ -205,7 +208,8 @@ fn node(
         return keys.iter().map(|(_, frontend, leaf)| place(frontend, leaf)).collect();
     }
     let next = shape.next(bits);
-    let same_group = |a: &(BitKey, &Frontend, &Rule), b: &(BitKey, &Frontend, &Rule)| shape.common(a.0, b.0) >= next;
+    let same_group =
+        |a: &(BitKey, &Frontend, &Rule), b: &(BitKey, &Frontend, &Rule)| shape.common(a.0, b.0) >= next;
     let mut rules = Vec::new();
     for group in keys.chunk_by(same_group) {
         let [(first, frontend, leaf), .., (last, ..)] = group else {
@@ -237,7 +241,10 @@ mod tests {
     }
 
     fn leaves(frontends: impl IntoIterator<Item = Frontend>) -> Leaves {
-        frontends.into_iter().map(|f| (f, Rule::always(Target::Goto(format!("KUBE-SVC-{f}").into())))).collect()
+        frontends
+            .into_iter()
+            .map(|f| (f, Rule::always(Target::Goto(format!("KUBE-SVC-{f}").into()))))
+            .collect()
     }
 
     /// Rules that a key meets on its way, and where it ends.
@@ -245,7 +252,9 @@ mod tests {
         let meets = |m: &Match| match m {
             Match::Destination(false, range) => key.address.is_some_and(|a| range.contains(&a)),
             Match::Protocol(protocol) => *protocol == key.protocol,
-            Match::Ports(protocol, from, to) => *protocol == key.protocol && (*from..=*to).contains(&key.port),
+            Match::Ports(protocol, from, to) => {
+                *protocol == key.protocol && (*from..=*to).contains(&key.port)
+            }
             other => panic!("{other}"),
         };
         let (mut rules, mut met) = (root, 0);
@@ -283,7 +292,9 @@ mod tests {
 
     #[test]
     fn every_frontend_is_found_and_no_other() {
-        let services = |n: u32| (0..n).map(|i| frontend(&Ipv4Addr::from_bits(0x0a60_0001 + i * 3).to_string(), Protocol::Tcp, 80));
+        let services = |n: u32| {
+            (0..n).map(|i| frontend(&Ipv4Addr::from_bits(0x0a60_0001 + i * 3).to_string(), Protocol::Tcp, 80))
+        };
         let strangers = [
             frontend("10.96.0.2", Protocol::Tcp, 80),
             frontend("10.96.0.1", Protocol::Udp, 80),
@@ -297,28 +308,30 @@ mod tests {
 
     #[test]
     fn many_ports_of_one_address_are_a_tree_too() {
-        let ports = (1..3000_u16).flat_map(|port| {
-            [Protocol::Tcp, Protocol::Sctp].map(|p| frontend("10.96.0.1", p, port * 7))
-        });
+        let ports = (1..3000_u16)
+            .flat_map(|port| [Protocol::Tcp, Protocol::Sctp].map(|p| frontend("10.96.0.1", p, port * 7)));
         check(ports.collect(), &[frontend("10.96.0.1", Protocol::Udp, 7)], 60);
-        let node_ports = (30_000..32_000_u16).map(|port| Frontend { address: None, protocol: Protocol::Udp, port });
+        let node_ports =
+            (30_000..32_000_u16).map(|port| Frontend { address: None, protocol: Protocol::Udp, port });
         let stranger = Frontend { address: None, protocol: Protocol::Udp, port: 29_999 };
         check(node_ports.collect(), &[stranger], 60);
     }
 
     #[test]
     fn ipv6_is_the_same() {
-        let services = (0..5000_u128).map(|i| {
-            frontend(&Ipv6Addr::from_bits((0xfd00 << 112) + i * 5).to_string(), Protocol::Tcp, 443)
-        });
+        let services = (0..5000_u128)
+            .map(|i| frontend(&Ipv6Addr::from_bits((0xfd00 << 112) + i * 5).to_string(), Protocol::Tcp, 443));
         check(services.collect(), &[frontend("fd00::1", Protocol::Tcp, 443)], 60);
     }
 
     #[test]
     fn one_frontend_more_changes_the_nodes_on_its_way() {
-        let service = |i: u32| frontend(&Ipv4Addr::from_bits(0x0a60_0001 + i * 3).to_string(), Protocol::Tcp, 80);
+        let service =
+            |i: u32| frontend(&Ipv4Addr::from_bits(0x0a60_0001 + i * 3).to_string(), Protocol::Tcp, 80);
         let before = build(&leaves((0..10_000).map(service)));
-        let more = (0..10_000).map(service).chain([frontend("10.96.20.11", Protocol::Tcp, 80), frontend("203.0.113.1", Protocol::Tcp, 80)]);
+        let more = (0..10_000)
+            .map(service)
+            .chain([frontend("10.96.20.11", Protocol::Tcp, 80), frontend("203.0.113.1", Protocol::Tcp, 80)]);
         let after = build(&leaves(more));
         let changed = after.1.iter().filter(|(name, rules)| before.1.get(*name) != Some(rules)).count();
         let gone = before.1.keys().filter(|name| !after.1.contains_key(*name)).count();

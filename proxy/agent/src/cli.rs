@@ -69,7 +69,7 @@ pub(crate) struct SettingArgs {
     /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1).
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// How to program the kernel: nftables (this build has no other mode).
+    /// How to program the kernel: nftables or iptables (this build has no other mode).
     #[arg(long, visible_alias = "proxy-mode", value_name = "MODE")]
     pub mode: Option<String>,
     /// Range of pod addresses, one or one of each family: traffic from elsewhere to a cluster IP is
@@ -126,6 +126,9 @@ pub(crate) struct RunArgs {
     /// configuration.
     #[arg(long, value_name = "DURATION")]
     pub min_sync_period: Option<String>,
+    /// Flavour of iptables, legacy or nft; default: the kubelet's, else the one with more rules.
+    #[arg(long, value_name = "FLAVOUR")]
+    pub iptables_flavour: Option<shunt_modes::Flavour>,
     /// Where `shunt dump` and `shunt explain` reach the running agent; empty for nowhere.
     #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
     pub admin_socket: String,

@@ -76,7 +76,7 @@ fn arguments() -> Vec<OsString> {
 fn cleanup() -> anyhow::Result<()> {
     for mode in shunt_modes::BUILT {
         for family in IpFamily::ALL {
-            shunt_modes::open(*mode, family)?.cleanup()?;
+            shunt_modes::open(*mode, family, shunt_modes::Options::default())?.cleanup()?;
             tracing::info!(%mode, %family, "removed");
         }
     }

@@ -11,6 +11,7 @@ use shunt_core::store::{Dirty, Store};
 use shunt_core::table::{Change, Conflict};
 use shunt_mode::driver::{Driver, Report};
 use shunt_mode::sync::{Periods, Step, SyncLoop};
+use shunt_modes::Options;
 use shunt_watch::{KubeOptions, Update, watch_kube, watch_manifests};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -61,7 +62,8 @@ async fn run_async(args: &RunArgs, settings: Settings, node_name: String) -> Res
         node = node_name,
         "starting"
     );
-    let families = open_families(&settings)?;
+    let options = Options { flavour: args.iptables_flavour };
+    let families = open_families(&settings, options)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
@@ -152,7 +154,7 @@ fn ended_source(
 }
 
 /// Opens the mode for both families. A kernel without one family serves the other.
-fn open_families(settings: &Settings) -> Result<Vec<Family>> {
+fn open_families(settings: &Settings, options: Options) -> Result<Vec<Family>> {
     let periods = Periods {
         min_sync: settings.min_sync_period.unwrap_or(Periods::default().min_sync),
         ..Periods::default()
@@ -160,9 +162,9 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(settings.mode, family)?;
+        let mut driver = shunt_modes::open(settings.mode, family, options)?;
         match driver.probe() {
-            Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods) }),
+            Ok(()) => families.push(Family { driver, sync: SyncLoop::new(periods), options, alone: false }),
             Err(error) => {
                 tracing::warn!(%family, "{error}");
                 errors.push(error);
@@ -179,12 +181,27 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
 struct Family {
     driver: Box<dyn Driver>,
     sync: SyncLoop,
+    options: Options,
+    /// What other modes left in the kernel is gone.
+    alone: bool,
 }
 
 impl Family {
     /// Whether the kernel holds what the table asks for, as far as known.
     const fn in_sync(&self) -> bool {
         self.sync.queued_since().is_none()
+    }
+
+    /// Removes what other modes left, now that this one has everything in place.
+    fn clean_up_others(&mut self) {
+        if self.alone {
+            return;
+        }
+        let (mode, family) = (self.driver.mode(), self.driver.family());
+        match shunt_modes::clean_up_others(mode, family, self.options) {
+            Ok(()) => self.alone = true,
+            Err(error) => tracing::warn!(%family, "what other modes left is still there: {error}"),
+        }
     }
 }
 
@@ -358,6 +375,9 @@ impl Engine {
                 match family.driver.sync(compiler.table(of), &step) {
                     Ok(report) => {
                         log_sync(of, &step, &report);
+                        if step == Step::Resync {
+                            family.clean_up_others();
+                        }
                         family.sync.finished(Ok(step), Instant::now());
                     }
                     Err(error) => {
@@ -418,9 +438,10 @@ fn log_sync(family: IpFamily, step: &Step, report: &Report) {
     let planning = milliseconds(report.planning);
     let applying = milliseconds(report.applying);
     let (operations, transactions) = (report.operations, report.transactions);
+    let waiting = milliseconds(report.waiting);
     if *step == Step::Resync {
-        tracing::info!(%family, operations, transactions, observing, planning, applying, "in sync with the kernel");
-    } else {
-        tracing::debug!(%family, operations, transactions, planning, applying, "change programmed");
+        tracing::info!(%family, operations, transactions, observing, planning, applying, waiting, "in sync with the kernel");
+    } else if let Step::Apply(_) = step {
+        tracing::debug!(%family, operations, transactions, planning, applying, waiting, "change programmed");
     }
 }

@@ -63,7 +63,8 @@ fn normal(text: &str) -> String {
     for table in text.split_inclusive("COMMIT\n") {
         let lines = table.lines().filter(|line| !line.starts_with('#'));
         let lines: Vec<&str> = lines.map(|line| line.split(" [").next().unwrap_or(line)).collect();
-        let says_something = |line: &&str| line.starts_with("-A") || line.starts_with(':') && line.ends_with(" -");
+        let says_something =
+            |line: &&str| line.starts_with("-A") || line.starts_with(':') && line.ends_with(" -");
         if lines.iter().any(says_something) {
             normal += &(lines.join("\n") + "\n");
         }
@@ -78,7 +79,7 @@ fn list(namespace: &Namespace) -> Result<String> {
             let found = namespace.exec(&of_family(family, &format!("{flavour}-save")), [""; 0], "")?;
             let found = normal(&found);
             if !found.is_empty() {
-                text += &format!("{flavour} {family}\n{found}");
+                text.extend([flavour.name(), " ", &family.to_string(), "\n", &found]);
             }
         }
     }
@@ -162,7 +163,10 @@ const DAMAGES: &[(&str, &str)] = &[
     ("008-etp-local", "*nat\n-F KUBE-SVC-XPGD46QRK7WJZT7O\nCOMMIT"),
     ("008-etp-local", "*nat\n-F KUBE-EXT-XPGD46QRK7WJZT7O\nCOMMIT"),
     ("008-etp-local", "*nat\n-D PREROUTING 1\nCOMMIT"),
-    ("008-etp-local", "*nat\n-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\nCOMMIT"),
+    (
+        "008-etp-local",
+        "*nat\n-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\nCOMMIT",
+    ),
     ("008-etp-local", "*filter\n-D INPUT 1\nCOMMIT"),
     ("008-etp-local", "*filter\n-I FORWARD -j KUBE-SERVICES\nCOMMIT"),
     ("008-etp-local", "*nat\n-I KUBE-SERVICES -d 172.30.0.41/32 -j ACCEPT\nCOMMIT"),
@@ -170,7 +174,10 @@ const DAMAGES: &[(&str, &str)] = &[
     ("008-etp-local", "*nat\n-N KUBE-SVC-AAAAAAAAAAAAAAAA\n-A KUBE-SVC-AAAAAAAAAAAAAAAA -j RETURN\nCOMMIT"),
     ("008-etp-local", "*nat\n-N KUBE-SEP-AAAAAAAAAAAAAAAA\nCOMMIT"),
     ("008-etp-local", "*nat\n-N SHUNT-0A600000-15\nCOMMIT"),
-    ("008-etp-local", "*filter\n-N KUBE-EXTERNAL-SERVICES-X\n-F KUBE-SERVICES\n-X KUBE-EXTERNAL-SERVICES-X\nCOMMIT"),
+    (
+        "008-etp-local",
+        "*filter\n-N KUBE-EXTERNAL-SERVICES-X\n-F KUBE-SERVICES\n-X KUBE-EXTERNAL-SERVICES-X\nCOMMIT",
+    ),
     ("008-etp-local", "flush SHUNT-CLUSTER-IPS"),
     ("008-etp-local", "flush SHUNT-HAIRPIN"),
     ("008-etp-local", "add SHUNT-CLUSTER-IPS 9.9.9.9"),
@@ -186,14 +193,12 @@ const DAMAGES: &[(&str, &str)] = &[
     ("006-nodeport-v6-primary", "*nat\n-F\nCOMMIT"),
     ("006-nodeport-v6-primary", "flush SHUNT-6-CLUSTER-IPS"),
     ("044-session-affinity", "*nat\n-F\n-X\nCOMMIT"),
-    (
-        "008-etp-local",
-        "*filter\n-F\nCOMMIT\ndestroy SHUNT-REJECT\ncreate SHUNT-REJECT hash:ip family inet",
-    ),
+    ("008-etp-local", "*filter\n-F\nCOMMIT\ndestroy SHUNT-REJECT\ncreate SHUNT-REJECT hash:ip family inet"),
 ];
 
 fn damage(namespace: &Namespace, flavour: Flavour, family: IpFamily, script: &str) -> Result<()> {
-    let is_of_sets = |line: &&str| ["flush ", "add ", "create ", "destroy "].iter().any(|w| line.starts_with(w));
+    let is_of_sets =
+        |line: &&str| ["flush ", "add ", "create ", "destroy "].iter().any(|w| line.starts_with(w));
     let (sets, rules): (Vec<&str>, Vec<&str>) = script.lines().partition(is_of_sets);
     if !rules.is_empty() {
         let tool = of_family(family, &format!("{flavour}-restore"));
