@@ -78,6 +78,25 @@ impl Tools {
         self.programs.as_ref().map(|programs| programs.flavour)
     }
 
+    /// Removes rules of ours in the flavour that is not in use. Sets are the same in both.
+    pub fn remove_other_flavour(&mut self) -> Result<(), KernelError> {
+        let used = self.flavour();
+        self.remove_rules(|flavour| Some(flavour) != used)
+    }
+
+    fn remove_rules(&mut self, is_meant: impl Fn(Flavour) -> bool) -> Result<(), KernelError> {
+        for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
+            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
+            let mut state = State::empty(self.family);
+            state.read_rules(&programs.save(&self.namespace).map_err(failed("read rules"))?);
+            let used = self.programs.replace(programs);
+            let removed = self.carry_out(&plan::removal(&state));
+            self.programs = used;
+            removed?;
+        }
+        Ok(())
+    }
+
     fn programs(&self) -> io::Result<&Programs> {
         self.programs.as_ref().ok_or_else(|| io::Error::other("iptables is not installed"))
     }
@@ -266,23 +285,12 @@ impl Kernel for Tools {
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {
-        let used = self.programs.take();
-        for flavour in Flavour::ALL {
-            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
-            let mut state = State::empty(self.family);
-            let text = programs.save(&self.namespace).map_err(failed("read rules"))?;
-            state.read_rules(&text);
-            self.programs = Some(programs);
-            let result = self.carry_out(&plan::removal(&state));
-            self.programs.clone_from(&used);
-            result?;
-        }
+        self.remove_rules(|_| true)?;
         if self.ipset.is_some() {
             let mut state = State::empty(self.family);
             state.read_sets(&self.ipset(&["list", "-terse"], "").map_err(failed("read sets"))?);
             self.carry_out(&plan::removal(&state))?;
         }
-        self.programs = used;
         self.programmed = false;
         Ok(())
     }

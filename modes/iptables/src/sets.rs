@@ -75,7 +75,7 @@ impl Kind {
             let declaration = kind.declaration(family);
             let words: Vec<&str> = declaration.split(' ').collect();
             words[0] == type_name
-                && words[1..].chunks(2).all(|option| says(option))
+                && words[1..].chunks(2).all(&says)
                 && says(&["timeout"]) == (*kind == Self::Clients)
         })
     }

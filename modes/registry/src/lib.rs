@@ -20,43 +20,38 @@ use shunt_mode::{KernelError, Mode};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::kernel::Bpf;
 pub use shunt_mode_ebpf::kernel::Options as EbpfOptions;
+use shunt_mode_iptables::Iptables;
+use shunt_mode_iptables::kernel::Tools;
 use shunt_mode_ipvs::Ipvs;
 use shunt_mode_ipvs::kernel::Linux;
 pub use shunt_mode_ipvs::kernel::Options as IpvsOptions;
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::kernel::Netlink;
 
-/// Why a mode cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// This build has no such mode.
-    #[error("mode {0} is not part of this build; use one of nftables, ebpf")]
-    NotBuilt(Mode),
-    /// The kernel could not be reached.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-}
+pub use shunt_mode_iptables::flavour::Flavour;
 
-/// The modes of this build.
-pub const BUILT: &[Mode] = &[Mode::Nftables, Mode::Ipvs, Mode::Ebpf];
-
-/// Modes of this build from which `auto` takes the first that the kernel can run: first the one that
+/// Modes from which `auto` takes the first that the kernel can run: first the one that
 /// costs least per connection and change and needs no privilege beyond `CAP_NET_ADMIN`.
-pub const AUTO: &[Mode] = &[Mode::Nftables];
+pub const AUTO: &[Mode] = &[Mode::Nftables, Mode::Iptables];
 
 /// Settings that only one mode has.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Options {
     /// Those of ebpf mode.
     pub ebpf: Arc<EbpfOptions>,
+    /// The flavour of iptables; `None` for the one that the node uses.
+    pub flavour: Option<Flavour>,
     /// Those of ipvs mode.
     pub ipvs: IpvsOptions,
 }
 
 /// Opens a mode for a family in the calling thread's network namespace.
-pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn Driver>, OpenError> {
+pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn Driver>, KernelError> {
     match mode {
+        Mode::Iptables => {
+            let backend = Iptables::new(Tools::open(family, options.flavour)?);
+            Ok(Box::new(ModeDriver::new(backend, family)))
+        }
         Mode::Ebpf => {
             let backend = Ebpf::new(Bpf::open(family, options.ebpf.clone())?);
             Ok(Box::new(ModeDriver::new(backend, family)))
@@ -69,7 +64,6 @@ pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn D
             let backend = Ipvs::new(Linux::open(family, options.ipvs.clone())?);
             Ok(Box::new(ModeDriver::new(backend, family)))
         }
-        other => Err(OpenError::NotBuilt(other)),
     }
 }
 
@@ -83,13 +77,23 @@ pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Option
         Ok(true) => tracing::info!(%family, "removed the table of kube-proxy's nftables mode"),
         Err(error) => errors.push(error),
     }
-    for mode in BUILT.iter().filter(|mode| Some(**mode) != in_use) {
+    // These two have chains of the same names, as kube-proxy's have: the one in use has made them its own.
+    let shares = |mode: Mode| {
+        matches!(mode, Mode::Iptables | Mode::Ipvs) && matches!(in_use, Some(Mode::Iptables | Mode::Ipvs))
+    };
+    for mode in Mode::ALL.iter().filter(|mode| Some(**mode) != in_use && !shares(**mode)) {
         // What cannot even be opened has left nothing.
         match open(*mode, family, options).map(|mut driver| driver.cleanup()) {
             Ok(Ok(())) => tracing::debug!(%mode, %family, "nothing of this mode is left"),
             Ok(Err(error)) => errors.push(error),
             Err(error) => tracing::debug!(%mode, %family, "not cleaned up: {error}"),
         }
+    }
+    if in_use == Some(Mode::Iptables)
+        && let Err(error) =
+            Tools::open(family, options.flavour).and_then(|mut tools| tools.remove_other_flavour())
+    {
+        errors.push(error);
     }
     errors
 }
@@ -101,21 +105,21 @@ pub fn dump(
     stage: Stage,
     only: Option<&Change>,
     output: Output,
-) -> Result<String, OpenError> {
+) -> String {
     match mode {
-        Mode::Ebpf => Ok(dump_offline::<Ebpf<Bpf>>(table, stage, only, output)),
-        Mode::Nftables => Ok(dump_offline::<Nftables<Netlink>>(table, stage, only, output)),
-        Mode::Ipvs => Ok(dump_offline::<Ipvs<Linux>>(table, stage, only, output)),
-        other => Err(OpenError::NotBuilt(other)),
+        Mode::Ebpf => dump_offline::<Ebpf<Bpf>>(table, stage, only, output),
+        Mode::Iptables => dump_offline::<Iptables<Tools>>(table, stage, only, output),
+        Mode::Nftables => dump_offline::<Nftables<Netlink>>(table, stage, only, output),
+        Mode::Ipvs => dump_offline::<Ipvs<Linux>>(table, stage, only, output),
     }
 }
 
 /// Says what becomes of packets under what a mode makes of a table, without a kernel.
-pub fn trace(mode: Mode, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, OpenError> {
+pub fn trace(mode: Mode, table: &ForwardingTable, packets: &[Packet]) -> Traces {
     match mode {
-        Mode::Ebpf => Ok(trace_offline::<Ebpf<Bpf>>(table, packets)),
-        Mode::Nftables => Ok(trace_offline::<Nftables<Netlink>>(table, packets)),
-        Mode::Ipvs => Ok(trace_offline::<Ipvs<Linux>>(table, packets)),
-        other => Err(OpenError::NotBuilt(other)),
+        Mode::Ebpf => trace_offline::<Ebpf<Bpf>>(table, packets),
+        Mode::Iptables => trace_offline::<Iptables<Tools>>(table, packets),
+        Mode::Nftables => trace_offline::<Nftables<Netlink>>(table, packets),
+        Mode::Ipvs => trace_offline::<Ipvs<Linux>>(table, packets),
     }
 }

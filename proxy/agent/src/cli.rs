@@ -120,12 +120,15 @@ pub(crate) struct SettingArgs {
     #[arg(long = "nodeport-addresses", value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
     pub node_port_addresses: Vec<String>,
     #[command(flatten)]
-    pub ebpf: EbpfArgs,
+    pub modes: ModeArgs,
 }
 
-/// Settings of ebpf mode. `KubeProxyConfiguration` has no place for them.
+/// Settings of single modes for which `KubeProxyConfiguration` has no place.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
-pub(crate) struct EbpfArgs {
+pub(crate) struct ModeArgs {
+    /// Flavour of iptables, legacy or nft. Default: the kubelet's, else the one with more rules.
+    #[arg(long, value_name = "FLAVOUR")]
+    pub iptables_flavour: Option<shunt_modes::Flavour>,
     /// cgroup2 folder whose processes, with those of all folders below, are served at their sockets.
     /// Default: the root of the first cgroup2 that is mounted.
     #[arg(long, value_name = "PATH")]
@@ -146,18 +149,19 @@ pub(crate) struct EbpfArgs {
     pub ebpf_flows_max: Option<u32>,
 }
 
-impl EbpfArgs {
-    /// The same for the mode.
-    pub(crate) fn options(&self) -> shunt_modes::EbpfOptions {
+impl ModeArgs {
+    /// The same for the modes.
+    pub(crate) fn options(&self) -> shunt_modes::Options {
         let default = shunt_modes::EbpfOptions::default();
-        shunt_modes::EbpfOptions {
+        let ebpf = shunt_modes::EbpfOptions {
             cgroup_root: self.cgroup_root.clone(),
             bpf_root: self.bpf_fs_root.clone().unwrap_or(default.bpf_root),
             frontends: self.ebpf_frontends_max.unwrap_or(default.frontends),
             endpoints: self.ebpf_endpoints_max.unwrap_or(default.endpoints),
             flows: self.ebpf_flows_max.unwrap_or(default.flows),
             object: default.object,
-        }
+        };
+        shunt_modes::Options { flavour: self.iptables_flavour, ebpf: ebpf.into(), ..Default::default() }
     }
 }
 
@@ -214,7 +218,7 @@ pub(crate) struct CleanupArgs {
     #[command(flatten)]
     pub log: LogArgs,
     #[command(flatten)]
-    pub ebpf: EbpfArgs,
+    pub modes: ModeArgs,
     /// Only what this mode put there.
     #[arg(long, value_name = "MODE")]
     pub mode: Option<String>,

@@ -8,7 +8,7 @@ use shunt_config::{KubeProxyConfiguration, ShuntConfiguration};
 use shunt_watch::FileWatcher;
 use tokio::sync::mpsc;
 
-use crate::cli::{EbpfArgs, RunArgs};
+use crate::cli::{ModeArgs, RunArgs};
 use crate::flags;
 use crate::settings::Settings;
 
@@ -19,8 +19,8 @@ pub(crate) struct Configuration {
     pub kube_proxy: KubeProxyConfiguration,
     /// Our own.
     pub shunt: ShuntConfiguration,
-    /// Flags of ebpf mode.
-    pub ebpf: EbpfArgs,
+    /// Flags of single modes.
+    pub modes: ModeArgs,
     /// What is said and means nothing.
     pub warnings: Vec<String>,
 }
@@ -70,12 +70,12 @@ impl Configuration {
         if args.admin_socket.is_some() {
             shunt.admin_socket.clone_from(&args.admin_socket);
         }
-        Ok(Self { kube_proxy, shunt, ebpf: args.settings.ebpf.clone(), warnings })
+        Ok(Self { kube_proxy, shunt, modes: args.settings.modes.clone(), warnings })
     }
 
     /// The same in the terms of those who act on it; an error if it is not valid.
     pub(crate) fn settings(&self) -> Result<Settings> {
-        Settings::of(&self.kube_proxy, &self.shunt, &self.ebpf)
+        Settings::of(&self.kube_proxy, &self.shunt, &self.modes)
     }
 }
 

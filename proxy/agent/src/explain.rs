@@ -100,7 +100,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<ExitCode> {
             let Offline { store, compiler, settings, pods } = Offline::read(path, node, &args.settings)?;
             let (mode, pods) = (settings.mode, PodSource::Manifests(&pods));
             answer(&store, &compiler, pods, mode, compare, &questions(&asked), |table, packets| {
-                Ok(shunt_modes::trace(mode, table, packets)?)
+                Ok(shunt_modes::trace(mode, table, packets))
             })?
         }
         None => ask(args, &asked)?,

@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         }
         Command::Cleanup(args) => {
             logging::start(&args.log);
-            done(cleanup_modes(args.mode.as_deref(), &args.ebpf))
+            done(cleanup_modes(args.mode.as_deref(), &args.modes))
         }
     };
     match result {
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 fn start(args: &RunArgs) -> anyhow::Result<()> {
     if args.cleanup == Some(true) {
         logging::start(&args.log);
-        return cleanup(&args.settings.ebpf);
+        return cleanup(&args.settings.modes);
     }
     let configuration = Configuration::load(args)?;
     logging::start_configured(&args.log, &configuration.kube_proxy.logging);
@@ -110,10 +110,10 @@ fn dashed(argument: OsString) -> OsString {
 }
 
 /// Removes what our modes put into the kernel, or what one of them did.
-fn cleanup_modes(only: Option<&str>, ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
-    let options = options(ebpf);
+fn cleanup_modes(only: Option<&str>, modes: &cli::ModeArgs) -> anyhow::Result<()> {
+    let options = modes.options();
     let only: Option<Mode> = only.map(str::parse).transpose()?;
-    for mode in shunt_modes::BUILT.iter().filter(|mode| only.is_none_or(|only| only == **mode)) {
+    for mode in Mode::ALL.iter().filter(|mode| only.is_none_or(|only| only == **mode)) {
         for family in IpFamily::ALL {
             shunt_modes::open(*mode, family, &options)?.cleanup()?;
             tracing::info!(%mode, %family, "removed");
@@ -122,13 +122,9 @@ fn cleanup_modes(only: Option<&str>, ebpf: &cli::EbpfArgs) -> anyhow::Result<()>
     Ok(())
 }
 
-fn options(ebpf: &cli::EbpfArgs) -> shunt_modes::Options {
-    shunt_modes::Options { ebpf: ebpf.options().into(), ..Default::default() }
-}
-
 /// Removes everything of ours and of kube-proxy's.
-fn cleanup(ebpf: &cli::EbpfArgs) -> anyhow::Result<()> {
-    let options = options(ebpf);
+fn cleanup(modes: &cli::ModeArgs) -> anyhow::Result<()> {
+    let options = modes.options();
     let mut failed = None;
     for family in IpFamily::ALL {
         for error in shunt_modes::remove_leftovers(None, family, &options) {

@@ -646,9 +646,10 @@ fn log_sync(family: IpFamily, step: &Step, report: &Report) {
     let planning = milliseconds(report.planning);
     let applying = milliseconds(report.applying);
     let (operations, transactions) = (report.operations, report.transactions);
+    let waiting = milliseconds(report.waiting);
     if *step == Step::Resync {
-        tracing::info!(%family, operations, transactions, observing, planning, applying, "in sync with the kernel");
-    } else {
-        tracing::debug!(%family, operations, transactions, planning, applying, "change programmed");
+        tracing::info!(%family, operations, transactions, observing, planning, applying, waiting, "in sync with the kernel");
+    } else if let Step::Apply(_) = step {
+        tracing::debug!(%family, operations, transactions, planning, applying, waiting, "change programmed");
     }
 }

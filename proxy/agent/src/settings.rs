@@ -15,7 +15,7 @@ use shunt_mode::Mode;
 use shunt_modes::{IpvsOptions, Options};
 use shunt_node::sysctl::Sizing;
 
-use crate::cli::{EbpfArgs, SettingArgs};
+use crate::cli::{ModeArgs, SettingArgs};
 use crate::flags::{self, KubeProxyFlags};
 
 /// Everything that flags and configuration decide.
@@ -75,14 +75,14 @@ impl Settings {
         if let Some(mode) = &args.mode {
             kube_proxy.mode.clone_from(mode);
         }
-        Self::of(&kube_proxy, &ShuntConfiguration::default(), &args.ebpf).context("settings")
+        Self::of(&kube_proxy, &ShuntConfiguration::default(), &args.modes).context("settings")
     }
 
     /// Settings from configurations.
     pub(crate) fn of(
         kube_proxy: &KubeProxyConfiguration,
         shunt: &ShuntConfiguration,
-        ebpf: &EbpfArgs,
+        modes: &ModeArgs,
     ) -> Result<Self> {
         let invalid = kube_proxy.validate();
         if !invalid.is_empty() {
@@ -137,7 +137,7 @@ impl Settings {
             admin_socket: shunt.admin_socket.clone().unwrap_or_else(|| crate::cli::ADMIN_SOCKET.to_owned()),
             conntrack: sizing(&kube_proxy.conntrack, shunt.lower_sysctls),
             remove_leftovers: shunt.leftovers == Leftovers::Remove,
-            options: Options { ebpf: ebpf.options().into(), ipvs: ipvs(&kube_proxy.ipvs)? },
+            options: Options { ipvs: ipvs(&kube_proxy.ipvs)?, ..modes.options() },
         })
     }
 
@@ -272,7 +272,7 @@ mod tests {
             leftovers: Leftovers::Keep,
             ..ShuntConfiguration::default()
         };
-        let settings = Settings::of(&kube_proxy, &shunt, &EbpfArgs::default()).unwrap();
+        let settings = Settings::of(&kube_proxy, &shunt, &ModeArgs::default()).unwrap();
         assert!(!settings.auto && !settings.remove_leftovers);
         assert_eq!((settings.mode, settings.min_sync_period), (Mode::Nftables, Duration::from_secs(3)));
     }

@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, Proto};
 
 /// Modes that this build has. One that the kernel cannot run says why.
-const MODES: &[&str] = &["nftables", "ipvs"];
+const MODES: &[&str] = &["nftables", "iptables", "ipvs"];
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);

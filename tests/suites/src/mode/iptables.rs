@@ -79,7 +79,7 @@ fn list(namespace: &Namespace) -> Result<String> {
             let found = namespace.exec(&of_family(family, &format!("{flavour}-save")), [""; 0], "")?;
             let found = normal(&found);
             if !found.is_empty() {
-                text += &format!("{flavour} {family}\n{found}");
+                text.extend([flavour.name(), " ", &family.to_string(), "\n", &found]);
             }
         }
     }
