@@ -203,14 +203,22 @@ fn control(report: &Report, out: &mut String) {
                 restart.subject.clone(),
                 format!("{} x {}", restart.services, restart.endpoints),
                 format!("{:.0}", restart.whole_ms),
+                format!("{:.0}", restart.cpu_ms),
                 format!("{:.0}", restart.first_sync.read_ms),
                 format!("{:.0}", restart.first_sync.plan_ms),
                 restart.first_sync.operations.to_string(),
             ]
         })
         .collect();
-    let head =
-        ["", "Services x endpoints", "whole, ms", "reading the kernel, ms", "planning, ms", "operations"];
+    let head = [
+        "",
+        "Services x endpoints",
+        "whole, ms",
+        "CPU, ms",
+        "reading the kernel, ms",
+        "planning, ms",
+        "operations",
+    ];
     table(out, "Restart over what is there", &head, &restart);
     let growth: Vec<Vec<String>> = report
         .growth
