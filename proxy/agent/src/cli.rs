@@ -248,11 +248,14 @@ Sources:
   ADDRESS     whoever has it: 10.244.1.11, 2001:db8::7
   node        this node: its primary address of the destination's family
   external    somebody outside of the cluster: an address of 203.0.113.0/24 or 2001:db8:ffff::/120
-  pod/ADDRESS a pod by its address; with --manifests also pod/[NAMESPACE/]NAME, if an EndpointSlice
-              (targetRef) or a Pod among them has the name
+  pod/ADDRESS a pod by its address
+  pod/[NAMESPACE/]NAME
+              a pod by its name, if it is an endpoint of a Service (by targetRef of its EndpointSlice), or
+              with --manifests a Pod among them
 
 Examples:
   shunt explain --from 10.244.1.11 --to 10.96.0.10:80
+  shunt explain --from pod/demo/web-0 --to 10.96.0.10:80
   shunt explain --from external --to 192.0.2.11:30080           # a node port, from outside
   shunt explain --from node --to 10.96.0.53:53/udp -o json
   shunt explain --from node --to '[fd00:10:96::70]:80'

@@ -20,6 +20,7 @@ use shunt_mode::driver::{Driver, Traces};
 use crate::admin::{self, Request};
 use crate::cli::{DumpOutput, ExplainArgs, SettingArgs};
 use crate::offline::Offline;
+use crate::pods::{Directory, PodSource};
 use crate::questions::{Asked, Expect, Question, of_arguments};
 
 /// Exit status when answers differ from each other or from what was expected.
@@ -92,18 +93,17 @@ struct Rules {
 
 pub(crate) fn explain(args: &ExplainArgs) -> Result<ExitCode> {
     let compare = args.settings.mode.is_some();
-    let (asked, answers) = match &args.manifests {
+    let asked = of_arguments(args)?;
+    let answers = match &args.manifests {
         Some(path) => {
             let node = args.node.as_deref().unwrap_or_default();
             let Offline { store, compiler, settings, pods } = Offline::read(path, node, &args.settings)?;
-            let asked = of_arguments(args, Some(&pods))?;
-            let mode = settings.mode;
-            let answers = answer(&store, &compiler, mode, compare, &questions(&asked), |table, packets| {
+            let (mode, pods) = (settings.mode, PodSource::Manifests(&pods));
+            answer(&store, &compiler, pods, mode, compare, &questions(&asked), |table, packets| {
                 Ok(shunt_modes::trace(mode, table, packets)?)
-            })?;
-            (asked, answers)
+            })?
         }
-        None => ask(args)?,
+        None => ask(args, &asked)?,
     };
     report(args.output, &asked, &answers, compare)
 }
@@ -113,18 +113,17 @@ fn questions(asked: &[Asked]) -> Vec<Question> {
 }
 
 /// Asks the running agent.
-fn ask(args: &ExplainArgs) -> Result<(Vec<Asked>, Answers)> {
+fn ask(args: &ExplainArgs, asked: &[Asked]) -> Result<Answers> {
     ensure!(
         SettingArgs { mode: None, ..args.settings.clone() } == SettingArgs::default(),
         "the settings are those of the running agent: --config and the like need --manifests"
     );
-    let asked = of_arguments(args, None)?;
     let mode = args.settings.mode.clone();
-    let request = Request::Explain(ExplainRequest { mode, questions: questions(&asked) });
+    let request = Request::Explain(ExplainRequest { mode, questions: questions(asked) });
     let text = admin::ask(&args.admin_socket, &request)?;
     let answers: Answers = serde_json::from_str(&text).context("cannot understand the running agent")?;
     ensure!(answers.answers.len() == asked.len(), "the running agent answered something else");
-    Ok((asked, answers))
+    Ok(answers)
 }
 
 /// Answers what a running agent is asked, from its table and from what the kernel holds.
@@ -140,7 +139,8 @@ pub(crate) fn live(
         ensure!(asked == mode, "the running agent is in {mode} mode, not {asked}");
     }
     let compare = request.mode.is_some();
-    let answers = answer(store, compiler, mode, compare, &request.questions, |table, packets| {
+    let pods = PodSource::Endpoints(store);
+    let answers = answer(store, compiler, pods, mode, compare, &request.questions, |table, packets| {
         let driver = drivers
             .iter_mut()
             .find(|driver| driver.family() == table.family())
@@ -154,13 +154,15 @@ pub(crate) fn live(
 fn answer(
     store: &Store,
     compiler: &Compiler,
+    pods: PodSource<'_>,
     mode: Mode,
     compare: bool,
     questions: &[Question],
     mut trace: impl FnMut(&ForwardingTable, &[Packet]) -> Result<Traces>,
 ) -> Result<Answers> {
+    let pods = Directory::new(pods, questions.iter().filter_map(Question::pod));
     let packet = |(i, question): (usize, &Question)| {
-        let packet = question.packet(compiler);
+        let packet = question.packet(compiler, &pods);
         match &question.name {
             Some(name) => packet.with_context(|| format!("packet {name}")),
             None if questions.len() > 1 => packet.with_context(|| format!("packet [{i}]")),

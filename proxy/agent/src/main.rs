@@ -22,6 +22,7 @@ mod flows;
 mod logging;
 mod metrics;
 mod offline;
+mod pods;
 mod questions;
 mod run;
 mod servers;

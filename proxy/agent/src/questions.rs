@@ -11,19 +11,21 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shunt_core::compile::Compiler;
 use shunt_core::explain::VerdictKind;
-use shunt_core::id::{IpFamily, NamespacedName, Protocol};
+use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::SourceClass;
 use shunt_core::walk::{Packet, source_class};
-use shunt_watch::Pods;
 
 use crate::cli::ExplainArgs;
+use crate::pods::{Directory, PodName};
 
 /// Who sends a packet.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Sender {
     /// Whoever has this address.
     Address(IpAddr),
+    /// A pod, from its address of the destination's family.
+    Pod(PodName),
     /// The node, from its primary address.
     Node,
     /// Somebody outside of the cluster.
@@ -83,13 +85,13 @@ struct Entry {
     expect: Option<Expect>,
 }
 
-/// The questions of a command line. `pods` are those whose names are known.
-pub(crate) fn of_arguments(args: &ExplainArgs, pods: Option<&Pods>) -> Result<Vec<Asked>> {
+/// The questions of a command line.
+pub(crate) fn of_arguments(args: &ExplainArgs) -> Result<Vec<Asked>> {
     if let Some(file) = &args.packets {
-        return of_file(file, pods);
+        return of_file(file);
     }
     let from = args.from.as_deref().unwrap_or_default();
-    let sender = sender(from, pods).context("--from")?;
+    let sender = sender(from).context("--from")?;
     ensure!(
         sender != Sender::Node || args.from_interface.is_none(),
         "--from-interface: packets of the node itself come in by no interface"
@@ -106,7 +108,7 @@ pub(crate) fn of_arguments(args: &ExplainArgs, pods: Option<&Pods>) -> Result<Ve
     Ok(vec![Asked { question, expect: None, modes: None }])
 }
 
-fn of_file(file: &Path, pods: Option<&Pods>) -> Result<Vec<Asked>> {
+fn of_file(file: &Path) -> Result<Vec<Asked>> {
     let mut text = String::new();
     if file == Path::new("-") {
         std::io::stdin().read_to_string(&mut text).context("--packets: standard input")?;
@@ -117,15 +119,15 @@ fn of_file(file: &Path, pods: Option<&Pods>) -> Result<Vec<Asked>> {
         .with_context(|| format!("--packets {}: want a JSON list of packets", file.display()))?;
     let of_entry = |(i, entry): (usize, Value)| {
         let name = entry["name"].as_str().map(|name| format!(" ({name:?})")).unwrap_or_default();
-        asked(entry, pods).with_context(|| format!("--packets {}: [{i}]{name}", file.display()))
+        asked(entry).with_context(|| format!("--packets {}: [{i}]{name}", file.display()))
     };
     entries.into_iter().enumerate().map(of_entry).collect()
 }
 
-fn asked(entry: Value, pods: Option<&Pods>) -> Result<Asked> {
+fn asked(entry: Value) -> Result<Asked> {
     let entry: Entry = serde_json::from_value(entry)?;
     let sender = match (&entry.src, entry.src_kind.as_deref()) {
-        (Some(src), _) => sender(src, pods).context("src")?,
+        (Some(src), _) => sender(src).context("src")?,
         (None, Some("node")) => Sender::Node,
         (None, Some("external")) => Sender::External,
         (None, _) => bail!("src: an address is missing"),
@@ -143,7 +145,7 @@ fn asked(entry: Value, pods: Option<&Pods>) -> Result<Asked> {
     })
 }
 
-fn sender(text: &str, pods: Option<&Pods>) -> Result<Sender> {
+fn sender(text: &str) -> Result<Sender> {
     match text {
         "node" => return Ok(Sender::Node),
         "external" => return Ok(Sender::External),
@@ -158,33 +160,7 @@ fn sender(text: &str, pods: Option<&Pods>) -> Result<Sender> {
     if let Ok(address) = pod.parse() {
         return Ok(Sender::Address(address));
     }
-    let Some(pods) = pods else {
-        bail!(
-            "pod {pod:?}: the running agent knows no names of pods: give pod/ADDRESS (`kubectl get pod -o wide` has it)"
-        );
-    };
-    let named = |name: &NamespacedName| match pod.split_once('/') {
-        Some((namespace, pod)) => *name.namespace == *namespace && *name.name == *pod,
-        None => *name.name == *pod,
-    };
-    let found: Vec<_> = pods.iter().filter(|(name, _)| named(name)).collect();
-    let [(name, addresses)] = found.as_slice() else {
-        let names: Vec<_> = found.iter().map(|(name, _)| format!("pod/{name}")).collect();
-        if names.is_empty() {
-            bail!(
-                "pod {pod:?}: no EndpointSlice (targetRef) and no Pod among the manifests has it: give pod/ADDRESS"
-            );
-        }
-        bail!("pod {pod:?}: which of {}?", names.join(", "));
-    };
-    let addresses: Vec<_> = addresses.iter().collect();
-    match addresses.as_slice() {
-        [address] => Ok(Sender::Address(**address)),
-        several => {
-            let several: Vec<_> = several.iter().map(|a| format!("pod/{a}")).collect();
-            bail!("pod {name} has several addresses: give one of {}", several.join(", "))
-        }
-    }
+    Ok(Sender::Pod(PodName::parse(pod)))
 }
 
 fn destination(text: &str) -> Result<(SocketAddr, Protocol)> {
@@ -199,8 +175,16 @@ fn destination(text: &str) -> Result<(SocketAddr, Protocol)> {
 }
 
 impl Question {
+    /// The pod that sends it, if it is named.
+    pub(crate) fn pod(&self) -> Option<&PodName> {
+        match &self.sender {
+            Sender::Pod(pod) => Some(pod),
+            _ => None,
+        }
+    }
+
     /// The packet that is meant, on the node that `compiler` compiles for.
-    pub(crate) fn packet(&self, compiler: &Compiler) -> Result<Packet> {
+    pub(crate) fn packet(&self, compiler: &Compiler, pods: &Directory<'_>) -> Result<Packet> {
         let destination = self.destination.ip();
         let mut packet = Packet {
             source: destination,
@@ -210,8 +194,9 @@ impl Question {
             protocol: self.protocol,
         };
         let family = IpFamily::of(destination);
-        packet.source = match self.sender {
-            Sender::Address(address) => address,
+        packet.source = match &self.sender {
+            Sender::Address(address) => *address,
+            Sender::Pod(pod) => pods.address(pod, family)?,
             Sender::Node => {
                 let node = &compiler.context().node_name;
                 compiler.context().primary_address(family).with_context(|| {

@@ -1,11 +1,15 @@
-//! `shunt explain`, as an operator or a pipeline calls it: offline, over the cases and the examples.
+//! `shunt explain`, as an operator or a pipeline calls it: offline, over the cases and the examples; and of
+//! a running agent that is asked for pods by name.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use shunt_harness::apiserver::ApiServer;
+use shunt_harness::lab::{Lab, require_kernel};
 
 const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 /// Exit status when something differs.
@@ -218,6 +222,125 @@ fn pods_have_names_and_interfaces_make_pods() -> Result<()> {
     ] {
         let (code, _, error) = ask(arguments)?;
         assert_eq!((code, error.contains(expected)), (Some(1), true), "{arguments:?}: {error}");
+    }
+    Ok(())
+}
+
+/// A slice of a Service of the same name; endpoints are an address and what it refers to.
+fn slice(namespace: &str, name: &str, family: &str, endpoints: &[(&str, Value)]) -> Value {
+    let endpoint = |(address, target): &(&str, Value)| json!({ "addresses": [address], "targetRef": target });
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{name}-{}", family.to_lowercase()), "namespace": namespace,
+            "labels": { "kubernetes.io/service-name": name },
+        },
+        "addressType": family,
+        "ports": [{ "name": "", "port": 8080 }],
+        "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+    })
+}
+
+fn pod(namespace: &str, name: &str) -> Value {
+    json!({ "kind": "Pod", "namespace": namespace, "name": name })
+}
+
+#[test]
+fn the_running_agent_knows_endpoints_by_the_names_of_their_pods() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = Lab::builder().node(["192.0.2.11".parse()?, "2001:db8::11".parse()?]).build()?;
+    let server = ApiServer::start_inside(lab.node())?;
+    server.put_all([
+        json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": { "name": "worker-1" },
+            "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.11" }] },
+        }),
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": "web", "namespace": "a" },
+            "spec": {
+                "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00::10"], "ports": [{ "port": 80 }],
+            },
+        }),
+        slice(
+            "a",
+            "web",
+            "IPv4",
+            &[
+                ("10.244.1.1", pod("a", "web-0")),
+                ("10.244.1.2", pod("a", "web-1")),
+                ("10.244.1.8", json!({ "kind": "Node", "name": "worker-2" })),
+                ("10.244.1.9", pod("c", "far")),
+            ],
+        ),
+        slice("a", "web", "IPv6", &[("fd00:244::1", pod("a", "web-0"))]),
+        // The same pod behind another Service; another pod of the same name; a pod that moved.
+        slice("a", "api", "IPv4", &[("10.244.1.1", pod("a", "web-0")), ("10.244.1.3", pod("a", "moved"))]),
+        slice("a", "old", "IPv4", &[("10.244.1.4", pod("a", "moved"))]),
+        slice("b", "web", "IPv4", &[("10.244.1.5", pod("b", "web-1"))]),
+    ]);
+    let folder = tempfile::tempdir()?;
+    let (kubeconfig, socket) = (folder.path().join("kubeconfig"), folder.path().join("shunt.sock"));
+    std::fs::write(&kubeconfig, server.kubeconfig())?;
+    let mut command = Command::new(SHUNT);
+    command.args(["run", "--node", "worker-1", "--cluster-cidr", "10.244.0.0/16,fd00:244::/64"]);
+    command.arg("--kubeconfig").arg(&kubeconfig).arg("--admin-socket").arg(&socket);
+    let agent = lab.node().spawn(&command)?;
+    let socket = socket.to_str().context("path")?;
+    let ask = |from: &str, to: &str| texts(explain(&["--admin-socket", socket, "--from", from, "--to", to])?);
+    let (vip, vip6) = ("10.96.0.10:80", "[fd00::10]:80");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while ask("node", vip)?.0 != Some(0) {
+        ensure!(Instant::now() < deadline, "does not answer: {agent}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    for (from, to, address) in [
+        ("pod/web-0", vip, "10.244.1.1"),
+        ("pod/a/web-0", vip, "10.244.1.1"),
+        ("pod/web-0", vip6, "fd00:244::1"),
+        ("pod/a/web-1", vip, "10.244.1.2"),
+        ("pod/b/web-1", vip, "10.244.1.5"),
+    ] {
+        let (code, text, error) = ask(from, to)?;
+        assert_eq!((code, error.as_str()), (Some(0), ""), "{from}");
+        assert!(text.starts_with(&format!("{address} -> {to}/tcp: forward")), "{from}: {text}");
+        assert!(text.contains("a pod: inside"), "{from}: {text}");
+    }
+    let unknown =
+        "no endpoint of a Service is this pod, and the running agent knows no other pods: give pod/ADDRESS";
+    for (from, to, expected) in [
+        ("pod/web-1", vip, "pod \"web-1\": which of pod/a/web-1, pod/b/web-1?"),
+        (
+            "pod/moved",
+            vip,
+            "pod a/moved has several IPv4 addresses: give one of pod/10.244.1.3, pod/10.244.1.4",
+        ),
+        ("pod/a/web-1", vip6, "pod a/web-1 has no IPv6 address that is known, but pod/10.244.1.2"),
+        ("pod/nobody", vip, &format!("pod \"nobody\": {unknown}")),
+        ("pod/b/web-0", vip, &format!("pod \"b/web-0\": {unknown}")),
+        ("pod/worker-2", vip, unknown),
+        ("pod/far", vip, unknown),
+    ] {
+        let (code, _, error) = ask(from, to)?;
+        assert_eq!((code, error.contains(expected)), (Some(1), true), "{from}: {error}");
+    }
+
+    // Many at once; and the name follows the pod.
+    server.put(slice("a", "old", "IPv4", &[("10.244.1.3", pod("a", "moved"))]));
+    while ask("pod/moved", vip)?.0 != Some(0) {
+        ensure!(Instant::now() < deadline, "does not follow: {agent}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let packets = ["pod/web-0", "pod/moved", "10.244.1.7"]
+        .map(|src| json!({ "name": src, "src": src, "dst": "10.96.0.10", "dport": 80 }));
+    let file = folder.path().join("packets.json");
+    std::fs::write(&file, json!(packets).to_string())?;
+    let file = file.to_str().context("path")?;
+    let (code, text, error) = texts(explain(&["--admin-socket", socket, "--packets", file])?)?;
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+    for line in ["10.244.1.1 -> ", "10.244.1.3 -> ", "10.244.1.7 -> "] {
+        assert!(text.contains(&format!("\n{line}")), "{text}");
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! `EndpointSlice`s as the compiler needs them.
 
+use std::hash::{DefaultHasher, Hasher as _};
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use crate::id::{IpFamily, NamespacedName, Protocol};
@@ -32,6 +34,22 @@ pub struct Hints {
     pub nodes: Vec<Arc<str>>,
 }
 
+/// A pod's name, as 64 bits of a hash: enough to find the pod again by its name, at a fraction of the
+/// memory. The namespace is that of the slice and not part of it.
+///
+/// Holds within one process: another may hash in another way.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PodHash(NonZeroU64);
+
+impl PodHash {
+    /// The hash of a name.
+    pub fn of(name: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(name.as_bytes());
+        Self(NonZeroU64::new(hasher.finish()).unwrap_or(NonZeroU64::MIN))
+    }
+}
+
 /// One endpoint of a slice. Only the first address of the API object counts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Endpoint {
@@ -45,6 +63,9 @@ pub struct Endpoint {
     pub zone: Option<Arc<str>>,
     /// Topology hints; `None` when it has none at all.
     pub hints: Option<Arc<Hints>>,
+    /// The pod behind it (`targetRef` of kind Pod in the slice's namespace). For people who ask for pods by
+    /// name: it has no say in what becomes of packets.
+    pub pod: Option<PodHash>,
 }
 
 /// A port that all endpoints of a slice share.

@@ -4,11 +4,12 @@
 //! proportional to the change.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::endpoint::EndpointSlice;
+use crate::endpoint::{EndpointSlice, PodHash};
 use crate::id::NamespacedName;
 use crate::node::Node;
 use crate::service::Service;
@@ -148,6 +149,24 @@ impl Store {
     /// All slices, by Service and name.
     pub fn all_slices(&self) -> impl Iterator<Item = &Arc<EndpointSlice>> {
         self.slices.values().flat_map(BTreeMap::values)
+    }
+
+    /// Addresses of the endpoints that are these pods, by the pod's hash and namespace. Looks at every
+    /// endpoint: this is for people who ask.
+    pub fn pods(&self, wanted: &BTreeSet<PodHash>) -> BTreeMap<(PodHash, Arc<str>), BTreeSet<IpAddr>> {
+        let mut found: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        if wanted.is_empty() {
+            return found;
+        }
+        for slice in self.all_slices() {
+            for endpoint in &slice.endpoints {
+                if let Some(pod) = endpoint.pod.filter(|pod| wanted.contains(pod)) {
+                    let key = (pod, slice.name.namespace.clone());
+                    found.entry(key).or_default().insert(endpoint.address);
+                }
+            }
+        }
+        found
     }
 
     /// This node's own Node object, once known.

@@ -269,6 +269,20 @@ pub(crate) struct Endpoint<'a> {
     pub(crate) zone: Option<Text<'a>>,
     #[serde(borrow, deserialize_with = "nullable")]
     pub(crate) hints: Hints<'a>,
+    #[serde(borrow, deserialize_with = "nullable")]
+    pub(crate) target_ref: TargetRef<'a>,
+}
+
+/// What an endpoint is.
+#[derive(Deserialize, Default, Debug)]
+#[serde(default)]
+pub(crate) struct TargetRef<'a> {
+    #[serde(borrow, deserialize_with = "nullable")]
+    pub(crate) kind: Text<'a>,
+    #[serde(borrow, deserialize_with = "nullable")]
+    pub(crate) namespace: Text<'a>,
+    #[serde(borrow, deserialize_with = "nullable")]
+    pub(crate) name: Text<'a>,
 }
 
 /// Conditions of an endpoint.

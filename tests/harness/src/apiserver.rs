@@ -23,6 +23,7 @@
 //! objects, `http.rs` answers requests.
 
 mod http;
+mod inside;
 // Tests want to be told at once that they put nonsense in.
 #[allow(clippy::panic)]
 mod store;
@@ -38,6 +39,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+pub use inside::ApiServerInside;
 use store::Store;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 

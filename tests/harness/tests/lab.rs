@@ -39,14 +39,19 @@ fn describe() -> LabBuilder {
 fn lab() -> Lab {
     let lab = describe().build().expect("lab");
     for namespace in lab.namespaces() {
-        namespace.serve_ports([80]).expect("serve");
+        serve(namespace);
     }
     lab
 }
 
+fn serve(namespace: &Namespace) {
+    namespace.serve_ports([80]).expect("serve");
+    namespace.serve(["0.0.0.0", "::"].map(|any| (Proto::Sctp, at(any, 80)))).expect("serve");
+}
+
 /// Probes `to` from `from` and expects `pod` to answer, and to see the source address as it was sent.
 fn reaches(from: &Namespace, source: &str, to: &str, pod: &str) {
-    for proto in [Proto::Tcp, Proto::Udp] {
+    for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
         let probe = Probe::new(proto, at(to, 80)).from(ip(source));
         let outcome = from.probe(probe.clone()).expect("probe");
         let answer = outcome.answer().unwrap_or_else(|| panic!("{probe} in {}: {outcome}", from.name()));
@@ -137,9 +142,12 @@ fn refusal_and_silence_differ() {
             let ask = |proto, port| from.probe(Probe::new(proto, at(pod, port))).unwrap();
             assert_eq!(ask(Proto::Tcp, 79), Outcome::Refused { errno: Errno::ECONNREFUSED, icmp: None });
             assert_eq!(ask(Proto::Tcp, 83), Outcome::Refused { errno: Errno::ECONNREFUSED, icmp: None });
-            for (proto, port, (kind, code)) in
-                [(Proto::Udp, 79, closed), (Proto::Udp, 82, prohibited), (Proto::Tcp, 82, prohibited)]
-            {
+            for (proto, port, (kind, code)) in [
+                (Proto::Udp, 79, closed),
+                (Proto::Udp, 82, prohibited),
+                (Proto::Tcp, 82, prohibited),
+                (Proto::Sctp, 82, prohibited),
+            ] {
                 let outcome = ask(proto, port);
                 let Outcome::Refused { errno, icmp: Some(icmp) } = &outcome else {
                     panic!("{} {proto} {pod} {port}: {outcome}", from.name());
@@ -152,7 +160,7 @@ fn refusal_and_silence_differ() {
                 };
                 assert_eq!(*errno, expected, "{proto} {port}");
             }
-            for proto in [Proto::Tcp, Proto::Udp] {
+            for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
                 assert_eq!(from.probe(Probe::new(proto, at(pod, 81))).unwrap(), Outcome::Timeout);
             }
         }
@@ -171,8 +179,8 @@ fn masquerading_shows() {
         .nft(
             "table inet t {
                chain d { type nat hook prerouting priority -100;
-                 ip daddr 172.30.0.1 tcp dport 443 dnat ip to 10.180.0.1:80
-                 ip6 daddr fd00:172:30::1 tcp dport 443 dnat ip6 to [fd00:10:180::1]:80
+                 ip daddr 172.30.0.1 meta l4proto { tcp, sctp } th dport 443 dnat ip to 10.180.0.1:80
+                 ip6 daddr fd00:172:30::1 meta l4proto { tcp, sctp } th dport 443 dnat ip6 to [fd00:10:180::1]:80
                }
                chain s { type nat hook postrouting priority 100; masquerade; }
              }",
@@ -180,9 +188,11 @@ fn masquerading_shows() {
         .unwrap();
     for (service, pod, node) in [("172.30.0.1", POD_A[0], NODE[0]), ("fd00:172:30::1", POD_A[1], NODE[2])] {
         for from in [lab.client(), lab.pod("pod-b").unwrap(), lab.pod("pod-a").unwrap()] {
-            let outcome = from.probe(Probe::tcp(at(service, 443))).unwrap();
-            let answer = outcome.answer().unwrap_or_else(|| panic!("{service}: {outcome}"));
-            assert_eq!((answer.local, answer.peer.ip()), (at(pod, 80), ip(node)), "{}", from.name());
+            for proto in [Proto::Tcp, Proto::Sctp] {
+                let outcome = from.probe(Probe::new(proto, at(service, 443))).unwrap();
+                let answer = outcome.answer().unwrap_or_else(|| panic!("{service} {proto}: {outcome}"));
+                assert_eq!((answer.local, answer.peer.ip()), (at(pod, 80), ip(node)), "{}", from.name());
+            }
         }
     }
 }
@@ -223,7 +233,7 @@ fn topology_changes_while_running() {
     let mut lab = lab();
     let new = at("10.180.0.9", 80);
     assert!(lab.client().probe(Probe::tcp(new)).unwrap().is_timeout());
-    lab.add_pod("pod-new", &[new.ip(), ip("fd00:10:180::9")]).unwrap().serve_ports([80]).unwrap();
+    serve(lab.add_pod("pod-new", &[new.ip(), ip("fd00:10:180::9")]).unwrap());
     reaches(lab.client(), CLIENT[0], "10.180.0.9", "pod-new");
     reaches(lab.node(), NODE[2], "fd00:10:180::9", "pod-new");
     lab.pod("pod-new").unwrap().stop_serving(Proto::Tcp, at("0.0.0.0", 80)).unwrap();

@@ -192,6 +192,7 @@ fn endpoint(family: IpFamily) -> impl Strategy<Value = Endpoint> {
         node,
         zone: None,
         hints,
+        pod: None,
     })
 }
 

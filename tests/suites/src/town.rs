@@ -73,7 +73,7 @@ impl Town {
         let town = Self { lab, node_ips: case.node_ips.clone(), homes };
         for (address, ports) in ports {
             let servers = ports.into_iter().flat_map(|port| {
-                [Proto::Tcp, Proto::Udp].map(|proto| (proto, SocketAddr::new(address, port)))
+                [Proto::Tcp, Proto::Udp, Proto::Sctp].map(|proto| (proto, SocketAddr::new(address, port)))
             });
             town.home(address)?.serve(servers)?;
         }
@@ -88,21 +88,18 @@ impl Town {
         }
     }
 
-    /// Why a packet cannot be sent in earnest, if so.
-    pub fn cannot_send(packet: &CasePacket) -> Option<&'static str> {
-        if packet.packet.protocol == Protocol::Sctp {
-            return Some("the lab has no SCTP sockets");
-        }
-        (packet.source_kind == SourceKind::Loopback).then_some("no case needs loopback yet")
-    }
-
     /// Sends a packet until it is clear what becomes of it; an error says what is not as expected. With
     /// `affinity`, all go to one and the same of the endpoints.
     pub fn send(&self, packet: &CasePacket, affinity: bool) -> Result<()> {
         let (source, destination) = (packet.packet.source, packet.packet.destination);
-        let on_node = matches!(packet.source_kind, SourceKind::Node | SourceKind::LbVip);
+        let on_node =
+            matches!(packet.source_kind, SourceKind::Node | SourceKind::LbVip | SourceKind::Loopback);
         let namespace = if on_node { self.lab.node() } else { self.home(source)? };
-        let proto = if packet.packet.protocol == Protocol::Udp { Proto::Udp } else { Proto::Tcp };
+        let proto = match packet.packet.protocol {
+            Protocol::Tcp => Proto::Tcp,
+            Protocol::Udp => Proto::Udp,
+            Protocol::Sctp => Proto::Sctp,
+        };
         let to = SocketAddr::new(destination, packet.packet.port);
         let probe = Probe::new(proto, to).from(source);
         match &packet.expect {

@@ -286,6 +286,7 @@ impl<M: ModeUnderTest> Street<M> {
                 node: Some(Arc::from(if *n < REMOTE_FROM { NODE } else { "elsewhere" })),
                 zone: None,
                 hints: None,
+                pod: None,
             });
             let port = |name: &str, port| EndpointPort { name: name.into(), protocol: Protocol::Tcp, port };
             self.cluster.step(&Step::Event(Event::Slice(EndpointSlice {
@@ -506,6 +507,7 @@ fn a_changed_endpoint_is_a_handful_of_operations<M: ModeUnderTest>() {
                     node: Some(NODE.into()),
                     zone: None,
                     hints: None,
+                    pod: None,
                 })
                 .collect(),
             last_change_trigger: None,

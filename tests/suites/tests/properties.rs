@@ -310,6 +310,7 @@ fn one_endpoint_costs_the_same_in_any_cluster<M: ModeUnderTest>() {
                     node: (n % 2 == 0).then(|| NODE.into()),
                     zone: None,
                     hints: None,
+                    pod: None,
                 })
                 .collect(),
             last_change_trigger: None,

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::compile::Context;
-use crate::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice, Hints};
+use crate::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice, Hints, PodHash};
 use crate::id::Protocol;
 use crate::node::{Config, Node};
 use crate::service::{Service, ServicePort};
@@ -47,6 +47,7 @@ fn endpoint(last: u8, conditions: Conditions) -> Endpoint {
         node: Some(node.into()),
         zone: None,
         hints: None,
+        pod: None,
     }
 }
 
@@ -54,6 +55,17 @@ fn hinted(last: u8, zones: &[&str], nodes: &[&str]) -> Endpoint {
     let names = |list: &[&str]| list.iter().map(|n| Arc::from(*n)).collect();
     let hints = Hints { zones: names(zones), nodes: names(nodes) };
     Endpoint { hints: Some(Arc::new(hints)), ..endpoint(last, READY) }
+}
+
+fn slice(endpoints: Vec<Endpoint>) -> Event {
+    Event::Slice(EndpointSlice {
+        name: NamespacedName::new("demo", "web-1"),
+        service: NamespacedName::new("demo", "web"),
+        family: IpFamily::V4,
+        ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
+        endpoints,
+        last_change_trigger: None,
+    })
 }
 
 struct World {
@@ -84,14 +96,7 @@ impl World {
         for service in &self.services {
             store.apply(Event::Service(service.clone()));
         }
-        store.apply(Event::Slice(EndpointSlice {
-            name: NamespacedName::new("demo", "web-1"),
-            service: NamespacedName::new("demo", "web"),
-            family: IpFamily::V4,
-            ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
-            endpoints: self.endpoints.clone(),
-            last_change_trigger: None,
-        }));
+        store.apply(slice(self.endpoints.clone()));
         store.apply(Event::Node(Node {
             name: "worker-1".into(),
             zone: Some("zone-a".into()),
@@ -329,4 +334,26 @@ fn who_claims_a_frontend_in_vain_is_named() {
 fn affinity_is_mentioned() {
     let world = World::new(vec![endpoint(1, READY)]).with(|s| s.affinity = Some(Duration::from_hours(3)));
     assert!(world.explain(POD, "10.96.0.10:80").to_string().contains("in the last 10800 s"));
+}
+
+#[test]
+fn which_pod_an_endpoint_is_has_no_say() {
+    let named = |pods: [&str; 2]| {
+        let endpoints = (1..).zip(pods);
+        let named = |(last, pod)| Endpoint { pod: Some(PodHash::of(pod)), ..endpoint(last, READY) };
+        slice(endpoints.map(named).collect())
+    };
+    let mut store = Store::default();
+    store.apply(Event::Service(service()));
+    store.apply(named(["web-0", "web-1"]));
+    let mut compiler = Compiler::full(Context::new("worker-1", Config::default()), &store);
+    let dirty = store.apply(named(["web-0", "web-2"]));
+    let changes = compiler.update(&store, &dirty);
+    assert!(changes.iter().all(crate::table::Change::is_empty), "{changes:?}");
+
+    let [gone, new] = ["web-1", "web-2"].map(PodHash::of);
+    let found = store.pods(&[gone, new].into());
+    let expected = ((new, Arc::from("demo")), [IpAddr::from([10, 244, 0, 2])].into());
+    assert_eq!(found, [expected].into());
+    assert_eq!(size_of::<Endpoint>(), 72, "every endpoint of the cluster is kept");
 }

@@ -64,6 +64,7 @@ fn slice(service: &str, endpoints: &[(&str, Conditions)]) -> EndpointSlice {
                 node: None,
                 zone: None,
                 hints: None,
+                pod: None,
             })
             .collect(),
         last_change_trigger: None,

@@ -1,6 +1,6 @@
 //! `EndpointSlice`s.
 
-use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice, Hints};
+use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice, Hints, PodHash};
 use shunt_core::id::{IpFamily, NamespacedName};
 use shunt_core::store::Event;
 
@@ -35,10 +35,10 @@ impl Converter {
             time(trigger, "metadata.annotations[endpoints.kubernetes.io/last-change-trigger-time]", report);
         Event::Slice(EndpointSlice {
             service: NamespacedName { namespace: name.namespace.clone(), name: self.interner.text(service) },
+            ports: self.endpoint_ports(object, report),
+            endpoints: self.endpoints(object, &name.namespace, family, report),
             name,
             family,
-            ports: self.endpoint_ports(object, report),
-            endpoints: self.endpoints(object, family, report),
             last_change_trigger: trigger.map(jiff::Timestamp::as_millisecond),
         })
     }
@@ -68,6 +68,7 @@ impl Converter {
     fn endpoints(
         &mut self,
         object: &wire::Slice<'_>,
+        namespace: &str,
         family: IpFamily,
         report: &mut Report,
     ) -> Vec<Endpoint> {
@@ -97,6 +98,7 @@ impl Converter {
                 node: self.named(endpoint.node_name.as_ref()),
                 zone: self.named(endpoint.zone.as_ref()),
                 hints: self.hints(&endpoint.hints),
+                pod: pod(&endpoint.target_ref, namespace),
             });
         }
         endpoints
@@ -113,4 +115,10 @@ impl Converter {
         let hints = Hints { zones: names(&hints.for_zones), nodes: names(&hints.for_nodes) };
         (hints != Hints::default()).then(|| self.interner.hints(hints))
     }
+}
+
+/// The pod that is referred to, unless it is in another namespace than the slice: no controller writes that.
+fn pod(target: &wire::TargetRef<'_>, namespace: &str) -> Option<PodHash> {
+    let here = target.namespace.is_empty() || *target.namespace == *namespace;
+    (&*target.kind == "Pod" && here && !target.name.is_empty()).then(|| PodHash::of(&target.name))
 }

@@ -2,7 +2,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use shunt_core::endpoint::{Conditions, EndpointSlice};
+use shunt_core::endpoint::{Conditions, EndpointSlice, PodHash};
 use shunt_core::id::{IpFamily, NamespacedName, Protocol};
 use shunt_core::node::Node;
 use shunt_core::service::{Service, TrafficPolicy};
@@ -313,6 +313,32 @@ fn a_full_slice_comes_through() {
     assert_eq!((&*hints.zones[0], &*hints.nodes[0]), ("z1", "n1"));
     assert!(Arc::ptr_eq(hints, second.hints.as_ref().unwrap()), "equal hints are kept once");
     assert_eq!((&third.node, &third.zone, &third.hints), (&None, &None, &None));
+}
+
+#[test]
+fn endpoints_remember_which_pod_they_are() {
+    for (target, expected) in [
+        (json!({"kind": "Pod", "namespace": "ns", "name": "web-0", "uid": "x"}), Some("web-0")),
+        (json!({"kind": "Pod", "name": "web-0"}), Some("web-0")),
+        (json!({"kind": "Pod", "namespace": "other", "name": "web-0"}), None),
+        (json!({"kind": "Pod", "namespace": "ns", "name": ""}), None),
+        (json!({"kind": "Pod", "namespace": "ns"}), None),
+        (json!({"kind": "Node", "namespace": "ns", "name": "web-0"}), None),
+        (json!({"name": "web-0"}), None),
+        (json!(null), None),
+    ] {
+        let endpoints =
+            json!([{"addresses": ["10.0.0.1"], "targetRef": target}, {"addresses": ["10.0.0.2"]}]);
+        let pods: Vec<_> = slice(&json!({"endpoints": endpoints})).endpoints.iter().map(|e| e.pod).collect();
+        assert_eq!(pods, [expected.map(PodHash::of), None], "{target}");
+    }
+    // An endpoint stays one, whatever it says of its pod.
+    let odd = json!([{"addresses": ["10.0.0.1"], "targetRef": 5},
+        {"addresses": ["10.0.0.2"], "targetRef": {"kind": "Pod", "name": 7}}]);
+    let (odd, problems) = slice_and_problems(&json!({"endpoints": odd}));
+    assert_eq!(odd.endpoints.iter().map(|e| e.pod).collect::<Vec<_>>(), [None, None]);
+    assert_eq!(problems.len(), 2, "{problems:#?}");
+    assert!(problems[0].starts_with("EndpointSlice ns/a: endpoints[0].targetRef: "), "{problems:#?}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Servers inside a namespace which say who they are and whom they see.
 //!
-//! A UDP datagram, or a line over TCP, is answered with `pod=<name> local=<address:port> peer=<address:port>`.
+//! A UDP datagram, a line over TCP, or an SCTP INIT is answered with `pod=<name> local=<address:port> peer=<address:port>`.
 //! The TCP line `echo` turns the connection into one that returns every byte.
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,16 +22,30 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
 
-use super::lock;
 use super::namespace::Namespace;
+use super::{lock, sctp};
 
-/// A transport protocol which the lab can speak. (SCTP is missing: no safe crate offers its sockets.)
+/// A transport protocol which the lab can speak.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Proto {
     /// TCP.
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP: one packet each way, over raw sockets. Ports that are not served are silent.
+    Sctp,
+}
+
+impl Proto {
+    /// A socket of the calling thread's namespace that can reach, or listen on, such an address.
+    pub(super) fn socket(self, address: SocketAddr) -> io::Result<Socket> {
+        let (kind, protocol) = match self {
+            Self::Tcp => (Type::STREAM, None),
+            Self::Udp => (Type::DGRAM, None),
+            Self::Sctp => (Type::RAW, Some(sctp::PROTOCOL.into())),
+        };
+        Socket::new(Domain::for_address(address), kind, protocol)
+    }
 }
 
 impl fmt::Display for Proto {
@@ -39,6 +53,7 @@ impl fmt::Display for Proto {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }
@@ -153,12 +168,10 @@ async fn serve(mut requests: UnboundedReceiver<Request>, names: Arc<Names>) {
 }
 
 fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<AbortHandle> {
-    let kind = match proto {
-        Proto::Tcp => Type::STREAM,
-        Proto::Udp => Type::DGRAM,
-    };
-    let socket = Socket::new(Domain::for_address(address), kind.nonblocking(), None)?;
-    if address.is_ipv6() {
+    let socket = proto.socket(address)?;
+    socket.set_nonblocking(true)?;
+    // A raw socket is of one family anyway, and the kernel takes no such wish for it.
+    if address.is_ipv6() && proto != Proto::Sctp {
         socket.set_only_v6(true)?;
     }
     let names = Arc::clone(names);
@@ -170,16 +183,17 @@ fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<AbortHa
             let listener = TcpListener::from_std(socket.into())?;
             tokio::spawn(accept(listener, names)).abort_handle()
         }
-        Proto::Udp => {
+        Proto::Udp | Proto::Sctp => {
             // Says on which address a datagram arrived: the answer must come from there.
             if address.is_ipv4() {
                 setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
             } else {
                 setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
             }
-            socket.bind(&address.into())?;
+            let port = if proto == Proto::Udp { address.port() } else { 0 };
+            socket.bind(&SocketAddr::new(address.ip(), port).into())?;
             let socket = UdpSocket::from_std(socket.into())?;
-            tokio::spawn(answer_datagrams(socket, address.port(), names)).abort_handle()
+            tokio::spawn(answer_datagrams(socket, proto, address.port(), names)).abort_handle()
         }
     })
 }
@@ -211,17 +225,18 @@ async fn converse(stream: TcpStream, peer: SocketAddr, names: &Names) -> io::Res
     Ok(())
 }
 
-async fn answer_datagrams(socket: UdpSocket, port: u16, names: Arc<Names>) {
+/// Of a raw socket, too: tokio asks nothing of a UDP socket that it cannot do.
+async fn answer_datagrams(socket: UdpSocket, proto: Proto, port: u16, names: Arc<Names>) {
     loop {
         if socket.readable().await.is_err() {
             return;
         }
         // An earlier answer's ICMP error may show up here; it concerns nobody.
-        drop(socket.try_io(Interest::READABLE, || answer_datagram(&socket, port, &names)));
+        drop(socket.try_io(Interest::READABLE, || answer_datagram(&socket, proto, port, &names)));
     }
 }
 
-fn answer_datagram(socket: &UdpSocket, port: u16, names: &Names) -> io::Result<()> {
+fn answer_datagram(socket: &UdpSocket, proto: Proto, port: u16, names: &Names) -> io::Result<()> {
     let mut payload = [0; 2048];
     let mut buffer = [IoSliceMut::new(&mut payload)];
     let mut space = nix::cmsg_space!(in6_pktinfo, in_pktinfo);
@@ -238,9 +253,17 @@ fn answer_datagram(socket: &UdpSocket, port: u16, names: &Names) -> io::Result<(
         _ => None,
     });
     let local = local.ok_or(io::ErrorKind::InvalidData)?;
+    let length = received.bytes;
 
-    let line = names.line(SocketAddr::new(local, port), peer);
-    let buffer = [IoSlice::new(line.as_bytes())];
+    let answer = if proto == Proto::Sctp {
+        // A raw socket sees packets to all ports.
+        let init = sctp::Init::parse(sctp::payload(&payload[..length], local.is_ipv4()));
+        let Some(init) = init.filter(|init| init.to == port) else { return Ok(()) };
+        init.answer(&names.line(SocketAddr::new(local, port), SocketAddr::new(peer.ip(), init.from)))
+    } else {
+        names.line(SocketAddr::new(local, port), peer).into_bytes()
+    };
+    let buffer = [IoSlice::new(&answer)];
     let to = Some(SockaddrStorage::from(peer));
     // Interface 0: whichever the route says.
     match local {

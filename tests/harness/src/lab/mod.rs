@@ -23,6 +23,7 @@ mod load;
 mod namespace;
 mod netlink;
 mod probe;
+mod sctp;
 mod topology;
 
 use std::sync::OnceLock;

@@ -10,13 +10,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
-use socket2::{Domain, Socket, Type};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recv, recvmsg, setsockopt, sockopt};
+use socket2::Socket;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{TcpStream, UdpSocket};
 
 use super::echo::{Proto, parse_line};
 use super::namespace::Namespace;
+use super::sctp;
 
 /// How long a probe waits unless told otherwise. Everything in a lab is on one machine; what has not come by then
 /// was dropped.
@@ -49,6 +50,11 @@ impl Probe {
     /// A UDP datagram each way.
     pub fn udp(dst: SocketAddr) -> Self {
         Self::new(Proto::Udp, dst)
+    }
+
+    /// The first packet of an SCTP association, and the answer.
+    pub fn sctp(dst: SocketAddr) -> Self {
+        Self::new(Proto::Sctp, dst)
     }
 
     /// A question over `proto` to `dst`.
@@ -205,11 +211,7 @@ impl Namespace {
 
 /// Makes a socket of the calling thread's namespace, bound as the probe wants it, not connected.
 pub(super) fn bind(probe: &Probe) -> Result<Socket> {
-    let kind = match probe.proto {
-        Proto::Tcp => Type::STREAM,
-        Proto::Udp => Type::DGRAM,
-    };
-    let socket = Socket::new(Domain::for_address(probe.dst), kind, None).context("socket")?;
+    let socket = probe.proto.socket(probe.dst).context("socket")?;
     // Otherwise the kernel reports only some ICMP errors, some of them late, and not whence they came.
     if probe.dst.is_ipv4() {
         setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
@@ -218,7 +220,9 @@ pub(super) fn bind(probe: &Probe) -> Result<Socket> {
     }
     if probe.src.is_some() || probe.src_port != 0 {
         let any: IpAddr = if probe.dst.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
-        let source = SocketAddr::new(probe.src.unwrap_or(any), probe.src_port);
+        // The ports of raw sockets are in what they send.
+        let port = if probe.proto == Proto::Sctp { 0 } else { probe.src_port };
+        let source = SocketAddr::new(probe.src.unwrap_or(any), port);
         if probe.foreign && source.is_ipv4() {
             socket.set_ip_transparent_v4(true)?;
         } else if probe.foreign {
@@ -243,6 +247,7 @@ pub(super) async fn ask(probe: &Probe) -> Result<Outcome> {
         match probe.proto {
             Proto::Tcp => ask_tcp(socket, probe.dst).await,
             Proto::Udp => ask_udp(socket, probe.dst).await,
+            Proto::Sctp => ask_sctp(socket, probe).await,
         }
     };
     match tokio::time::timeout(probe.timeout, conversation).await {
@@ -280,15 +285,37 @@ async fn ask_tcp(socket: Socket, dst: SocketAddr) -> io::Result<String> {
 async fn ask_udp(socket: Socket, dst: SocketAddr) -> io::Result<String> {
     socket.connect(&dst.into())?;
     let socket = UdpSocket::from_std(socket.into())?;
-    match socket.send(b"who\n").await {
-        // The sender's own output hook dropped it. If it was rejected, the ICMP error is waiting; if not, nothing
-        // will come, as with any other drop.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
-        sent => drop(sent?),
-    }
+    send(&socket, b"who\n").await?;
     let mut buffer = [0; 2048];
     let length = socket.recv(&mut buffer).await?;
     Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+async fn ask_sctp(socket: Socket, probe: &Probe) -> io::Result<String> {
+    let init = sctp::Init::new(probe.src_port, probe.dst.port());
+    // Only what comes from there is received then.
+    socket.connect(&SocketAddr::new(probe.dst.ip(), 0).into())?;
+    // Of a UDP socket tokio uses nothing that a raw one lacks.
+    let socket = UdpSocket::from_std(socket.into())?;
+    send(&socket, &init.packet()).await?;
+    let mut buffer = [0; 2048];
+    loop {
+        let interest = Interest::READABLE | Interest::ERROR;
+        let receive = || Ok(recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?);
+        let length = socket.async_io(interest, receive).await?;
+        if let Some(line) = init.line_of(sctp::payload(&buffer[..length], probe.dst.is_ipv4())) {
+            return Ok(line);
+        }
+    }
+}
+
+async fn send(socket: &UdpSocket, packet: &[u8]) -> io::Result<()> {
+    match socket.send(packet).await {
+        // The sender's own output hook dropped it. If it was rejected, the ICMP error is waiting; if not, nothing
+        // will come, as with any other drop.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
+        sent => sent.map(drop),
+    }
 }
 
 /// The ICMP error in a socket's error queue.
