@@ -129,6 +129,7 @@ fn trial(family: IpFamily) -> Compiler {
                     node: Some("trial".into()),
                     zone: None,
                     hints: None,
+                    pod: None,
                 })
                 .collect(),
             last_change_trigger: None,

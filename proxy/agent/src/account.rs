@@ -20,6 +20,8 @@ use crate::metrics::{self, Metrics};
 
 /// How soon ports that could not be opened are tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// Least time between two counts of the kernel's tables.
+const USAGE: Duration = Duration::from_secs(10);
 
 /// What is told of one family.
 struct Family {
@@ -28,10 +30,13 @@ struct Family {
     triggers: BTreeMap<NamespacedName, i64>,
     /// Services with ports that have no local endpoints; others are left out.
     no_local: BTreeMap<NamespacedName, [usize; 2]>,
+    no_local_sum: [usize; 2],
     checks: BTreeMap<NamespacedName, HealthCheck>,
     /// Where the checks are served.
     addresses: BTreeSet<IpAddr>,
     servers: ServiceHealth,
+    /// When the kernel's tables were counted last: that walks them.
+    usage_at: Option<Instant>,
     /// Something about the checks changed.
     dirty: bool,
     /// Ports that could not be opened: it is said once.
@@ -85,6 +90,8 @@ impl Account {
         let families = IpFamily::ALL.map(|_| Family {
             triggers: BTreeMap::new(),
             no_local: BTreeMap::new(),
+            no_local_sum: [0, 0],
+            usage_at: None,
             checks: BTreeMap::new(),
             addresses: BTreeSet::new(),
             servers: ServiceHealth::new(health.clone()),
@@ -134,10 +141,14 @@ impl Account {
             let table = compiler.table(of);
             let mut one = |name: &NamespacedName| {
                 let ports = table.service(name).map_or([0, 0], |s| ports_without_local_endpoints(s));
-                if ports == [0, 0] {
-                    family.no_local.remove(name);
-                } else {
-                    family.no_local.insert(name.clone(), ports);
+                let before = match ports {
+                    [0, 0] => family.no_local.remove(name),
+                    _ => family.no_local.insert(name.clone(), ports),
+                };
+                for ((sum, now), before) in
+                    family.no_local_sum.iter_mut().zip(ports).zip(before.unwrap_or_default())
+                {
+                    *sum = *sum + now - before;
                 }
                 let check = health_check(store, name, of, &self.node_name);
                 let before = match check {
@@ -158,11 +169,8 @@ impl Account {
             family.dirty |= addresses != family.addresses;
             family.addresses = addresses;
             self.metrics.services(of, table.len());
-            let sum = |i: usize| {
-                let sum: usize = family.no_local.values().map(|ports| ports[i]).sum();
-                i64::try_from(sum).unwrap_or(i64::MAX)
-            };
-            self.metrics.no_local_endpoints(of, [sum(0), sum(1)]);
+            let sum = family.no_local_sum.map(|n| i64::try_from(n).unwrap_or(i64::MAX));
+            self.metrics.no_local_endpoints(of, sum);
         }
         self.health.node(store.node().is_some_and(|node| node.eligible));
     }
@@ -176,14 +184,18 @@ impl Account {
     }
 
     /// A family's kernel was brought up to date.
-    pub(crate) fn synced(&mut self, driver: &dyn Driver, full: bool, report: &Report) {
+    pub(crate) fn synced(&mut self, driver: &dyn Driver, full: bool, report: &Report, now: Instant) {
         let of = driver.family();
         self.health.updated(of);
         self.metrics.synced(of, full, report);
-        for usage in driver.usage() {
-            self.metrics.table(of, usage.table, usage.entries, usage.limit);
+        let family = &mut self.families[of as usize];
+        if family.usage_at.is_none_or(|at| at + USAGE <= now) {
+            family.usage_at = Some(now);
+            for usage in driver.usage() {
+                self.metrics.table(of, usage.table, usage.entries, usage.limit);
+            }
         }
-        for trigger in std::mem::take(&mut self.families[of as usize].triggers).into_values() {
+        for trigger in std::mem::take(&mut family.triggers).into_values() {
             self.metrics.programmed(of, trigger);
         }
         self.pending = [0, 0];

@@ -505,11 +505,8 @@ impl Engine {
         let now = Instant::now();
         for family in &mut self.families {
             let of = family.driver.family();
-            let waited = family.sync.queued_since().is_some();
             family.sync.changed(changes[of as usize].clone(), now);
-            if !waited {
-                self.account.waiting(of, family.sync.queued_since());
-            }
+            self.account.waiting(of, family.sync.queued_since());
         }
         if let Some(compiler) = &self.compiler {
             self.account.compiled(Some(services), &self.store, compiler);
@@ -551,7 +548,7 @@ impl Engine {
                             tracing::warn!(family = %of, operations = report.operations, "the kernel held something else than we put there: mended");
                             self.account.metrics.drift(of, report.operations);
                         }
-                        self.account.synced(&*family.driver, full, &report);
+                        self.account.synced(&*family.driver, full, &report, now);
                         problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
                         if let Some(options) = family.leftovers.take() {

@@ -64,6 +64,7 @@ mod tests {
             node: Some(node.into()),
             zone: None,
             hints: None,
+            pod: None,
         }
     }
 

@@ -137,7 +137,7 @@ fn find<'o>(objects: &'o [Value], kind: &str) -> Result<&'o Value> {
     objects.iter().find(|o| o["kind"] == kind).with_context(|| format!("no {kind}"))
 }
 
-/// The agent's settings in a ConfigMap; they must be valid and without warnings.
+/// The agent's settings in a `ConfigMap`; they must be valid and without warnings.
 fn configuration(
     objects: &[Value],
 ) -> Result<(shunt_config::KubeProxyConfiguration, shunt_config::ShuntConfiguration)> {
@@ -269,7 +269,7 @@ fn render(template: &str, values: &Value) -> Result<String> {
                 ("toYaml", "") => serde_saphyr::to_string(value)?.trim_end().to_owned(),
                 ("nindent", n) => {
                     let indent = format!("\n{}", " ".repeat(n.parse()?));
-                    result.lines().map(|line| format!("{indent}{line}")).collect()
+                    indent.clone() + &result.lines().collect::<Vec<_>>().join(&indent)
                 }
                 other => bail!("{other:?}: this test does not know what it does"),
             };
