@@ -46,7 +46,7 @@ impl Wanted {
     pub fn inside_service(&self) -> Service {
         let mut service = self.service.clone();
         if service.persistence.take().is_some() {
-            service.scheduler = AFFINE_SCHEDULER.to_owned();
+            service.scheduler = String::from(AFFINE_SCHEDULER);
             service.flags.scheduler = [true, false, false];
         }
         service

@@ -58,7 +58,6 @@ mod tests {
 
     fn endpoint(address: &str, node: &str, ready: bool) -> Endpoint {
         Endpoint {
-            pod: None,
             address: address.parse().unwrap(),
             conditions: Conditions { ready, serving: true, terminating: !ready },
             node: Some(node.into()),

@@ -93,6 +93,11 @@ pub trait ModeUnderTest: 'static {
     fn settle(_lab: &Lab) -> Result<bool> {
         Ok(false)
     }
+    /// Whether a client of a Service port with session affinity has one endpoint at all its addresses, node
+    /// ports included; otherwise one at each.
+    const AFFINITY_OF_PORTS: bool = true;
+    /// Whether a client is forgotten although it has connections, closing ones included.
+    const AFFINITY_FORGETS_CONNECTED: bool = true;
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }
