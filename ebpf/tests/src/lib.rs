@@ -1,6 +1,8 @@
 //! Loads the committed object and fills its maps, for tests of the programs alone. The mode's own code
 //! has no part in this.
 
+pub mod cgroup;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
@@ -308,7 +310,8 @@ impl Loaded {
     pub fn attach_sockets(&mut self, cgroup: &File) -> Result<()> {
         for name in SOCKET_HOOKS {
             let program: &mut CgroupSockAddr = self.ebpf.program_mut(name).context(name)?.try_into()?;
-            program.attach(cgroup.as_fd(), CgroupAttachMode::AllowMultiple)?;
+            // Links always allow others beside them; a flag that says so is refused.
+            program.attach(cgroup.as_fd(), CgroupAttachMode::Single)?;
         }
         Ok(())
     }

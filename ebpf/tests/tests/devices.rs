@@ -151,7 +151,11 @@ fn cluster_ips_node_ports_and_their_sources() -> Result<()> {
         }
         for probe in probes(socket(family.vip, 81)) {
             let outcome = lab.pod("a")?.probe(probe.clone())?;
-            assert_eq!((outcome.pod(), outcome.peer()), (Some("c"), Some(family.pods[0])), "{probe}: {outcome}");
+            assert_eq!(
+                (outcome.pod(), outcome.peer()),
+                (Some("c"), Some(family.pods[0])),
+                "{probe}: {outcome}"
+            );
         }
         // From a process of the node without a socket hook.
         for probe in probes(socket(family.vip, 81)).into_iter().chain(probes(socket(family.vip, 80))) {
@@ -161,7 +165,11 @@ fn cluster_ips_node_ports_and_their_sources() -> Result<()> {
         // What is none of our business.
         for probe in probes(socket(family.remote, 8080)) {
             let outcome = lab.pod("a")?.probe(probe.clone())?;
-            assert_eq!((outcome.pod(), outcome.peer()), (Some("c"), Some(family.pods[0])), "{probe}: {outcome}");
+            assert_eq!(
+                (outcome.pod(), outcome.peer()),
+                (Some("c"), Some(family.pods[0])),
+                "{probe}: {outcome}"
+            );
         }
     }
     Ok(())
@@ -179,7 +187,12 @@ fn refused_and_dropped() -> Result<()> {
             let service = loaded.add_service(&Service::new(protocol, [socket(family.remote, 8080)]))?;
             loaded.add_frontend(&service, socket(family.vip, 80), [Verdict::REJECT; 3], 0)?;
             loaded.add_frontend(&service, socket(family.vip, 81), [Verdict::DROP; 3], 0)?;
-            loaded.add_frontend(&service, socket(family.vip, 82), [FORWARD; 3], frontend_flags::SOURCE_RANGES)?;
+            loaded.add_frontend(
+                &service,
+                socket(family.vip, 82),
+                [FORWARD; 3],
+                frontend_flags::SOURCE_RANGES,
+            )?;
             loaded.add_range(service.id, family.pods[0], if family.vip.is_ipv4() { 32 } else { 128 })?;
         }
         let from = [lab.client(), lab.pod("a")?, lab.node()];
@@ -193,7 +206,9 @@ fn refused_and_dropped() -> Result<()> {
                 assert_eq!((icmp.kind, icmp.code), expected, "{probe}");
                 assert_eq!(icmp.from, Some(family.vip), "{probe}");
             }
-            for probe in probes(socket(family.vip, 81)).into_iter().chain(probes(socket(family.unallocated, 80))) {
+            for probe in
+                probes(socket(family.vip, 81)).into_iter().chain(probes(socket(family.unallocated, 80)))
+            {
                 let outcome = namespace.probe(probe.clone())?;
                 assert!(outcome.is_timeout(), "{probe} from {}: {outcome}", namespace.name());
             }
@@ -233,7 +248,11 @@ fn flows_stay_and_move_with_their_endpoints() -> Result<()> {
         // It terminates: out of the group, but serving.
         loaded.set_endpoint(id, address, written.id, endpoint_flags::SERVING)?;
         for _ in 0..10 {
-            assert_eq!(lab.client().probe(probe.clone())?.pod(), Some(&*first), "a terminating endpoint keeps it");
+            assert_eq!(
+                lab.client().probe(probe.clone())?.pod(),
+                Some(&*first),
+                "a terminating endpoint keeps it"
+            );
         }
         // It is gone.
         loaded.set_endpoint(id, address, 0, 0)?;
@@ -251,7 +270,11 @@ fn flows_stay_and_move_with_their_endpoints() -> Result<()> {
             },
         )?;
         for _ in 0..10 {
-            assert_eq!(lab.client().probe(probe.clone())?.pod(), Some(other), "a flow of a gone endpoint moves");
+            assert_eq!(
+                lab.client().probe(probe.clone())?.pod(),
+                Some(other),
+                "a flow of a gone endpoint moves"
+            );
         }
     }
     let flows: Vec<(FlowKey, Flow)> = loaded.dump(map::FLOWS)?;

@@ -284,8 +284,8 @@ async fn ask_udp(socket: Socket, dst: SocketAddr) -> io::Result<String> {
         // The sender's own output hook (EPERM) or its device's (ENOBUFS) dropped it. If it was rejected, the ICMP
         // error is waiting; if not, nothing will come, as with any other drop.
         Err(error)
-            if error.kind() == ErrorKind::PermissionDenied
-                || error.raw_os_error() == Some(libc::ENOBUFS) => {}
+            if error.kind() == ErrorKind::PermissionDenied || error.raw_os_error() == Some(libc::ENOBUFS) => {
+        }
         sent => drop(sent?),
     }
     let mut buffer = [0; 2048];
