@@ -2,6 +2,7 @@
 //! has no part in this.
 
 pub mod cgroup;
+pub mod packet;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,9 +11,11 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, HashOfMaps, IterableMap, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::tc::TcAttachOptions;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType};
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun, TestRunOptions,
+};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
     Address, Config, Endpoint, Event, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE,
@@ -306,6 +309,18 @@ impl Loaded {
         self.sum(map::EVENTS, event as u32)
     }
 
+    /// Runs a program at devices over a packet, without a device: what it returns, and the packet then.
+    pub fn run(&mut self, program: &str, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
+        let mut out = vec![0; packet.len() + 256];
+        let program = self.classifier(program)?;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(packet);
+        options.data_out = Some(&mut out);
+        let result = program.test_run(options)?;
+        out.truncate(result.data_size_out as usize);
+        Ok((result.return_value.cast_signed(), out))
+    }
+
     /// Attaches all hooks at sockets to a cgroup; they are gone with `self`.
     pub fn attach_sockets(&mut self, cgroup: &File) -> Result<()> {
         for name in SOCKET_HOOKS {
@@ -325,16 +340,4 @@ impl Loaded {
         }
         Ok(())
     }
-}
-
-/// Names of maps that the loaded object has.
-pub fn maps(loaded: &Loaded) -> Vec<String> {
-    loaded.ebpf.maps().map(|(name, _)| name.to_owned()).collect()
-}
-
-/// The map's handle, for tests that look at its size.
-pub fn map_data(loaded: &Loaded, name: &str) -> Result<u32> {
-    let map: HashMap<_, FrontendKey, Frontend> =
-        HashMap::try_from(loaded.ebpf.map(name).with_context(|| name.to_owned())?)?;
-    Ok(map.map().info()?.max_entries())
 }
