@@ -21,7 +21,7 @@ test: deps ## Runs all tests (needs root for those in network namespaces)
 
 lint: ## Formatting, clippy, licences, the direction of dependencies, and that the eBPF object is built from its sources
 	$(CARGO) fmt --all --check
-	cd ebpf/programs && $(CARGO) fmt --check
+	cd ebpf/programs && $(CARGO) fmt --check && $(CARGO) clippy --locked -- -D warnings
 	ebpf/build --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny

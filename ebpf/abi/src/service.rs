@@ -322,6 +322,17 @@ pub struct ServiceCounters {
     pub dropped: u64,
 }
 
+/// Service ids in one element of `service_stats`: ids `n * SERVICE_BLOCK` and up in element `n`. The kernel
+/// allocates each element of a per-CPU map on its own, which takes half a second for as many as there are
+/// endpoints.
+pub const SERVICE_BLOCK: u32 = 64;
+/// An element of `service_stats`.
+pub type ServiceBlock = [ServiceCounters; SERVICE_BLOCK as usize];
+/// Endpoint ids in one element of `endpoint_stats`.
+pub const ENDPOINT_BLOCK: u32 = 512;
+/// An element of `endpoint_stats`: new flows by endpoint.
+pub type EndpointBlock = [u64; ENDPOINT_BLOCK as usize];
+
 /// What `events` counts.
 #[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

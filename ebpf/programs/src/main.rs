@@ -10,6 +10,8 @@
 //! One file per hook. What a map holds and means is said in `shunt-ebpf-abi`.
 #![no_std]
 #![no_main]
+// What is moved is copied to the stack, of which there is little.
+#![allow(clippy::needless_borrows_for_generic_args)]
 
 mod maps;
 mod pick;

@@ -11,15 +11,17 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray};
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun, TestRunOptions,
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun,
+    TestRunOptions,
 };
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
-    Address, Config, Endpoint, Event, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE,
-    MaglevTable, RangeKey, ServiceCounters, Verdict, endpoint_flags, maglev, map,
+    Address, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID, Frontend, FrontendKey,
+    Group, Interface, MAGLEV_SIZE, MaglevTable, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters,
+    Verdict, endpoint_flags, maglev, map,
 };
 
 /// The object that the product embeds.
@@ -118,8 +120,8 @@ impl Loaded {
             (map::SOCKETS, 4096),
             (map::FLOWS, 4096),
             (map::FRAGMENTS, 1024),
-            (map::SERVICE_STATS, 1024),
-            (map::ENDPOINT_STATS, 4096),
+            (map::SERVICE_STATS, 16),
+            (map::ENDPOINT_STATS, 8),
             (map::MAGLEV, 16),
         ] {
             loader.map_max_entries(name, size);
@@ -284,29 +286,29 @@ impl Loaded {
     /// Counters of a Service.
     pub fn service_stats(&mut self, id: u32) -> Result<ServiceCounters> {
         let data = self.ebpf.map(map::SERVICE_STATS).context(map::SERVICE_STATS)?;
-        let map: PerCpuArray<_, ServiceCounters> = PerCpuArray::try_from(data)?;
-        let all: PerCpuValues<ServiceCounters> = map.get(&id, 0)?;
-        Ok(all.iter().fold(ServiceCounters::default(), |sum, c| ServiceCounters {
+        let map: PerCpuArray<_, ServiceBlock> = PerCpuArray::try_from(data)?;
+        let all = map.get(&(id / SERVICE_BLOCK), 0)?;
+        let all = all.iter().map(|block| block[(id % SERVICE_BLOCK) as usize]);
+        Ok(all.fold(ServiceCounters::default(), |sum, c| ServiceCounters {
             forwarded: sum.forwarded + c.forwarded,
             rejected: sum.rejected + c.rejected,
             dropped: sum.dropped + c.dropped,
         }))
     }
 
-    fn sum(&self, name: &str, index: u32) -> Result<u64> {
-        let data = self.ebpf.map(name).with_context(|| name.to_owned())?;
-        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(data)?;
-        Ok(map.get(&index, 0)?.iter().sum())
-    }
-
     /// New flows of an endpoint.
     pub fn endpoint_stats(&mut self, id: u32) -> Result<u64> {
-        self.sum(map::ENDPOINT_STATS, id)
+        let data = self.ebpf.map(map::ENDPOINT_STATS).context(map::ENDPOINT_STATS)?;
+        let map: PerCpuArray<_, EndpointBlock> = PerCpuArray::try_from(data)?;
+        let all = map.get(&(id / ENDPOINT_BLOCK), 0)?;
+        Ok(all.iter().map(|block| block[(id % ENDPOINT_BLOCK) as usize]).sum())
     }
 
     /// How often something happened.
     pub fn events(&mut self, event: Event) -> Result<u64> {
-        self.sum(map::EVENTS, event as u32)
+        let data = self.ebpf.map(map::EVENTS).context(map::EVENTS)?;
+        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(data)?;
+        Ok(map.get(&(event as u32), 0)?.iter().sum())
     }
 
     /// Runs a program at devices over a packet, without a device: what it returns, and the packet then.

@@ -117,9 +117,14 @@ impl Packet {
 
     /// The IP header and what follows it.
     fn ip(&self, body: &[u8], fragment: u16) -> Vec<u8> {
-        ip(self.source.ip(), self.destination.ip(), self.extension.unwrap_or(self.protocol), body, fragment, {
-            if self.source.is_ipv4() { self.options.len() } else { 0 }
-        })
+        ip(
+            self.source.ip(),
+            self.destination.ip(),
+            self.extension.unwrap_or(self.protocol),
+            body,
+            fragment,
+            if self.source.is_ipv4() { self.options.len() } else { 0 },
+        )
     }
 
     /// An ICMP error from `sender` to the packet's source that quotes `quoted` bytes of the transport.
@@ -195,7 +200,7 @@ fn pseudo_sum(source: IpAddr, destination: IpAddr, protocol: u8, length: usize) 
     u32::from(internet_sum(&addresses, 0)) + u32::from(protocol) + u32::try_from(length).unwrap_or(0)
 }
 
-/// CRC32c as RFC 9260 has it, bit by bit.
+/// The CRC of SCTP as RFC 9260 has it, bit by bit.
 fn crc32c(bytes: &[u8]) -> u32 {
     let crc = bytes.iter().fold(!0_u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| crc >> 1 ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 })

@@ -188,7 +188,8 @@ fn errors_reach_whom_they_are_for() -> Result<()> {
             let sent = Packet::new(family.client, family.masqueraded, protocol);
             let inside = pass(&mut loaded, "ingress", &sent.bytes())?;
             let outside = read(&pass(&mut loaded, "egress", &inside)?)?;
-            let names = |seen: &Seen| (seen.source.ip(), seen.destination.ip(), seen.quoted.as_deref().map(ends));
+            let names =
+                |seen: &Seen| (seen.source.ip(), seen.destination.ip(), seen.quoted.as_deref().map(ends));
 
             // A router beyond the node about what the node sent on.
             let beyond = Packet::new(outside.source, outside.destination, protocol);
@@ -282,14 +283,16 @@ fn refused_with_an_error_about_the_packet() -> Result<()> {
                     assert_eq!((&out[..6], &out[6..12]), (&frame[6..12], &frame[..6]), "sent back");
                 }
             }
-            let (action, _) = loaded.run("ingress", &Packet::new(family.client, family.dropped, protocol).bytes())?;
+            let (action, _) =
+                loaded.run("ingress", &Packet::new(family.client, family.dropped, protocol).bytes())?;
             assert_eq!(action, DROPPED);
         }
         // A packet without its checksum, as it comes from a socket of this machine: the field has the sum of
         // the pseudo header. When the kernel puts the checksum there, the error's own must fit.
         for protocol in [TCP, UDP] {
             let sent = Packet::new(family.client, family.refused, protocol).payload(&[3; 64]);
-            let (header, at) = (if family.vip.is_ipv4() { 20 } else { 40 }, if protocol == TCP { 16 } else { 6 });
+            let (header, at) =
+                (if family.vip.is_ipv4() { 20 } else { 40 }, if protocol == TCP { 16 } else { 6 });
             let mut bytes = sent.bytes();
             let transport = &bytes[ETHERNET + header..];
             let mut blank = transport.to_vec();
@@ -405,7 +408,11 @@ fn closed_and_idle_flows_give_way() -> Result<()> {
     assert_eq!(state(&mut loaded)?, Flow::CLOSING);
     // The same client from the same port to another frontend: the old flow is over, its place is free.
     let other = Packet { destination: family.masqueraded, ..sent.clone() };
-    pass(&mut loaded, "egress", &Packet { destination: family.endpoint, ..sent.clone() }.answer().flags(FIN).bytes())?;
+    pass(
+        &mut loaded,
+        "egress",
+        &Packet { destination: family.endpoint, ..sent.clone() }.answer().flags(FIN).bytes(),
+    )?;
     pass(&mut loaded, "ingress", &other.bytes())?;
     // While that one lives, a third one that would come out the same is dropped.
     let (action, _) = loaded.run("ingress", &sent.bytes())?;
