@@ -206,7 +206,7 @@ fn is_error<F: Frame>(frame: F, layout: &Layout) -> bool {
     }
     match frame.read::<u8>(layout.l4) {
         Some(kind) if layout.v4 => kind == 3 || kind == 11 || kind == 12,
-        Some(kind) => kind >= 1 && kind <= 4,
+        Some(kind) => (1..=4).contains(&kind),
         None => false,
     }
 }
