@@ -24,8 +24,8 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-// Helpers like bpf_fib_lookup and the clock are open to programs under the GPL only; the sources are
-// under the Apache licence.
+// Helpers like bpf_fib_lookup are open to programs with a licence compatible with the GPL only: the programs
+// are under the MIT licence too.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
