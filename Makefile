@@ -19,8 +19,10 @@ test: deps ## Runs all tests (needs root for those in network namespaces)
 	second=$$(tests/fetch-nft target/nft-1.1.3) && \
 	SHUNT_REQUIRE_KERNEL=1 SHUNT_NFT_BINARIES="nft:$$second" $(CARGO) test --workspace
 
-lint: ## Formatting, clippy, licences and the direction of dependencies
+lint: ## Formatting, clippy, licences, the direction of dependencies, and that the eBPF object is built from its sources
 	$(CARGO) fmt --all --check
+	cd ebpf/programs && $(CARGO) fmt --check && $(CARGO) clippy --locked -- -D warnings
+	ebpf/build --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --workspace check licenses bans sources
@@ -29,8 +31,8 @@ bench: deps ## Measures speed and memory at 10,000 Services (see benches/README.
 	$(CARGO) build --release -p shunt -p shunt-bench
 	target/release/shunt-bench target/release/shunt
 
-ebpf: ## Rebuilds the eBPF programs
-	@echo "This version has no eBPF programs: there is nothing to build."
+ebpf: ## Rebuilds the eBPF programs, ebpf/shunt.o
+	ebpf/build
 
 image: ## Builds the container image, target/shunt-image.tar (an OCI archive; no engine needed)
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p shunt --target $(TARGET)
