@@ -185,6 +185,8 @@ impl Bpf {
                 host_netns: cookie,
                 masquerade4: config.masquerade4,
                 masquerade6: config.masquerade6,
+                masquerade_port_min: config.masquerade_port_min,
+                masquerade_port_max: config.masquerade_port_max,
                 ..Config::DEFAULT
             };
         })
@@ -222,6 +224,7 @@ impl Bpf {
         maps.edit_config(|config| {
             config.masquerade4 = devices.fallback(true);
             config.masquerade6 = devices.fallback(false);
+            (config.masquerade_port_min, config.masquerade_port_max) = devices.ports;
         })
         .map_err(of_map)?;
         self.devices = devices;
