@@ -3,6 +3,7 @@
 
 pub mod cgroup;
 pub mod packet;
+pub mod tun;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,7 +13,7 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray};
-use aya::programs::tc::TcAttachOptions;
+use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun,
     TestRunOptions,
@@ -335,9 +336,24 @@ impl Loaded {
 
     /// Attaches both hooks to a device of the calling thread's namespace; they are gone with `self`.
     pub fn attach_device(&mut self, name: &str) -> Result<()> {
-        for (program, direction) in [("ingress", TcAttachType::Ingress), ("egress", TcAttachType::Egress)] {
+        self.attach(name, ["ingress", "egress"], || TcAttachOptions::TcxOrder(LinkOrder::default()))
+    }
+
+    /// The same for a device without Ethernet headers.
+    pub fn attach_device_l3(&mut self, name: &str) -> Result<()> {
+        self.attach(name, ["ingress_l3", "egress_l3"], || TcAttachOptions::TcxOrder(LinkOrder::default()))
+    }
+
+    /// The same as [`Loaded::attach_device`] in the way of kernels before 6.6.
+    pub fn attach_device_clsact(&mut self, name: &str) -> Result<()> {
+        qdisc_add_clsact(name).with_context(|| format!("clsact at {name}"))?;
+        self.attach(name, ["ingress", "egress"], || TcAttachOptions::Netlink(NlOptions::default()))
+    }
+
+    fn attach(&mut self, name: &str, programs: [&str; 2], how: fn() -> TcAttachOptions) -> Result<()> {
+        for (program, direction) in programs.into_iter().zip([TcAttachType::Ingress, TcAttachType::Egress]) {
             self.classifier(program)?
-                .attach_with_options(name, direction, TcAttachOptions::TcxOrder(LinkOrder::default()))
+                .attach_with_options(name, direction, how())
                 .with_context(|| format!("attach {program} to {name}"))?;
         }
         Ok(())

@@ -9,6 +9,8 @@ use shunt_ebpf_abi::{
     Config, Event, Flow, FlowKey, Interface, Verdict, address_flags, config_flags, endpoint_flags,
     frontend_flags, map, range_owner,
 };
+use shunt_ebpf_tests::packet::{self, ETHERNET, Packet};
+use shunt_ebpf_tests::tun::Tun;
 use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, Service, TCP, UDP};
 use shunt_harness::lab::{Lab, Outcome, Probe, TransferSpec, require_kernel};
 
@@ -407,4 +409,81 @@ fn connections_that_netfilter_translates_go_on() -> Result<()> {
     assert_eq!(lab.client().probe(probe)?.pod(), Some("a"), "new ones meet the programs");
     assert_eq!(old.ask()?.pod, "c");
     Ok(())
+}
+
+#[test]
+fn clsact_where_there_is_no_tcx() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = Loaded::new()?;
+    let links = ["client", "elsewhere"].map(|name| lab.link(name).context("a link"));
+    for family in families()? {
+        loaded.set_address(family.node, address_flags::LOCAL | address_flags::NODE_PORT)?;
+        far_node_port(&mut loaded, &family, TCP)?;
+        far_node_port(&mut loaded, &family, UDP)?;
+    }
+    let [v4, v6] = families()?;
+    loaded.set_config(Config {
+        masquerade4: v4.node.into(),
+        masquerade6: v6.node.into(),
+        ..Config::DEFAULT
+    })?;
+    lab.node().run(|| {
+        for link in links {
+            loaded.attach_device_clsact(link?)?;
+        }
+        Ok(())
+    })?;
+    for family in [v4, v6] {
+        for probe in probes(socket(family.node, 30081)) {
+            let outcome = lab.client().probe(probe.clone())?;
+            assert_eq!((outcome.pod(), outcome.peer()), (Some("c"), Some(family.node)), "{probe}: {outcome}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn devices_without_ethernet_headers() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    let mut tun = lab.node().run(|| Tun::create("tun0"))?;
+    lab.node().run(|| loaded.attach_device_l3("tun0"))?;
+    lab.node().exec("ip", ["link", "set", "tun0", "up"], "")?;
+    for family in families()? {
+        let far =
+            SocketAddr::new(if family.vip.is_ipv4() { "172.16.0.9" } else { "fd00:172::9" }.parse()?, 5000);
+        lab.node().exec("ip", ["route", "add", &*far.ip().to_string(), "dev", "tun0"], "")?;
+        let to = far_node_port(&mut loaded, &family, UDP)?;
+        let question = Packet::new(far, to, UDP).payload(b"who\n").bytes();
+        tun.send(&question[ETHERNET..])?;
+        let answer = packet::read_ip(&tun.receive(is_udp)?, true)?;
+        assert_eq!((answer.source, answer.destination), (to, far));
+
+        let refused = socket(family.vip, 99);
+        let question = Packet::new(far, refused, TCP);
+        tun.send(&question.bytes()[ETHERNET..])?;
+        let error = packet::read_ip(&tun.receive(is_error)?, true)?;
+        let quoted = error.quoted.context("an error quotes")?;
+        assert_eq!((error.source.ip(), quoted.source, quoted.destination), (family.vip, far, refused));
+    }
+    Ok(())
+}
+
+/// The protocol of an IP packet.
+fn protocol(packet: &[u8]) -> u8 {
+    packet[if packet[0] >> 4 == 4 { 9 } else { 6 }]
+}
+
+fn is_udp(packet: &[u8]) -> bool {
+    protocol(packet) == UDP
+}
+
+fn is_error(packet: &[u8]) -> bool {
+    protocol(packet) == 1 || protocol(packet) == 58 && packet[40] == 1
 }
