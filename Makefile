@@ -27,8 +27,10 @@ guest: deps ## Runs a command in a kernel that has IPVS: make guest CMD='ipvsadm
 	@$(CARGO) build --quiet -p shunt-harness --bin shunt-guest
 	@target/debug/shunt-guest sh -c "$$CMD"
 
-lint: ## Formatting, clippy, licences and the direction of dependencies
+lint: ## Formatting, clippy, licences, the direction of dependencies, and that the eBPF object is built from its sources
 	$(CARGO) fmt --all --check
+	cd ebpf/programs && $(CARGO) fmt --check && $(CARGO) clippy --locked -- -D warnings
+	ebpf/build --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --workspace check licenses bans sources
@@ -38,8 +40,8 @@ bench: deps ## Measures packets, control plane and memory (see benches/README.md
 	$(CARGO) build --release -p shunt -p shunt-bench
 	target/release/shunt-bench run target/release/shunt --modes $(MODES) $(if $(QUICK),--quick --output target/bench) $(BENCH)
 
-ebpf: ## Rebuilds the eBPF programs
-	@echo "This version has no eBPF programs: there is nothing to build."
+ebpf: ## Rebuilds the eBPF programs, ebpf/shunt.o
+	ebpf/build
 
 image: ## Builds the container image, target/shunt-image.tar (an OCI archive; no engine needed)
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p shunt --target $(TARGET)

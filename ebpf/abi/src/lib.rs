@@ -38,12 +38,12 @@
 //! | `interfaces` | hash, 16,384 | ifindex (`u32`) → [`Interface`] | agent, as devices come and go |
 //! | `names` | hash, 65,536 | service id (`u32`) → [`Name`] | agent, for itself: which Service port has which id |
 //! | `maglev` | hash of arrays, 4,096 | [`Group::id`] (`u32`) → array of one [`MaglevTable`] | agent |
-//! | `affinity` | LRU hash, 262,144 | [`AffinityKey`] → [`Affinity`] | programs |
-//! | `sockets` | LRU hash, 262,144 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
-//! | `flows` | LRU hash, 524,288 | [`FlowKey`] → [`Flow`] | programs (tc) |
+//! | `affinity` | LRU hash, 65,536 | [`AffinityKey`] → [`Affinity`] | programs |
+//! | `sockets` | LRU hash, 131,072 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
+//! | `flows` | LRU hash, 262,144 | [`FlowKey`] → [`Flow`] | programs (tc) |
 //! | `fragments` | LRU hash, 8,192 | [`FragmentKey`] → [`Fragment`] | programs (tc) |
-//! | `service_stats` | per-CPU array, 65,536 | service id → [`ServiceCounters`] | programs |
-//! | `endpoint_stats` | per-CPU array, 262,144 | endpoint id → `u64` new flows | programs |
+//! | `service_stats` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`ServiceBlock`] | programs |
+//! | `endpoint_stats` | per-CPU array, 512 | endpoint id / [`ENDPOINT_BLOCK`] → [`EndpointBlock`] | programs |
 //! | `events` | per-CPU array | [`Event`] → `u64` | programs |
 //!
 //! The mode's state is the first nine, less what the agent learns from the kernel and not from the
@@ -54,7 +54,7 @@
 //!
 //! * A *service id* stands for one port of one Service in one family (a `PortEntry`); its lowest bit
 //!   is 0 for IPv4 and 1 for IPv6, so that the families allocate apart. Ids begin at
-//!   [`FIRST_SERVICE_ID`] and are smaller than the size of `service_stats`.
+//!   [`FIRST_SERVICE_ID`] and are smaller than the size of `frontends`.
 //! * An *endpoint id* stands for one endpoint of one service id, and has the same lowest bit. 0 and 1
 //!   are never used: a zero in `slots` is no endpoint.
 //!
@@ -99,9 +99,10 @@ pub use address::Address;
 pub use flow::{Flow, FlowKey, Fragment, FragmentKey, Tuple};
 pub use map::size;
 pub use service::{
-    Affinity, AffinityKey, Config, Endpoint, Event, FIRST_SERVICE_ID, Frontend, FrontendKey, Group,
-    Interface, MAGLEV_SIZE, MaglevTable, Name, RangeKey, ServiceCounters, Verdict, address_flags,
-    config_flags, endpoint_flags, frontend_flags, range_owner,
+    Affinity, AffinityKey, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID,
+    Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Name, RangeKey, SERVICE_BLOCK,
+    ServiceBlock, ServiceCounters, Verdict, address_flags, config_flags, endpoint_flags, frontend_flags,
+    range_owner,
 };
 pub use socket::{SocketKey, SocketRecord};
 

@@ -35,11 +35,11 @@ pub const EVENTS: &str = "events";
 
 /// Default sizes, in elements.
 pub mod size {
-    /// `frontends`, and ids in `service_stats`.
+    /// `frontends`; service ids are smaller too.
     pub const FRONTENDS: u32 = 65_536;
     /// `slots`: two groups of each endpoint, in extents of which half may be unused.
     pub const SLOTS: u32 = 1_048_576;
-    /// `endpoints` and `endpoint_stats`.
+    /// `endpoints`.
     pub const ENDPOINTS: u32 = 262_144;
     /// `addresses`.
     pub const ADDRESSES: u32 = 131_072;
@@ -50,11 +50,15 @@ pub mod size {
     /// `maglev`; each table takes 64 KiB besides.
     pub const MAGLEV: u32 = 4_096;
     /// `affinity`.
-    pub const AFFINITY: u32 = 262_144;
+    pub const AFFINITY: u32 = 65_536;
     /// `sockets`.
-    pub const SOCKETS: u32 = 262_144;
+    pub const SOCKETS: u32 = 131_072;
     /// `flows`: two to four a connection.
-    pub const FLOWS: u32 = 524_288;
+    pub const FLOWS: u32 = 262_144;
     /// `fragments`.
     pub const FRAGMENTS: u32 = 8_192;
+    /// `service_stats`, for service ids below the size of `frontends`.
+    pub const SERVICE_STATS: u32 = FRONTENDS.div_ceil(crate::SERVICE_BLOCK);
+    /// `endpoint_stats`.
+    pub const ENDPOINT_STATS: u32 = ENDPOINTS.div_ceil(crate::ENDPOINT_BLOCK);
 }

@@ -233,7 +233,7 @@ pub mod config_flags {
     pub const NODE_PORTS_ALL_LOCAL_V4: u32 = 1;
     /// The same for IPv6.
     pub const NODE_PORTS_ALL_LOCAL_V6: u32 = 2;
-    /// Local pods of IPv4 are known by address (`ranges`, [`super::range_owner::PODS`]).
+    /// Local pods of IPv4 are known by address (`ranges`, [`super::range_owner::PODS_V4`]).
     pub const PODS_BY_RANGE_V4: u32 = 4;
     /// The same for IPv6.
     pub const PODS_BY_RANGE_V6: u32 = 8;
@@ -363,6 +363,17 @@ pub struct ServiceCounters {
     /// Packets dropped.
     pub dropped: u64,
 }
+
+/// Service ids in one element of `service_stats`: ids `n * SERVICE_BLOCK` and up in element `n`. The kernel
+/// allocates each element of a per-CPU map on its own, which takes half a second for as many as there are
+/// endpoints.
+pub const SERVICE_BLOCK: u32 = 64;
+/// An element of `service_stats`.
+pub type ServiceBlock = [ServiceCounters; SERVICE_BLOCK as usize];
+/// Endpoint ids in one element of `endpoint_stats`.
+pub const ENDPOINT_BLOCK: u32 = 512;
+/// An element of `endpoint_stats`: new flows by endpoint.
+pub type EndpointBlock = [u64; ENDPOINT_BLOCK as usize];
 
 /// What `events` counts.
 #[repr(u32)]

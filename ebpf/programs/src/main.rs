@@ -10,6 +10,8 @@
 //! One file per hook. What a map holds and means is said in `shunt-ebpf-abi`.
 #![no_std]
 #![no_main]
+// What is moved is copied to the stack, of which there is little.
+#![allow(clippy::needless_borrows_for_generic_args)]
 
 mod maps;
 mod pick;
@@ -22,8 +24,8 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-// Helpers like bpf_fib_lookup and the clock are open to programs under the GPL only; the sources are
-// under the Apache licence.
+// Helpers like bpf_fib_lookup are open to programs with a licence compatible with the GPL only: the programs
+// are under the MIT licence too.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

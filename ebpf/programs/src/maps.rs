@@ -3,8 +3,9 @@
 use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use shunt_ebpf_abi::{
-    Address, Affinity, AffinityKey, Config, Endpoint, Event, Flow, FlowKey, Fragment, FragmentKey, Frontend,
-    FrontendKey, Interface, MaglevTable, RangeKey, ServiceCounters, SocketKey, SocketRecord, size,
+    Address, Affinity, AffinityKey, Config, Endpoint, EndpointBlock, Event, Flow, FlowKey, Fragment,
+    FragmentKey, Frontend, FrontendKey, Interface, MaglevTable, RangeKey, ServiceBlock, SocketKey,
+    SocketRecord, size,
 };
 
 #[btf_map(name = "config")]
@@ -48,11 +49,12 @@ pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS
     LruHashMap::new();
 
 #[btf_map(name = "service_stats")]
-pub(crate) static SERVICE_STATS: PerCpuArray<ServiceCounters, { size::FRONTENDS as usize }> =
+pub(crate) static SERVICE_STATS: PerCpuArray<ServiceBlock, { size::SERVICE_STATS as usize }> =
     PerCpuArray::new();
 
 #[btf_map(name = "endpoint_stats")]
-pub(crate) static ENDPOINT_STATS: PerCpuArray<u64, { size::ENDPOINTS as usize }> = PerCpuArray::new();
+pub(crate) static ENDPOINT_STATS: PerCpuArray<EndpointBlock, { size::ENDPOINT_STATS as usize }> =
+    PerCpuArray::new();
 
 #[btf_map(name = "events")]
 pub(crate) static EVENTS: PerCpuArray<u64, { Event::COUNT as usize }> = PerCpuArray::new();

@@ -1,7 +1,7 @@
 //! The endpoint of a new flow: the one that the client had, or one by chance or by hash.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use shunt_ebpf_abi::lookup::{Tables as _, choose, is_member, maglev_entry, member};
 use shunt_ebpf_abi::{
     Affinity, AffinityKey, Endpoint, Event, Frontend, FrontendKey, Group, Tuple, frontend_flags,
@@ -32,7 +32,7 @@ pub(crate) fn pick(
         return pick_anew(kernel, key, frontend, local, asker.tuple);
     }
     // SAFETY: the helper reads a clock.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
     let record = AFFINITY.get_ptr_mut(asker.affinity);
     if let Some(record) = record
         && let Some(found) = recall(kernel, frontend, local, record, now)

@@ -2,7 +2,10 @@
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use shunt_ebpf_abi::lookup::Tables;
-use shunt_ebpf_abi::{Address, Config, Endpoint, Event, Frontend, FrontendKey, RangeKey, ServiceCounters};
+use shunt_ebpf_abi::{
+    Address, Config, ENDPOINT_BLOCK, Endpoint, Event, Frontend, FrontendKey, RangeKey, SERVICE_BLOCK,
+    ServiceCounters,
+};
 
 use crate::maps::{
     ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, RANGES, SERVICE_STATS, SLOTS,
@@ -79,7 +82,8 @@ pub(crate) enum Counter {
 #[inline(always)]
 fn counters(service: u32) -> Option<&'static mut ServiceCounters> {
     // SAFETY: this CPU's element; arrays live as long as the program.
-    Some(unsafe { &mut *SERVICE_STATS.get_ptr_mut(service)? })
+    let block = unsafe { &mut *SERVICE_STATS.get_ptr_mut(service / SERVICE_BLOCK)? };
+    block.get_mut((service % SERVICE_BLOCK) as usize)
 }
 
 /// Counts what became of a packet that was not forwarded.
@@ -99,8 +103,10 @@ pub(crate) fn count_flow(service: u32, endpoint: u32) {
     if let Some(counters) = counters(service) {
         counters.forwarded += 1;
     }
-    if let Some(count) = ENDPOINT_STATS.get_ptr_mut(endpoint) {
-        // SAFETY: this CPU's element.
-        unsafe { *count += 1 };
+    if let Some(block) = ENDPOINT_STATS.get_ptr_mut(endpoint / ENDPOINT_BLOCK)
+        // SAFETY: as above.
+        && let Some(count) = unsafe { &mut *block }.get_mut((endpoint % ENDPOINT_BLOCK) as usize)
+    {
+        *count += 1;
     }
 }

@@ -1,6 +1,10 @@
 //! Loads the committed object and fills its maps, for tests of the programs alone. The mode's own code
 //! has no part in this.
 
+pub mod cgroup;
+pub mod packet;
+pub mod tun;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
@@ -8,13 +12,17 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, HashOfMaps, IterableMap, MapData, PerCpuArray, PerCpuValues};
-use aya::programs::tc::TcAttachOptions;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType};
+use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray};
+use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun,
+    TestRunOptions,
+};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
-    Address, Config, Endpoint, Event, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE,
-    MaglevTable, RangeKey, ServiceCounters, Verdict, endpoint_flags, maglev, map,
+    Address, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID, Frontend, FrontendKey,
+    Group, Interface, MAGLEV_SIZE, MaglevTable, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters,
+    Verdict, endpoint_flags, maglev, map,
 };
 
 /// The object that the product embeds.
@@ -113,8 +121,8 @@ impl Loaded {
             (map::SOCKETS, 4096),
             (map::FLOWS, 4096),
             (map::FRAGMENTS, 1024),
-            (map::SERVICE_STATS, 1024),
-            (map::ENDPOINT_STATS, 4096),
+            (map::SERVICE_STATS, 16),
+            (map::ENDPOINT_STATS, 8),
             (map::MAGLEV, 16),
         ] {
             loader.map_max_entries(name, size);
@@ -279,59 +287,75 @@ impl Loaded {
     /// Counters of a Service.
     pub fn service_stats(&mut self, id: u32) -> Result<ServiceCounters> {
         let data = self.ebpf.map(map::SERVICE_STATS).context(map::SERVICE_STATS)?;
-        let map: PerCpuArray<_, ServiceCounters> = PerCpuArray::try_from(data)?;
-        let all: PerCpuValues<ServiceCounters> = map.get(&id, 0)?;
-        Ok(all.iter().fold(ServiceCounters::default(), |sum, c| ServiceCounters {
+        let map: PerCpuArray<_, ServiceBlock> = PerCpuArray::try_from(data)?;
+        let all = map.get(&(id / SERVICE_BLOCK), 0)?;
+        let all = all.iter().map(|block| block[(id % SERVICE_BLOCK) as usize]);
+        Ok(all.fold(ServiceCounters::default(), |sum, c| ServiceCounters {
             forwarded: sum.forwarded + c.forwarded,
             rejected: sum.rejected + c.rejected,
             dropped: sum.dropped + c.dropped,
         }))
     }
 
-    fn sum(&self, name: &str, index: u32) -> Result<u64> {
-        let data = self.ebpf.map(name).with_context(|| name.to_owned())?;
-        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(data)?;
-        Ok(map.get(&index, 0)?.iter().sum())
-    }
-
     /// New flows of an endpoint.
     pub fn endpoint_stats(&mut self, id: u32) -> Result<u64> {
-        self.sum(map::ENDPOINT_STATS, id)
+        let data = self.ebpf.map(map::ENDPOINT_STATS).context(map::ENDPOINT_STATS)?;
+        let map: PerCpuArray<_, EndpointBlock> = PerCpuArray::try_from(data)?;
+        let all = map.get(&(id / ENDPOINT_BLOCK), 0)?;
+        Ok(all.iter().map(|block| block[(id % ENDPOINT_BLOCK) as usize]).sum())
     }
 
     /// How often something happened.
     pub fn events(&mut self, event: Event) -> Result<u64> {
-        self.sum(map::EVENTS, event as u32)
+        let data = self.ebpf.map(map::EVENTS).context(map::EVENTS)?;
+        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(data)?;
+        Ok(map.get(&(event as u32), 0)?.iter().sum())
+    }
+
+    /// Runs a program at devices over a packet, without a device: what it returns, and the packet then.
+    pub fn run(&mut self, program: &str, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
+        let mut out = vec![0; packet.len() + 256];
+        let program = self.classifier(program)?;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(packet);
+        options.data_out = Some(&mut out);
+        let result = program.test_run(options)?;
+        out.truncate(result.data_size_out as usize);
+        Ok((result.return_value.cast_signed(), out))
     }
 
     /// Attaches all hooks at sockets to a cgroup; they are gone with `self`.
     pub fn attach_sockets(&mut self, cgroup: &File) -> Result<()> {
         for name in SOCKET_HOOKS {
             let program: &mut CgroupSockAddr = self.ebpf.program_mut(name).context(name)?.try_into()?;
-            program.attach(cgroup.as_fd(), CgroupAttachMode::AllowMultiple)?;
+            // Links always allow others beside them; a flag that says so is refused.
+            program.attach(cgroup.as_fd(), CgroupAttachMode::Single)?;
         }
         Ok(())
     }
 
     /// Attaches both hooks to a device of the calling thread's namespace; they are gone with `self`.
     pub fn attach_device(&mut self, name: &str) -> Result<()> {
-        for (program, direction) in [("ingress", TcAttachType::Ingress), ("egress", TcAttachType::Egress)] {
+        self.attach(name, ["ingress", "egress"], || TcAttachOptions::TcxOrder(LinkOrder::default()))
+    }
+
+    /// The same for a device without Ethernet headers.
+    pub fn attach_device_l3(&mut self, name: &str) -> Result<()> {
+        self.attach(name, ["ingress_l3", "egress_l3"], || TcAttachOptions::TcxOrder(LinkOrder::default()))
+    }
+
+    /// The same as [`Loaded::attach_device`] in the way of kernels before 6.6.
+    pub fn attach_device_clsact(&mut self, name: &str) -> Result<()> {
+        qdisc_add_clsact(name).with_context(|| format!("clsact at {name}"))?;
+        self.attach(name, ["ingress", "egress"], || TcAttachOptions::Netlink(NlOptions::default()))
+    }
+
+    fn attach(&mut self, name: &str, programs: [&str; 2], how: fn() -> TcAttachOptions) -> Result<()> {
+        for (program, direction) in programs.into_iter().zip([TcAttachType::Ingress, TcAttachType::Egress]) {
             self.classifier(program)?
-                .attach_with_options(name, direction, TcAttachOptions::TcxOrder(LinkOrder::default()))
+                .attach_with_options(name, direction, how())
                 .with_context(|| format!("attach {program} to {name}"))?;
         }
         Ok(())
     }
-}
-
-/// Names of maps that the loaded object has.
-pub fn maps(loaded: &Loaded) -> Vec<String> {
-    loaded.ebpf.maps().map(|(name, _)| name.to_owned()).collect()
-}
-
-/// The map's handle, for tests that look at its size.
-pub fn map_data(loaded: &Loaded, name: &str) -> Result<u32> {
-    let map: HashMap<_, FrontendKey, Frontend> =
-        HashMap::try_from(loaded.ebpf.map(name).with_context(|| name.to_owned())?)?;
-    Ok(map.map().info()?.max_entries())
 }

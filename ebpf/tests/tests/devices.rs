@@ -1,6 +1,7 @@
 //! Real traffic through the programs at devices: no hooks at sockets, so every packet is translated.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::net::if_::if_nametoindex;
@@ -8,8 +9,10 @@ use shunt_ebpf_abi::{
     Config, Event, Flow, FlowKey, Interface, Verdict, address_flags, config_flags, endpoint_flags,
     frontend_flags, map, range_owner,
 };
+use shunt_ebpf_tests::packet::{self, ETHERNET, Packet};
+use shunt_ebpf_tests::tun::Tun;
 use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, Service, TCP, UDP};
-use shunt_harness::lab::{Lab, Outcome, Probe, require_kernel};
+use shunt_harness::lab::{Lab, Outcome, Probe, TransferSpec, require_kernel};
 
 /// The addresses of one family.
 struct Family {
@@ -281,4 +284,206 @@ fn flows_stay_and_move_with_their_endpoints() -> Result<()> {
     assert!(!flows.is_empty());
     assert!(loaded.events(Event::Repicked)? > 0);
     Ok(())
+}
+
+/// Writes a node port that leads to the remote pod, masqueraded.
+fn far_node_port(loaded: &mut Loaded, family: &Family, protocol: u8) -> Result<SocketAddr> {
+    let far = loaded.add_service(&Service::new(protocol, [socket(family.remote, 8080)]))?;
+    loaded.add_node_port(&far, family.any, 30081, [MASQUERADE; 3])?;
+    Ok(socket(family.node, 30081))
+}
+
+#[test]
+fn long_transfers_with_large_segments_and_a_narrow_way() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    for family in families()? {
+        let to = far_node_port(&mut loaded, &family, TCP)?;
+        let transfer = || {
+            let probe = Probe::tcp(to).timeout(Duration::from_secs(2));
+            lab.client().transfer(&TransferSpec { probe, pace: None, limit: Some(20_000_000) })?.join()
+        };
+        // Links of a lab offload checksums and segmentation.
+        assert_eq!(transfer()?.bytes, 20_000_000);
+        // Beyond the node packets must be smaller. The client learns that from an error about the packet
+        // that the node could not send on, if it speaks of the one that the client has sent.
+        let version = if family.vip.is_ipv4() { "-4" } else { "-6" };
+        let remote = family.remote.to_string();
+        let route = lab.node().exec("ip", [version, "route", "show", &*remote], "")?;
+        let mut change = vec![version, "route", "replace"];
+        change.extend(route.split_whitespace().filter(|word| *word != "pref" && *word != "medium"));
+        change.extend(["mtu", "1300"]);
+        lab.node().exec("ip", &change, "")?;
+        let before = loaded.events(Event::IcmpTranslated)?;
+        assert_eq!(transfer()?.bytes, 20_000_000);
+        assert!(loaded.events(Event::IcmpTranslated)? > before, "the way was not narrow");
+    }
+    Ok(())
+}
+
+#[test]
+fn datagrams_in_fragments() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    for family in families()? {
+        let to = far_node_port(&mut loaded, &family, UDP)?;
+        let client = lab.client().run(|| Ok(UdpSocket::bind(socket(family.any, 0))?))?;
+        client.set_read_timeout(Some(Duration::from_millis(500)))?;
+        let mut question = b"who\n".to_vec();
+        question.resize(1900, b'x');
+        for _ in 0..10 {
+            client.send_to(&question, to)?;
+            let mut buffer = [0; 2048];
+            let (length, from) = client.recv_from(&mut buffer)?;
+            assert_eq!(from, to);
+            assert!(String::from_utf8_lossy(&buffer[..length]).contains("pod=c "));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn session_affinity_is_of_the_source_address() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    for family in families()? {
+        for protocol in [TCP, UDP] {
+            let endpoints = [family.pods[0], family.pods[1], family.remote].map(|a| socket(a, 8080));
+            let service = Service { affinity: 600, ..Service::new(protocol, endpoints) };
+            let written = loaded.add_service(&service)?;
+            loaded.add_frontend(&written, socket(family.vip, 80), [MASQUERADE; 3], 0)?;
+            loaded.add_node_port(&written, family.any, 30080, [MASQUERADE; 3])?;
+            let at = usize::from(protocol == UDP);
+            let through =
+                [socket(family.vip, 80), socket(family.node, 30080)].map(|to| probes(to)[at].clone());
+            // All frontends of a Service port lead a client to the same endpoint.
+            let mut reached: Vec<String> = Vec::new();
+            for probe in &through {
+                for outcome in lab.client().probe_all(vec![probe.clone(); 10])? {
+                    reached.push(outcome.pod().with_context(|| format!("{probe}: {outcome}"))?.to_owned());
+                }
+            }
+            reached.dedup();
+            assert_eq!(reached.len(), 1, "{reached:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_that_netfilter_translates_go_on() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let [v4, _] = families()?;
+    lab.node().nft(&format!(
+        "table ip other {{
+           chain in {{ type nat hook prerouting priority dstnat; ip daddr {0} tcp dport 30081 dnat to {1}:8080; }}
+           chain out {{ type nat hook postrouting priority srcnat; ip daddr {1} masquerade; }}
+         }}",
+        v4.node, v4.remote,
+    ))?;
+    let probe = Probe::tcp(socket(v4.node, 30081)).timeout(Duration::from_secs(2));
+    let mut old = lab.client().converse(&probe)?;
+    assert_eq!(old.ask()?.pod, "c");
+    let mut loaded = attach(&lab)?;
+    let near = loaded.add_service(&Service::new(TCP, [socket(v4.pods[0], 8080)]))?;
+    loaded.add_node_port(&near, v4.any, 30081, [MASQUERADE; 3])?;
+    assert_eq!(old.ask()?.pod, "c", "begun before the programs were there");
+    // Without its rules. Netfilter goes on as long as somebody has a chain of type nat and asks conntrack.
+    lab.node().nft(
+        "table ip third { chain in { type nat hook prerouting priority 0; ct state invalid counter; }; }
+         delete table ip other",
+    )?;
+    assert_eq!(old.ask()?.pod, "c", "and after the rules are gone");
+    assert_eq!(lab.client().probe(probe)?.pod(), Some("a"), "new ones meet the programs");
+    assert_eq!(old.ask()?.pod, "c");
+    Ok(())
+}
+
+#[test]
+fn clsact_where_there_is_no_tcx() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = Loaded::new()?;
+    let links = ["client", "elsewhere"].map(|name| lab.link(name).context("a link"));
+    for family in families()? {
+        loaded.set_address(family.node, address_flags::LOCAL | address_flags::NODE_PORT)?;
+        far_node_port(&mut loaded, &family, TCP)?;
+        far_node_port(&mut loaded, &family, UDP)?;
+    }
+    let [v4, v6] = families()?;
+    loaded.set_config(Config {
+        masquerade4: v4.node.into(),
+        masquerade6: v6.node.into(),
+        ..Config::DEFAULT
+    })?;
+    lab.node().run(|| {
+        for link in links {
+            loaded.attach_device_clsact(link?)?;
+        }
+        Ok(())
+    })?;
+    for family in [v4, v6] {
+        for probe in probes(socket(family.node, 30081)) {
+            let outcome = lab.client().probe(probe.clone())?;
+            assert_eq!((outcome.pod(), outcome.peer()), (Some("c"), Some(family.node)), "{probe}: {outcome}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn devices_without_ethernet_headers() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let mut loaded = attach(&lab)?;
+    let mut tun = lab.node().run(|| Tun::create("tun0"))?;
+    lab.node().run(|| loaded.attach_device_l3("tun0"))?;
+    lab.node().exec("ip", ["link", "set", "tun0", "up"], "")?;
+    for family in families()? {
+        let far =
+            SocketAddr::new(if family.vip.is_ipv4() { "172.16.0.9" } else { "fd00:172::9" }.parse()?, 5000);
+        lab.node().exec("ip", ["route", "add", &*far.ip().to_string(), "dev", "tun0"], "")?;
+        let to = far_node_port(&mut loaded, &family, UDP)?;
+        let question = Packet::new(far, to, UDP).payload(b"who\n").bytes();
+        tun.send(&question[ETHERNET..])?;
+        let answer = packet::read_ip(&tun.receive(is_udp)?, true)?;
+        assert_eq!((answer.source, answer.destination), (to, far));
+
+        let refused = socket(family.vip, 99);
+        let question = Packet::new(far, refused, TCP);
+        tun.send(&question.bytes()[ETHERNET..])?;
+        let error = packet::read_ip(&tun.receive(is_error)?, true)?;
+        let quoted = error.quoted.context("an error quotes")?;
+        assert_eq!((error.source.ip(), quoted.source, quoted.destination), (family.vip, far, refused));
+    }
+    Ok(())
+}
+
+/// The protocol of an IP packet.
+fn protocol(packet: &[u8]) -> u8 {
+    packet[if packet[0] >> 4 == 4 { 9 } else { 6 }]
+}
+
+fn is_udp(packet: &[u8]) -> bool {
+    protocol(packet) == UDP
+}
+
+fn is_error(packet: &[u8]) -> bool {
+    protocol(packet) == 1 || protocol(packet) == 58 && packet[40] == 1
 }

@@ -17,7 +17,9 @@ use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
-use shunt_ebpf_abi::{ServiceCounters, VERSION, config_flags, map, size};
+use shunt_ebpf_abi::{
+    Config, ENDPOINT_BLOCK, SERVICE_BLOCK, ServiceCounters, VERSION, config_flags, map, size,
+};
 use shunt_mode::{KernelError, Mode, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins};
@@ -56,7 +58,8 @@ pub struct Options {
     pub frontends: u32,
     /// Most endpoints.
     pub endpoints: u32,
-    /// Most flows at tc, at sockets, and clients with session affinity, each.
+    /// Most entries of the connection table of tc; that of sockets has half as many, and a quarter of it
+    /// is the number of clients with session affinity.
     pub flows: u32,
     /// The programs' object.
     pub object: Cow<'static, [u8]>,
@@ -77,18 +80,17 @@ impl Default for Options {
 
 impl Options {
     fn sizes(&self) -> attach::MapSizes {
-        let half = (self.flows / 2).max(2);
         BTreeMap::from([
             (map::FRONTENDS, self.frontends),
-            (map::SERVICE_STATS, self.frontends),
+            (map::SERVICE_STATS, self.frontends.div_ceil(SERVICE_BLOCK)),
             (map::ENDPOINTS, self.endpoints),
-            (map::ENDPOINT_STATS, self.endpoints),
+            (map::ENDPOINT_STATS, self.endpoints.div_ceil(ENDPOINT_BLOCK)),
             // Two groups of each endpoint, in extents of which half may be unused.
             (map::SLOTS, self.endpoints.saturating_mul(4)),
             (map::ADDRESSES, self.frontends.saturating_mul(2)),
             (map::FLOWS, self.flows),
-            (map::SOCKETS, half),
-            (map::AFFINITY, half),
+            (map::SOCKETS, (self.flows / 2).max(2)),
+            (map::AFFINITY, (self.flows / 4).max(2)),
         ])
     }
 
@@ -176,11 +178,17 @@ impl Bpf {
         attach::load(&self.pins, &self.options.object, &self.options.sizes()).map_err(of_attach)?;
         let cookie = self.inside(sys::netns_cookie)?;
         let maps = self.maps()?;
+        // What runs meanwhile under the programs of before goes on with what it knows of the node.
         maps.edit_config(|config| {
-            let flags = config.flags;
-            *config = shunt_ebpf_abi::Config::DEFAULT;
-            config.flags = flags | config_flags::PROTECT_NODE_PORTS;
-            config.host_netns = cookie;
+            *config = Config {
+                flags: config.flags | config_flags::PROTECT_NODE_PORTS,
+                host_netns: cookie,
+                masquerade4: config.masquerade4,
+                masquerade6: config.masquerade6,
+                masquerade_port_min: config.masquerade_port_min,
+                masquerade_port_max: config.masquerade_port_max,
+                ..Config::DEFAULT
+            };
         })
         .map_err(of_map)?;
         self.loaded = true;
@@ -216,6 +224,7 @@ impl Bpf {
         maps.edit_config(|config| {
             config.masquerade4 = devices.fallback(true);
             config.masquerade6 = devices.fallback(false);
+            (config.masquerade_port_min, config.masquerade_port_max) = devices.ports;
         })
         .map_err(of_map)?;
         self.devices = devices;

@@ -493,23 +493,25 @@ impl<'a> Planner<'a> {
         if self.desired.local_endpoints.is_empty() {
             return;
         }
-        let wanted: BTreeMap<(Address, u16, u8), bool> = self
+        let wanted: Vec<(Address, u16, u8, bool)> = self
             .desired
             .local_endpoints
             .iter()
-            .map(|(e, here)| ((Address::from(e.address), e.port.to_be(), e.protocol.number()), *here))
+            .map(|(e, here)| (Address::from(e.address), e.port.to_be(), e.protocol.number(), *here))
             .collect();
-        let addresses: BTreeSet<(Address, u16)> = wanted.keys().map(|(a, port, _)| (*a, *port)).collect();
         let in_question: BTreeSet<u32> = self.placed.values().map(|placed| placed.id).collect();
         for (id, endpoint) in self.observed.endpoints() {
-            if !addresses.contains(&(endpoint.address, endpoint.port))
-                || in_question.contains(&endpoint.service)
-            {
+            // Nearly always there are one or two to compare a hundred thousand with.
+            let meets = |(address, port, _, _): &&(Address, u16, u8, bool)| {
+                *port == endpoint.port && address.same(&endpoint.address)
+            };
+            let mut met = wanted.iter().filter(meets).peekable();
+            if met.peek().is_none() || in_question.contains(&endpoint.service) {
                 continue;
             }
             let users = self.observed.users(endpoint.service);
             let protocol = users.and_then(|u| u.frontends.first()).map_or(0, |key| key.protocol);
-            let Some(here) = wanted.get(&(endpoint.address, endpoint.port, protocol)) else { continue };
+            let Some((_, _, _, here)) = met.find(|(_, _, of, _)| *of == protocol) else { continue };
             let flags = if *here {
                 endpoint.flags | endpoint_flags::HERE
             } else {

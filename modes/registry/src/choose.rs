@@ -123,7 +123,6 @@ fn trial(family: IpFamily) -> Compiler {
                 .to_vec(),
             endpoints: (1..=2)
                 .map(|n| Endpoint {
-                    pod: None,
                     address: address(100 + n),
                     conditions: Conditions::default(),
                     node: Some("trial".into()),

@@ -143,8 +143,8 @@ pub(crate) struct ModeArgs {
     /// Most endpoints in ebpf mode, counted once for each Service port. Default: 262144.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=4_194_304))]
     pub ebpf_endpoints_max: Option<u32>,
-    /// Entries of the connection table in ebpf mode, two to four for each connection; the tables of
-    /// sockets and of clients with session affinity have half as many. Default: 524288.
+    /// Entries of the connection table in ebpf mode, two to four for each connection; the table of
+    /// sockets has half as many, that of clients with session affinity a quarter. Default: 262144.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=33_554_432))]
     pub ebpf_flows_max: Option<u32>,
 }

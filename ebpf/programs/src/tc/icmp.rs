@@ -1,7 +1,7 @@
 //! ICMP errors speak of a packet that was translated: they go to whom that packet came from, about what
 //! they sent.
 
-use shunt_ebpf_abi::{Event, FlowKey, Fragment, Tuple};
+use shunt_ebpf_abi::{Event, FlowKey, Tuple};
 
 use super::frame::Frame;
 use super::packet::{dissect, has_ports};
@@ -34,9 +34,6 @@ fn find<F: Frame>(frame: F, work: &mut Work) -> Option<()> {
     if work.inner.later || !has_ports(work.inner.protocol) {
         return None;
     }
-    let quoted: Fragment = frame.read(work.inner.l4)?;
-    work.sent.source_port = quoted.source_port;
-    work.sent.destination_port = quoted.destination_port;
     work.inner_key = FlowKey {
         tuple: work.sent.reversed(),
         protocol: work.inner.protocol,

@@ -21,7 +21,7 @@ mod rewrite;
 mod work;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 
 use frame::Skb;
@@ -55,7 +55,7 @@ fn begin<const ETHERNET: bool>(context: &TcContext, hook: u8) -> Begun {
     // SAFETY: the verifier knows the context; the helper reads a clock.
     unsafe {
         work.ifindex = (*context.skb.skb).ifindex;
-        work.now = bpf_ktime_get_ns();
+        work.now = bpf_ktime_get_coarse_ns();
     }
     let skb = Skb(context.skb.skb);
     match packet::parse(skb, work, v4) {

@@ -36,6 +36,14 @@ pub(crate) struct Ip4 {
     pub(crate) destination: u32,
 }
 
+/// With what follows it, where it has no options: read at once, for speed.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ip4AndPorts {
+    ip: Ip4,
+    ports: Fragment,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Ip6 {
@@ -47,8 +55,16 @@ pub(crate) struct Ip6 {
     pub(crate) destination: [u32; 4],
 }
 
-/// Where the parts of the packet with an IP header at `l3` are, its addresses, and for fragments the
-/// identification. False when it is not sound.
+/// See [`Ip4AndPorts`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ip6AndPorts {
+    ip: Ip6,
+    ports: Fragment,
+}
+
+/// Where the parts of the packet with an IP header at `l3` are, its tuple (ports of whatever kind: see
+/// [`has_ports`]), and for fragments the identification. `None` when it is not sound.
 #[inline(always)]
 pub(crate) fn dissect<F: Frame>(
     frame: F,
@@ -69,7 +85,16 @@ pub(crate) fn dissect<F: Frame>(
     part.destination = tuple.destination;
     part.protocol = layout.protocol;
     part.reserved = 0;
+    if layout.l4 - l3 != if v4 { 20 } else { 40 } && !layout.later {
+        set_ports(tuple, frame.read(layout.l4)?);
+    }
     Some(())
+}
+
+#[inline(always)]
+fn set_ports(tuple: &mut Tuple, ports: Fragment) {
+    tuple.source_port = ports.source_port;
+    tuple.destination_port = ports.destination_port;
 }
 
 #[inline(always)]
@@ -79,7 +104,7 @@ fn dissect4<F: Frame>(
     tuple: &mut Tuple,
     part: &mut FragmentKey,
 ) -> Option<()> {
-    let ip: Ip4 = frame.read(layout.l3)?;
+    let Ip4AndPorts { ip, ports } = frame.read(layout.l3)?;
     let header = u32::from(ip.version_length & 0xf) * 4;
     if ip.version_length >> 4 != 4 || header < 20 {
         return None;
@@ -93,6 +118,8 @@ fn dissect4<F: Frame>(
     part.id = u32::from(ip.id);
     tuple.source = Address::v4(ip.source);
     tuple.destination = Address::v4(ip.destination);
+    set_ports(tuple, ports);
+    layout.checksum = ip.checksum;
     Some(())
 }
 
@@ -103,12 +130,13 @@ fn dissect6<F: Frame>(
     tuple: &mut Tuple,
     part: &mut FragmentKey,
 ) -> Option<()> {
-    let ip: Ip6 = frame.read(layout.l3)?;
+    let Ip6AndPorts { ip, ports } = frame.read(layout.l3)?;
     if u32::from_be(ip.version_flow) >> 28 != 6 {
         return None;
     }
     tuple.source = Address(ip.source);
     tuple.destination = Address(ip.destination);
+    set_ports(tuple, ports);
     let (mut next, mut l4) = (ip.next, layout.l3 + 40);
     layout.part = false;
     layout.later = false;
@@ -157,21 +185,16 @@ pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
     if !has_ports(layout.protocol) {
         return if is_error(frame, layout) { ERROR } else { OTHER };
     }
-    let ports = if layout.later {
-        // SAFETY: copied at once.
-        unsafe { FRAGMENTS.get(&work.fragment) }.copied()
-    } else {
-        frame.read(layout.l4)
-    };
-    let Some(Fragment { source_port, destination_port }) = ports else { return OTHER };
-    tuple.source_port = source_port;
-    tuple.destination_port = destination_port;
     (work.begins, work.ends) = (0, 0);
     if layout.later {
+        // SAFETY: copied at once.
+        let Some(ports) = unsafe { FRAGMENTS.get(&work.fragment) }.copied() else { return OTHER };
+        set_ports(tuple, ports);
         return PORTS;
     }
     if layout.part {
-        let _ = FRAGMENTS.insert(&work.fragment, Fragment { source_port, destination_port }, 0);
+        let ports = Fragment { source_port: tuple.source_port, destination_port: tuple.destination_port };
+        let _ = FRAGMENTS.insert(&work.fragment, ports, 0);
     }
     let at = match layout.protocol {
         TCP => 13,
@@ -206,7 +229,7 @@ fn is_error<F: Frame>(frame: F, layout: &Layout) -> bool {
     }
     match frame.read::<u8>(layout.l4) {
         Some(kind) if layout.v4 => kind == 3 || kind == 11 || kind == 12,
-        Some(kind) => kind >= 1 && kind <= 4,
+        Some(kind) => (1..=4).contains(&kind),
         None => false,
     }
 }

@@ -58,17 +58,57 @@ fn turn<F: Frame>(frame: F, layout: &Layout, from: &Tuple, to: &Tuple) -> Option
             let change = changed_word(ports(from) ^ ports(to), layout.length.wrapping_sub(4));
             frame.write(layout.l4 + 8, &(old ^ change.to_le()))?;
         }
-        frame.write(layout.l4, &ports(to))?;
     }
     let sum = sum.map(|(offset, flags)| (layout.l4 + offset, flags));
-    let (source, destination) = if layout.v4 { (12, 16) } else { (8, 24) };
+    if layout.v4 {
+        return headers4(frame, layout, sum, from, to);
+    }
+    if !layout.later && ports(from) != ports(to) {
+        frame.write(layout.l4, &ports(to))?;
+    }
     if !from.source.same(&to.source) {
-        replace(frame, layout, source, sum, &from.source, &to.source)?;
+        replace(frame, layout, 8, sum, &from.source, &to.source)?;
     }
     if !from.destination.same(&to.destination) {
-        replace(frame, layout, destination, sum, &from.destination, &to.destination)?;
+        replace(frame, layout, 24, sum, &from.destination, &to.destination)?;
     }
     Some(())
+}
+
+/// Checksum and addresses of the IPv4 header, and the ports behind it, in one write.
+#[inline(always)]
+fn headers4<F: Frame>(
+    frame: F,
+    layout: &Layout,
+    sum: Option<(u32, u64)>,
+    from: &Tuple,
+    to: &Tuple,
+) -> Option<()> {
+    let mut check = u32::from(!layout.checksum);
+    for (old, new) in [(&from.source, &to.source), (&from.destination, &to.destination)] {
+        let (old, new) = (old.word4(), new.word4());
+        if old != new {
+            if let Some((at, flags)) = sum {
+                frame.mend_word(at, old, new, flags | PSEUDO)?;
+            }
+            // RFC 1624, with the sum folded at the end.
+            check += (!old & 0xffff) + (!old >> 16) + (new & 0xffff) + (new >> 16);
+        }
+    }
+    check = (check & 0xffff) + (check >> 16);
+    let check = !(((check & 0xffff) + (check >> 16)) as u16);
+    let halves = |word: u32| {
+        let [a, b, c, d] = word.to_ne_bytes();
+        [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
+    };
+    let [a, b] = halves(to.source.word4());
+    let [c, d] = halves(to.destination.word4());
+    if layout.l4 - layout.l3 == 20 && !layout.later {
+        let (e, f) = (to.source_port, to.destination_port);
+        return frame.write(layout.l3 + 10, &[check, a, b, c, d, e, f]);
+    }
+    frame.write(layout.l3 + 10, &[check, a, b, c, d])?;
+    if layout.later { Some(()) } else { frame.write(layout.l4, &ports(to)) }
 }
 
 /// Replaces one address of the IP header.

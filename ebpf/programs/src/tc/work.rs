@@ -21,6 +21,9 @@ pub(crate) struct Layout {
     /// A fragment at all.
     pub(crate) part: bool,
     pub(crate) protocol: u8,
+    /// Checksum of the IPv4 header, as in the packet.
+    pub(crate) checksum: u16,
+    pub(crate) reserved: u16,
 }
 
 /// See above.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use shunt_ebpf_abi::{Address, Interface};
+use shunt_ebpf_abi::{Address, Config, Interface};
 
 /// A device that packets pass.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -26,12 +26,16 @@ pub(super) struct Devices {
     pub(super) devices: BTreeMap<u32, Device>,
     /// All addresses of the node.
     pub(super) addresses: BTreeSet<Address>,
+    /// First and last port for masqueraded packets.
+    pub(super) ports: (u16, u16),
 }
 
 impl Devices {
     /// Reads devices and addresses. `pods` says by which interface local pods are known.
     pub(super) fn read(pods: &BTreeSet<Arc<str>>) -> io::Result<Self> {
-        let mut found = Self::default();
+        // Shows that of the thread's network namespace.
+        let local = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+        let mut found = Self { ports: masquerade_ports(&local), ..Self::default() };
         let mut by_name: BTreeMap<String, Device> = BTreeMap::new();
         for entry in nix::ifaddrs::getifaddrs()? {
             let address = entry.address.as_ref().and_then(|address| {
@@ -78,6 +82,30 @@ impl Devices {
     }
 }
 
+/// Ports for masqueraded packets: apart from those that the kernel gives to the node's own sockets
+/// (`ip_local_port_range`), for a packet from there would be one and the same with theirs, and below those
+/// of node ports. Without enough room on either side the two share the most of what there is.
+fn masquerade_ports(local: &str) -> (u16, u16) {
+    const LEAST: u16 = 2048;
+    let default = (Config::DEFAULT.masquerade_port_min, Config::DEFAULT.masquerade_port_max);
+    let mut numbers = local.split_whitespace().filter_map(|number| number.parse::<u16>().ok());
+    let (Some(first), Some(last)) = (numbers.next(), numbers.next()) else { return default };
+    let below = (default.0, default.1.min(first.saturating_sub(1)));
+    let above = (last.saturating_add(1), u16::MAX);
+    let room = |(first, last): (u16, u16)| last.saturating_sub(first);
+    match (room(below) >= LEAST, room(above) >= LEAST) {
+        (true, _) => below,
+        (false, true) => above,
+        (false, false) => {
+            tracing::warn!(
+                "ip_local_port_range {} leaves no ports for masqueraded packets: now and then one will meet a port of the node's own",
+                local.trim()
+            );
+            default
+        }
+    }
+}
+
 /// Whether only local pods send by a device: the bridge, its ports, or a device with the prefix.
 fn is_pods_interface(pods: &str, name: &str) -> bool {
     match pods.split_once(' ') {
@@ -90,4 +118,25 @@ fn is_pods_interface(pods: &str, name: &str) -> bool {
 fn master(name: &str) -> Option<String> {
     let link = std::fs::read_link(Path::new("/sys/class/net").join(name).join("master")).ok()?;
     Some(link.file_name()?.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masqueraded_packets_keep_off_the_ports_of_sockets() {
+        assert_eq!(masquerade_ports("32768\t60999\n"), (1024, 29_999));
+        assert_eq!(masquerade_ports("10000\t65535\n"), (1024, 9999));
+        assert_eq!(masquerade_ports("1024\t50000\n"), (50_001, 65_535));
+        assert_eq!(masquerade_ports("1024\t65535\n"), (1024, 29_999));
+        assert_eq!(masquerade_ports(""), (1024, 29_999));
+    }
+
+    #[test]
+    fn interfaces_of_pods() {
+        assert!(is_pods_interface("prefix veth", "veth1") && !is_pods_interface("prefix veth", "eth0"));
+        assert!(is_pods_interface("bridge cni0", "cni0") && !is_pods_interface("bridge cni0", "cni1"));
+        assert!(!is_pods_interface("", "cni0"));
+    }
 }

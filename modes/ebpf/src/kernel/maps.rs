@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Address, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface, Name, RangeKey,
-    ServiceCounters, address_flags, map,
+    SERVICE_BLOCK, ServiceBlock, ServiceCounters, address_flags, map,
 };
 
 use super::sys::{Prefix, Table};
@@ -85,16 +85,22 @@ pub(super) fn counters(
     let at = at(map::SERVICE_STATS);
     let fd = super::sys::open_pinned(&folder.join(map::SERVICE_STATS)).map_err(&at)?;
     let data = MapData::from_fd(fd).map_err(|e| at(io::Error::other(e)))?;
-    let array = PerCpuArray::<MapData, ServiceCounters>::try_from(Map::PerCpuArray(data));
+    let array = PerCpuArray::<MapData, ServiceBlock>::try_from(Map::PerCpuArray(data));
     let array = array.map_err(|e| at(io::Error::other(e)))?;
     let mut counters = Vec::with_capacity(names.len());
+    let mut block = None;
     for (id, name) in names {
-        let values = array.get(id, 0).map_err(|e| at(io::Error::other(e)))?;
-        let sum = values.iter().fold(ServiceCounters::default(), |sum, one| ServiceCounters {
-            forwarded: sum.forwarded + one.forwarded,
-            rejected: sum.rejected + one.rejected,
-            dropped: sum.dropped + one.dropped,
-        });
+        let number = id / SERVICE_BLOCK;
+        if block.as_ref().is_none_or(|(held, _)| *held != number) {
+            block = Some((number, array.get(&number, 0).map_err(|e| at(io::Error::other(e)))?));
+        }
+        let mut sum = ServiceCounters::default();
+        let of_cpus = block.iter().flat_map(|(_, values)| values.iter());
+        for one in of_cpus.filter_map(|block| block.get((id % SERVICE_BLOCK) as usize)) {
+            sum.forwarded += one.forwarded;
+            sum.rejected += one.rejected;
+            sum.dropped += one.dropped;
+        }
         counters.push((name.clone(), sum));
     }
     Ok(counters)

@@ -27,7 +27,7 @@ pub fn options() -> Result<Arc<Options>> {
         cgroup_root: Some(cgroup),
         frontends: 4096,
         endpoints: 16_384,
-        flows: 8192,
+        flows: 65_536,
         ..Options::default()
     }))
 }
