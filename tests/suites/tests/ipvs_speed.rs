@@ -18,7 +18,7 @@ use shunt_harness::guest::test_in_guest;
 use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
 use shunt_mode::Backend as _;
 use shunt_suites::driver::{Cluster, Synced};
-use shunt_suites::ipvs::IpvsMode;
+use shunt_suites::mode::IpvsMode;
 use shunt_suites::mode::ModeUnderTest;
 use shunt_suites::random::{NODE, Step};
 
@@ -62,6 +62,7 @@ fn slice(n: u32, addresses: impl IntoIterator<Item = IpAddr>) -> Step {
         endpoints: addresses
             .into_iter()
             .map(|address| Endpoint {
+                pod: None,
                 address,
                 conditions: Conditions::default(),
                 node: None,
