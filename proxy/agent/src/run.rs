@@ -374,10 +374,10 @@ impl Engine {
             if let Some(step) = family.sync.next(now) {
                 match family.driver.sync(compiler.table(of), &step) {
                     Ok(report) => {
-                        log_sync(of, &step, &report);
                         if step == Step::Resync {
                             family.clean_up_others();
                         }
+                        log_sync(of, &step, &report);
                         family.sync.finished(Ok(step), Instant::now());
                     }
                     Err(error) => {
