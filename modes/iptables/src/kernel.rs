@@ -38,9 +38,6 @@ pub trait Kernel {
 const LOCK_TIMEOUT: &str = "10";
 const LOCK_FILE: &str = "/run/xtables.lock";
 const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";
-/// Chains that one run of the nft flavour's tool is given: what it does for a chain costs time for every
-/// chain that it was given before.
-const NFT_CHAINS_MAX: usize = 1500;
 /// A set may be in use for a moment after the rules that looked at it are gone.
 const DESTROY_TRIES: u32 = 100;
 const DESTROY_PAUSE: Duration = Duration::from_millis(10);
@@ -148,17 +145,8 @@ impl Tools {
     fn restore(&mut self, ops: &[Op]) -> io::Result<()> {
         let programs = self.programs()?.clone();
         self.await_lock(&programs);
-        let most = match programs.flavour {
-            Flavour::Legacy => usize::MAX,
-            Flavour::Nft => NFT_CHAINS_MAX,
-        };
-        for ops in ops.chunks(most) {
-            self.namespace.run(
-                &programs.restore,
-                &["--noflush", "--wait", LOCK_TIMEOUT],
-                &restore_text(ops),
-            )?;
-        }
+        let text = restore_text(ops);
+        self.namespace.run(&programs.restore, &["--noflush", "--wait", LOCK_TIMEOUT], &text)?;
         for op in ops {
             match op {
                 Op::SetChain(Table::Mangle, name, _) if &**name == names::CANARY => self.programmed = true,
