@@ -185,7 +185,7 @@ impl ModeUnderTest for IpvsMode {
             ("008-etp-local", "ipset flush KUBE-NODE-PORT-TCP"),
             ("008-etp-local", "ipset flush KUBE-NODE-PORT-IPS"),
             ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,tcp:80"),
-            ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,dccp:80"),
+            ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,udplite:80"),
             ("008-etp-local", "ipset add KUBE-LOOP-BACK 9.9.9.9,tcp:80,9.9.9.9"),
             ("008-etp-local", "ipset add KUBE-NODE-PORT-UDP 77"),
             ("008-etp-local", "ipset add KUBE-SERVICE-CIDR 9.9.0.0/16"),
