@@ -48,6 +48,8 @@ done
 ip link set lo up || fail "set lo up"
 modprobe -a ipv6 nf_conntrack ip_vs || fail "this kernel has no IPVS"
 
+# A test holds both ends of all its connections.
+ulimit -n 65536
 setsid sh /run/control/command < /dev/null > /dev/ttyS0 2> /dev/ttyS1
 status=$?
 # stty waits until everything that was written has left.
