@@ -117,7 +117,8 @@ pub fn plan_within(observed: &State, desired: &Desired, most: usize) -> Plan<Op>
         desired,
         family,
         ops: Vec::new(),
-        next_mark: None,
+        marks_used: None,
+        next_mark: 1,
         marks_kept: BTreeSet::new(),
         marks_gone: BTreeSet::new(),
     };
@@ -144,8 +145,10 @@ struct Planner<'a> {
     desired: &'a Desired,
     family: IpFamily,
     ops: Vec<(Phase, Op)>,
-    /// The id of the last mark that was given away.
-    next_mark: Option<u32>,
+    /// Ids of marks that are given away, once somebody asks.
+    marks_used: Option<BTreeSet<u32>>,
+    /// Where to look for one that is free.
+    next_mark: u32,
     /// Virtual servers by mark that places have in the end.
     marks_kept: BTreeSet<ServiceKey>,
     /// Those that places have no more.
@@ -342,7 +345,7 @@ impl Planner<'_> {
         let value = sound.map_or_else(|| layout::mark(self.new_mark(), bit), |m| m.value);
         for key in self.mark_keys(value) {
             self.marks_kept.insert(key);
-            let service = Service { key, ..wanted.service.clone() };
+            let service = Service { key, ..wanted.inside_service() };
             self.server(&service, destinations, Phase::MarkServers);
         }
         if held.is_none_or(|m| (m.value, m.mask) != (value, u32::MAX)) {
@@ -361,39 +364,25 @@ impl Planner<'_> {
         [value, value | 1 << self.desired.node.masquerade_bit].map(|mark| ServiceKey::Mark { ipv6, mark })
     }
 
-    /// An id that no mark has, neither in the kernel nor in this plan.
+    /// The smallest id that no mark has, neither in the kernel nor in this plan. Virtual servers that no
+    /// place leads to are no obstacle where everything is looked at: they go, or become this one.
     fn new_mark(&mut self) -> u32 {
         let bit = self.desired.node.masquerade_bit;
-        let last = self.next_mark.unwrap_or_else(|| {
-            let keys = self.observed.servers.keys();
-            let ids = keys.filter_map(|key| match key {
+        let (observed, everything) = (self.observed, self.desired.everything);
+        let used = self.marks_used.get_or_insert_with(|| {
+            let elements = observed.sets.get(&SetName::Fwmark).into_iter().flatten();
+            let of_places = elements.filter_map(|(_, mark)| layout::mark_id(mark.as_ref()?.value, bit));
+            let of_servers = observed.servers.keys().filter(|_| !everything).filter_map(|key| match key {
                 ServiceKey::Mark { mark, .. } => layout::mark_id(*mark, bit),
                 ServiceKey::Address { .. } => None,
             });
-            let elements = self.observed.sets.get(&SetName::Fwmark).into_iter().flatten();
-            let of_places = elements.filter_map(|(_, mark)| layout::mark_id(mark.as_ref()?.value, bit));
-            ids.chain(of_places).max().unwrap_or(0)
+            of_places.chain(of_servers).collect()
         });
-        let id = if last < layout::ID_MAX { last + 1 } else { self.gap() };
-        self.next_mark = Some(id);
-        id
-    }
-
-    /// The smallest id that is free, once the largest was given away.
-    fn gap(&self) -> u32 {
-        let bit = self.desired.node.masquerade_bit;
-        let planned = self.ops.iter().filter_map(|(_, op)| match op {
-            Op::AddServer(service) => Some(service.key),
-            _ => None,
-        });
-        let keys = self.observed.servers.keys().copied().chain(planned);
-        let used: BTreeSet<u32> = keys
-            .filter_map(|key| match key {
-                ServiceKey::Mark { mark, .. } => layout::mark_id(mark, bit),
-                ServiceKey::Address { .. } => None,
-            })
-            .collect();
-        (1..layout::ID_MAX).find(|id| !used.contains(id)).unwrap_or(layout::ID_MAX)
+        while used.contains(&self.next_mark) && self.next_mark < layout::ID_MAX {
+            self.next_mark += 1;
+        }
+        used.insert(self.next_mark);
+        self.next_mark
     }
 
     /// A virtual server and its destinations. Those that are not wanted any more are drained; whoever

@@ -19,6 +19,9 @@ use crate::layout::{Place, SetName};
 /// The scheduler of Services that name none.
 const SCHEDULER: &str = "rr";
 
+/// Maglev hashing of the source address.
+const AFFINE_SCHEDULER: &str = "mh";
+
 /// What should be at a place.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Wanted {
@@ -32,6 +35,22 @@ pub struct Wanted {
     pub sets: BTreeSet<SetName>,
     /// Sources that may use it; `None` for all.
     pub guard: Option<Arc<SourceRanges>>,
+}
+
+impl Wanted {
+    /// The second virtual server, but for its key.
+    ///
+    /// A persistent one by mark keeps the port that the packet came for (`ip_vs_sched_persist`), which is
+    /// seldom the endpoint's. So session affinity is by consistent hashing here: clients keep their
+    /// endpoint as long as it is there.
+    pub fn inside_service(&self) -> Service {
+        let mut service = self.service.clone();
+        if service.persistence.take().is_some() {
+            service.scheduler = String::from(AFFINE_SCHEDULER);
+            service.flags.scheduler = [true, false, false];
+        }
+        service
+    }
 }
 
 /// What the kernel should hold, for the part of the table that a change touches.

@@ -16,7 +16,15 @@ pub(crate) fn start(args: &LogArgs) {
     };
     // Libraries speak up at the highest verbosity only.
     let others = if args.verbosity < 8 { LevelFilter::WARN } else { level };
-    let ours = ["shunt", "shunt_watch", "shunt_node", "shunt_mode", "shunt_modes", "shunt_mode_nftables"];
+    let ours = [
+        "shunt",
+        "shunt_watch",
+        "shunt_node",
+        "shunt_mode",
+        "shunt_modes",
+        "shunt_mode_ipvs",
+        "shunt_mode_nftables",
+    ];
     let filter = EnvFilter::builder().with_default_directive(others.into()).from_env_lossy();
     let filter = if std::env::var_os(EnvFilter::DEFAULT_ENV).is_some() {
         filter

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use shunt_core::id::IpFamily;
 use shunt_core::node::LocalDetector;
 use shunt_core::table::{ForwardingTable, NodeFacts};
@@ -38,6 +38,8 @@ impl ModeUnderTest for IpvsMode {
     const NEEDS_GUEST: bool = true;
     const OPS_PER_ENDPOINT: usize = 12;
     const ONE_BY_ONE: bool = true;
+    const AFFINITY_OF_PORTS: bool = false;
+    const AFFINITY_FORGETS_CONNECTED: bool = false;
 
     fn fake(family: IpFamily) -> Self::Fake {
         Ipvs::new(FakeKernel::new(family))
@@ -106,6 +108,8 @@ impl ModeUnderTest for IpvsMode {
         is_vip(before, packet.source) == is_vip(after, packet.source)
     }
 
+    /// ipset reads the sets. iptables would need a kernel with `xt_ipvs` to read the rules: it does in the
+    /// tests in the kernel.
     fn check_text(namespace: &Namespace, text: &str) -> Result<()> {
         let mut sets = String::new();
         let mut section = "";
@@ -117,21 +121,7 @@ impl ModeUnderTest for IpvsMode {
             }
         }
         namespace.exec("ipset", ["restore"], &sets)?;
-        let mut checked = Ok(());
-        for (tool, header) in [("iptables", "# iptables-save"), ("ip6tables", "# ip6tables-save")] {
-            let rules: String = text
-                .split_once(&format!("{header}\n"))
-                .map(|(_, rest)| rest.lines().take_while(|l| !l.starts_with("# ")))
-                .into_iter()
-                .flatten()
-                .flat_map(|line| [line, "\n"])
-                .collect();
-            ensure!(rules.is_empty() || rules.ends_with("COMMIT\n"), "{tool}: no end of the rules");
-        }
-        if checked.is_ok() {
-            checked = namespace.exec("ipset", ["destroy"], "").map(drop);
-        }
-        checked
+        namespace.exec("ipset", ["destroy"], "").map(drop)
     }
 
     fn list(namespace: &Namespace) -> Result<String> {
@@ -183,7 +173,7 @@ impl ModeUnderTest for IpvsMode {
             ("008-etp-local", "ipset flush KUBE-NODE-PORT-TCP"),
             ("008-etp-local", "ipset flush KUBE-NODE-PORT-IPS"),
             ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,tcp:80"),
-            ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,dccp:80"),
+            ("008-etp-local", "ipset add KUBE-CLUSTER-IP 9.9.9.9,udplite:80"),
             ("008-etp-local", "ipset add KUBE-LOOP-BACK 9.9.9.9,tcp:80,9.9.9.9"),
             ("008-etp-local", "ipset add KUBE-NODE-PORT-UDP 77"),
             ("008-etp-local", "ipset add KUBE-SERVICE-CIDR 9.9.0.0/16"),
@@ -212,15 +202,23 @@ impl ModeUnderTest for IpvsMode {
         ]
     }
 
-    fn affinity_records(_namespace: &Namespace, _family: IpFamily) -> Result<usize> {
-        bail!("templates are counted in the guest")
+    /// Templates are listed as connections from port 0.
+    fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize> {
+        let text = namespace.exec("cat", ["/proc/net/ip_vs_conn"], "")?;
+        let is_template = |line: &&str| {
+            let mut words = line.split_whitespace().skip(1);
+            let v6 = words.next().is_some_and(|address| address.len() > 8);
+            v6 == (family == IpFamily::V6) && words.next() == Some("0000")
+        };
+        Ok(text.lines().filter(is_template).count())
     }
 
     fn add_affinity_records(_namespace: &Namespace, _family: IpFamily, _count: usize) -> Result<()> {
         bail!("the kernel makes templates itself")
     }
 
-    fn lacks(_case: &str, _packet: Option<&str>) -> Option<&'static str> {
-        None
+    fn lacks(case: &str, _packet: Option<&str>) -> Option<&'static str> {
+        // Templates are made by packets alone; the kernel's table of connections has no bound.
+        (case == "many clients").then_some("records cannot be made by hand")
     }
 }

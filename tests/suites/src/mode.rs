@@ -84,6 +84,11 @@ pub trait ModeUnderTest: 'static {
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
     fn add_affinity_records(namespace: &Namespace, family: IpFamily, count: usize) -> Result<()>;
+    /// Whether a client of a Service port with session affinity has one endpoint at all its addresses, node
+    /// ports included; otherwise one at each.
+    const AFFINITY_OF_PORTS: bool = true;
+    /// Whether a client is forgotten although it has connections, closing ones included.
+    const AFFINITY_FORGETS_CONNECTED: bool = true;
     /// What the mode cannot do yet of what a case asks for.
     fn lacks(case: &str, packet: Option<&str>) -> Option<&'static str>;
 }

@@ -351,9 +351,12 @@ fn clients_stay<M: ModeUnderTest>() {
         let at_first = IpFamily::ALL.map(|family| street.homes(family, To::Cluster(80)).unwrap());
         for (family, homes) in IpFamily::ALL.into_iter().zip(&at_first) {
             ensure!(homes.iter().collect::<BTreeSet<_>>().len() > 1, "all clients reach {homes:?}");
-            ensure!(street.homes(family, To::Node)? == *homes, "by node port elsewhere");
-            // Alike once in 5^12 runs.
-            ensure!(street.homes(family, To::Cluster(81))? != *homes, "two ports share records");
+            if M::AFFINITY_OF_PORTS {
+                ensure!(street.homes(family, To::Node)? == *homes, "by node port elsewhere");
+            }
+            // Alike once in 5^12 runs; where the kernel deals endpoints out in turn, in each.
+            let others = street.homes(family, To::Cluster(81))?;
+            ensure!(others != *homes || !M::AFFINITY_OF_PORTS, "two ports share records");
         }
 
         // A pod goes: its clients move at once and stay; the others do not notice, though slots move.
@@ -367,7 +370,7 @@ fn clients_stay<M: ModeUnderTest>() {
                 ensure!(*now != format!("p{gone}"), "reached what is gone");
                 ensure!(before == now || *before == format!("p{gone}"), "{before} stays, but now {now}");
             }
-            ensure!(street.homes(family, To::Node)? == now);
+            ensure!(!M::AFFINITY_OF_PORTS || street.homes(family, To::Node)? == now);
             homes.push(now);
         }
         let same = |street: &Street<M>, what: &str| -> Result<()> {
@@ -416,9 +419,12 @@ fn clients_stay<M: ModeUnderTest>() {
             for (before, now) in before.iter().zip(&by_node) {
                 let here = |pod: &str| (1..REMOTE_FROM).any(|n| pod == format!("p{n}"));
                 ensure!(here(now), "by node port to {now}, which is elsewhere");
-                ensure!(before == now || !here(before), "{before} is here, but {now} was reached");
+                let stays = before == now || !here(before) || !M::AFFINITY_OF_PORTS;
+                ensure!(stays, "{before} is here, but {now} was reached");
             }
-            ensure!(street.homes(family, To::Cluster(80))? == by_node);
+            let again =
+                street.homes(family, if M::AFFINITY_OF_PORTS { To::Cluster(80) } else { To::Node })?;
+            ensure!(again == by_node);
         }
         for (_, kernel) in &mut street.kernels {
             kernel.backend.cleanup()?;
@@ -443,6 +449,9 @@ fn records_expire<M: ModeUnderTest>() {
             sleep(Duration::from_millis(900));
             ensure!(street.homes(family, To::Cluster(80))? == homes, "forgotten");
         }
+        if !M::AFFINITY_FORGETS_CONNECTED {
+            return Ok(());
+        }
         // Once more that long, with packets of a connection that stays open.
         let to = SocketAddr::new(ip(CLUSTER_IPS[0]), 80);
         let probe = Probe::tcp(to).from(client(family, 0)).timeout(Duration::from_secs(3));
@@ -463,6 +472,10 @@ fn records_expire<M: ModeUnderTest>() {
 
 /// More clients than the kernel remembers where nothing is said.
 fn many_clients_are_remembered<M: ModeUnderTest>() {
+    if let Some(why) = M::lacks("many clients", None) {
+        println!("skipped: {} mode: {why}", M::MODE);
+        return;
+    }
     let run = || -> Result<()> {
         let street = Street::<M>::build(600)?;
         let strangers = 70_000;

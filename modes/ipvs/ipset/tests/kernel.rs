@@ -1,5 +1,4 @@
-//! Sets of a real kernel. Skipped where the kernel has no ipset, unless `SHUNT_REQUIRE_IPVS=1` (set in
-//! the guest). Each test has a network namespace of its own.
+//! Sets of a real kernel, in a guest that has it. Each test has a network namespace of its own.
 
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
@@ -8,21 +7,13 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 
-use ipset_netlink::{Commands, Element, Entry, Error, Family, Ipset, Kind, Mark, Set};
+use ipset_netlink::{Commands, Element, Entry, Family, Ipset, Kind, Mark, Set};
 use nix::sched::{CloneFlags, unshare};
 
-/// A namespace of the test's thread and its sets; `None` where there are none.
-fn open() -> Option<Ipset> {
-    let required = std::env::var("SHUNT_REQUIRE_IPVS").is_ok_and(|v| v == "1");
-    let opened = unshare(CloneFlags::CLONE_NEWNET).map_err(|_| Error::NoIpset).and_then(|()| Ipset::open());
-    match opened {
-        Ok(ipset) => Some(ipset),
-        Err(Error::NoIpset) if !required => {
-            println!("skipped: no ipset in this kernel, or no privilege");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+/// What the kernel has in a namespace of the test's thread.
+fn open() -> Ipset {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    Ipset::open().unwrap()
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -69,9 +60,8 @@ fn elements(kind: Kind, family: Family) -> Vec<Element> {
     entries.into_iter().map(Element::from).collect()
 }
 
-#[test]
 fn sets_of_every_kind_are_read_back_as_made() {
-    let Some(mut ipset) = open() else { return };
+    let mut ipset = open();
     let mut commands = Commands::default();
     let mut made = Vec::new();
     let mut printed = BTreeSet::new();
@@ -116,9 +106,8 @@ fn sets_of_every_kind_are_read_back_as_made() {
     assert_eq!(ipset.list(Some("set-0-Inet")).unwrap(), []);
 }
 
-#[test]
 fn marks_are_kept_and_replaced() {
-    let Some(mut ipset) = open() else { return };
+    let mut ipset = open();
     let set = Set { marks: true, ..set("marks", Kind::HashIpPort, Family::Inet) };
     let element = |value| Element {
         entry: Entry::IpPort(ip("10.96.0.1"), 6, 80),
@@ -137,9 +126,8 @@ fn marks_are_kept_and_replaced() {
     assert_eq!(ipset.list(Some("marks")).unwrap().remove(0).elements, []);
 }
 
-#[test]
 fn sets_change_places_and_refusals_are_named() {
-    let Some(mut ipset) = open() else { return };
+    let mut ipset = open();
     let [one, two] = ["one", "two"].map(|name| set(name, Kind::HashIp, Family::Inet));
     let other = set("other", Kind::HashNet, Family::Inet);
     let mut commands = Commands::default();
@@ -160,10 +148,9 @@ fn sets_change_places_and_refusals_are_named() {
     assert_eq!(ipset.list(Some("two")).unwrap()[0].elements.len(), 1);
 }
 
-#[test]
 fn large_sets_are_listed_whole() {
     const ELEMENTS: u32 = 50_000;
-    let Some(mut ipset) = open() else { return };
+    let mut ipset = open();
     let set = set("large", Kind::HashIpPort, Family::Inet);
     let mut commands = Commands::default();
     commands.create(&set);
@@ -175,3 +162,21 @@ fn large_sets_are_listed_whole() {
     let listed = ipset.list(Some("large")).unwrap().remove(0);
     assert_eq!(listed.elements.into_iter().collect::<BTreeSet<_>>(), (0..ELEMENTS).map(element).collect());
 }
+
+/// Each in a guest of its own.
+macro_rules! in_guest {
+    ($($test:ident),* $(,)?) => {
+        mod guest {
+            $(#[test] fn $test() {
+                shunt_harness::guest::test_in_guest(module_path!(), stringify!($test), super::$test);
+            })*
+        }
+    };
+}
+
+in_guest!(
+    sets_of_every_kind_are_read_back_as_made,
+    marks_are_kept_and_replaced,
+    sets_change_places_and_refusals_are_named,
+    large_sets_are_listed_whole,
+);

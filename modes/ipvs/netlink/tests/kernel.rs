@@ -1,5 +1,4 @@
-//! IPVS of a real kernel. Skipped where the kernel has none, unless `SHUNT_REQUIRE_IPVS=1` (set in the
-//! guest). Each test has a network namespace of its own.
+//! IPVS of a real kernel, in a guest that has it. Each test has a network namespace of its own.
 
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
@@ -9,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
 use ipvs_netlink::{
-    Config, Destination, Error, Flags, Forwarding, Ipvs, Persistence, Protocol, Service, ServiceKey,
+    Config, Destination, Flags, Forwarding, Ipvs, Persistence, Protocol, Service, ServiceKey,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -17,22 +16,12 @@ const EEXIST: i32 = 17;
 const ENOENT: i32 = 2;
 const ESRCH: i32 = 3;
 
-/// A namespace of the test's thread and its IPVS; `None` where there is none.
-fn open() -> Option<Ipvs> {
-    let required = std::env::var("SHUNT_REQUIRE_IPVS").is_ok_and(|v| v == "1");
-    let opened = unshare(CloneFlags::CLONE_NEWNET).map_err(|_| Error::NoIpvs).and_then(|()| Ipvs::open());
-    match opened {
-        Ok(ipvs) => {
-            // Without a local routing table the kernel takes no IPv4 destination.
-            assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
-            Some(ipvs)
-        }
-        Err(Error::NoIpvs) if !required => {
-            println!("skipped: no IPVS in this kernel, or no privilege");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+/// What the kernel has in a namespace of the test's thread.
+fn open() -> Ipvs {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    // Without a local routing table the kernel takes no IPv4 destination.
+    assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+    Ipvs::open().unwrap()
 }
 
 fn key(address: &str, protocol: Protocol, port: u16) -> ServiceKey {
@@ -50,9 +39,8 @@ fn saved() -> BTreeSet<String> {
     String::from_utf8(output.stdout).unwrap().lines().map(|l| l.trim_end().to_owned()).collect()
 }
 
-#[test]
 fn services_of_every_kind_are_read_back_as_made() {
-    let Some(mut ipvs) = open() else { return };
+    let mut ipvs = open();
     let mut wanted = Vec::new();
     for address in ["10.96.0.10", "fd00:96::10"] {
         for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
@@ -99,14 +87,13 @@ fn services_of_every_kind_are_read_back_as_made() {
     assert_eq!(ipvs.services().unwrap(), []);
 }
 
-#[test]
 fn a_refused_command_is_named_and_the_others_are_in_force() {
-    let Some(mut ipvs) = open() else { return };
+    let mut ipvs = open();
     let service = Service::new(key("10.96.0.10", Protocol::Tcp, 80), "rr");
     let other = Service::new(key("10.96.0.10", Protocol::Tcp, 81), "rr");
     let mut unknown = other.clone();
     unknown.key = key("10.96.0.10", Protocol::Tcp, 82);
-    unknown.scheduler = "nosuch".to_owned();
+    unknown.scheduler = String::from("nosuch");
     let mut commands = ipvs.commands();
     commands.add_service(&service);
     commands.add_service(&service);
@@ -124,9 +111,8 @@ fn a_refused_command_is_named_and_the_others_are_in_force() {
     assert_eq!(ipvs.execute(&mut commands).unwrap().len(), 1);
 }
 
-#[test]
 fn destinations_keep_what_they_are_given() {
-    let Some(mut ipvs) = open() else { return };
+    let mut ipvs = open();
     let v4 = key("10.96.0.10", Protocol::Tcp, 80);
     let v6 = key("fd00:96::10", Protocol::Udp, 53);
     let mark = ServiceKey::Mark { ipv6: false, mark: 0x4000 };
@@ -174,15 +160,14 @@ fn destinations_keep_what_they_are_given() {
     assert_eq!(ipvs.destinations(&key("10.96.0.99", Protocol::Tcp, 80)).unwrap(), []);
 }
 
-#[test]
 fn a_service_is_changed_in_place() {
-    let Some(mut ipvs) = open() else { return };
+    let mut ipvs = open();
     let mut service = Service::new(key("10.96.0.10", Protocol::Tcp, 80), "rr");
     let destination = Destination::new(socket("10.0.0.1:8080"), 1);
     let mut commands = ipvs.commands();
     commands.add_service(&service);
     commands.add_destination(&service.key, &destination);
-    service.scheduler = "mh".to_owned();
+    service.scheduler = String::from("mh");
     service.flags.scheduler = [false, true, false];
     service.persistence = Some(Persistence { timeout: 60, prefix: 32 });
     commands.set_service(&service);
@@ -196,9 +181,8 @@ fn a_service_is_changed_in_place() {
     assert_eq!(ipvs.destinations(&service.key).unwrap()[0].destination, destination);
 }
 
-#[test]
 fn timeouts_are_set_and_zero_leaves_them_alone() {
-    let Some(mut ipvs) = open() else { return };
+    let mut ipvs = open();
     let before = ipvs.config().unwrap();
     assert!(before.tcp > 0 && before.tcp_fin > 0 && before.udp > 0);
     ipvs.set_config(&Config { tcp: 1000, tcp_fin: 0, udp: 77 }).unwrap();
@@ -208,10 +192,9 @@ fn timeouts_are_set_and_zero_leaves_them_alone() {
     assert!(info.connection_table >= 256);
 }
 
-#[test]
 fn thousands_of_services_are_made_and_listed_at_once() {
     const SERVICES: u16 = 5000;
-    let Some(mut ipvs) = open() else { return };
+    let mut ipvs = open();
     let mut commands = ipvs.commands();
     for port in 1..=SERVICES {
         let service = Service::new(key("10.96.0.10", Protocol::Tcp, port), "rr");
@@ -227,3 +210,23 @@ fn thousands_of_services_are_made_and_listed_at_once() {
         assert_eq!(ipvs.destinations(&key("10.96.0.10", Protocol::Tcp, port)).unwrap().len(), 3);
     }
 }
+
+/// Each in a guest of its own.
+macro_rules! in_guest {
+    ($($test:ident),* $(,)?) => {
+        mod guest {
+            $(#[test] fn $test() {
+                shunt_harness::guest::test_in_guest(module_path!(), stringify!($test), super::$test);
+            })*
+        }
+    };
+}
+
+in_guest!(
+    services_of_every_kind_are_read_back_as_made,
+    a_refused_command_is_named_and_the_others_are_in_force,
+    destinations_keep_what_they_are_given,
+    a_service_is_changed_in_place,
+    timeouts_are_set_and_zero_leaves_them_alone,
+    thousands_of_services_are_made_and_listed_at_once,
+);

@@ -23,6 +23,8 @@ const LINK_INFO: u16 = 18;
 const LINK_KIND: u16 = 1;
 const ADDRESS: u16 = 1;
 const LOCAL: u16 = 2;
+/// `struct ifa_cacheinfo`: preferred and valid lifetime, two times of change.
+const CACHE_INFO: u16 = 6;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -163,6 +165,12 @@ pub(super) fn address(batch: &mut Batch, index: u32, address: IpAddr, add: bool)
         };
         put(w, LOCAL);
         put(w, ADDRESS);
+        if address.is_ipv6() {
+            // Deprecated for as long as it lives: the kernel must not choose it as the source of other
+            // connections, nor when it masquerades.
+            let lifetimes = [[0; 4], u32::MAX.to_ne_bytes(), [0; 4], [0; 4]].concat();
+            w.attribute(CACHE_INFO, &lifetimes);
+        }
     });
 }
 

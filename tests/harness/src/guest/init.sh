@@ -48,7 +48,7 @@ done
 ip link set lo up || fail "set lo up"
 modprobe -a ipv6 nf_conntrack ip_vs || fail "this kernel has no IPVS"
 
-# A test holds both ends of all its connections.
+# Slow as a guest is, many connections of a test are open at the same time.
 ulimit -n 65536
 setsid sh /run/control/command < /dev/null > /dev/ttyS0 2> /dev/ttyS1
 status=$?
