@@ -287,24 +287,6 @@ fn restarts(mode: &'static str) -> Result<()> {
     judge(storms, begin.elapsed())
 }
 
-mod ipvs {
-    use shunt_harness::guest::test_in_guest;
-
-    use super::*;
-
-    #[test]
-    fn no_connection_fails_during_rolling_updates() {
-        test_in_guest(module_path!(), "no_connection_fails_during_rolling_updates", || {
-            rolling_updates("ipvs").unwrap();
-        });
-    }
-
-    #[test]
-    fn no_connection_fails_during_restarts() {
-        test_in_guest(module_path!(), "no_connection_fails_during_restarts", || restarts("ipvs").unwrap());
-    }
-}
-
 mod nftables {
     use super::*;
 
