@@ -157,6 +157,7 @@ fn ended_source(
 fn open_families(settings: &Settings, options: Options) -> Result<Vec<Family>> {
     let periods = Periods {
         min_sync: settings.min_sync_period.unwrap_or(Periods::default().min_sync),
+        check: settings.sync_period.unwrap_or(Periods::default().check),
         ..Periods::default()
     };
     let mut families = Vec::new();

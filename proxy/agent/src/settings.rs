@@ -21,6 +21,8 @@ pub(crate) struct Settings {
     pub detect_by_node_cidr: bool,
     /// Least time between two syncs; `None` for the mode's own.
     pub min_sync_period: Option<Duration>,
+    /// Time between two looks whether our rules are still there; `None` for the default.
+    pub sync_period: Option<Duration>,
     /// Most time between two looks at the whole kernel state.
     pub hostname_override: Option<String>,
 }
@@ -56,6 +58,7 @@ struct ModeSection {
     masquerade_all: bool,
     localhost_node_ports: Option<bool>,
     min_sync_period: Option<String>,
+    sync_period: Option<String>,
 }
 
 impl Settings {
@@ -75,6 +78,7 @@ impl Settings {
             masquerade_all: args.masquerade_all,
             localhost_node_ports: None,
             min_sync_period: None,
+            sync_period: None,
         };
         let text = |t: &Option<String>| t.clone().unwrap_or_default();
         KubeProxyConfiguration {
@@ -135,10 +139,12 @@ impl Settings {
                 "detectLocalMode: unknown {other:?}: want ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
             ),
         };
-        let min_sync_period = match &section.min_sync_period {
-            Some(text) => Some(parse_duration(text).context("minSyncPeriod")?),
-            None => None,
+        let period = |field, text: &Option<String>| {
+            text.as_deref().map(|text| parse_duration(text).context(field)).transpose()
         };
+        let min_sync_period = period("minSyncPeriod", &section.min_sync_period)?;
+        // kube-proxy takes 0 for its default.
+        let sync_period = period("syncPeriod", &section.sync_period)?.filter(|period| !period.is_zero());
         Ok(Self {
             mode,
             config: Config {
@@ -156,6 +162,7 @@ impl Settings {
             },
             detect_by_node_cidr,
             min_sync_period,
+            sync_period,
             hostname_override: Some(document.hostname_override.trim().to_lowercase())
                 .filter(|name| !name.is_empty()),
         })
@@ -255,13 +262,14 @@ mod tests {
             "mode": "nftables",
             "clusterCIDR": "10.0.0.0/8,fd00::/48",
             "iptables": { "masqueradeAll": true },
-            "nftables": { "masqueradeBit": 3, "minSyncPeriod": "2s" },
+            "nftables": { "masqueradeBit": 3, "minSyncPeriod": "2s", "syncPeriod": "10s" },
             "someFieldOfTheFuture": 1,
         });
         let settings = Settings::from_document(&document, None).unwrap();
         assert!(!settings.config.masquerade_all);
         assert_eq!(settings.config.masquerade_bit, 3);
         assert_eq!(settings.min_sync_period, Some(Duration::from_secs(2)));
+        assert_eq!(settings.sync_period, Some(Duration::from_secs(10)));
         let LocalDetector::Cidr(ranges) = settings.config.local_detector else { panic!() };
         assert_eq!(ranges.len(), 2);
     }
