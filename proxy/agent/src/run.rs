@@ -260,8 +260,12 @@ fn ended_source(
 
 /// Opens the mode for both families. A kernel without one family serves the other.
 fn open_families(settings: &Settings) -> Result<Vec<Family>> {
-    let periods =
-        Periods { min_sync: settings.min_sync_period, resync: settings.resync_period, ..Periods::default() };
+    let periods = Periods {
+        min_sync: settings.min_sync_period,
+        check: settings.sync_period,
+        resync: settings.resync_period,
+        ..Periods::default()
+    };
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {

@@ -33,7 +33,7 @@ pub(crate) struct Settings {
     pub detect_by_node_cidr: bool,
     /// Least time between two syncs.
     pub min_sync_period: Duration,
-    /// Health is judged by twice this time.
+    /// Time between two looks whether our rules are still there; health is judged by twice this time.
     pub sync_period: Duration,
     /// Most time between two looks at the whole kernel state.
     pub resync_period: Duration,
@@ -243,12 +243,13 @@ mod tests {
             "mode": "nftables",
             "clusterCIDR": "10.0.0.0/8,fd00::/48",
             "iptables": { "masqueradeAll": true },
-            "nftables": { "masqueradeBit": 3, "minSyncPeriod": "2s" },
+            "nftables": { "masqueradeBit": 3, "minSyncPeriod": "2s", "syncPeriod": "10s" },
             "someFieldOfTheFuture": 1,
         }));
         assert!(!settings.config.masquerade_all);
         assert_eq!(settings.config.masquerade_bit, 3);
         assert_eq!(settings.min_sync_period, Duration::from_secs(2));
+        assert_eq!(settings.sync_period, Duration::from_secs(10));
         let LocalDetector::Cidr(ranges) = settings.config.local_detector else { panic!() };
         assert_eq!(ranges.len(), 2);
     }

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use shunt_harness::lab::{ChildGuard, Lab, Probe, StormSpec, TransferSpec, require_kernel};
 
 const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples")

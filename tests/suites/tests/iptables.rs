@@ -1,0 +1,152 @@
+//! What only iptables mode has: flushed rules are noticed, health checks are accepted, node ports answer on
+//! loopback.
+
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+use std::net::IpAddr;
+
+use anyhow::{Result, ensure};
+use shunt_core::compile::Context;
+use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::node::{Config, NodePortAddresses};
+use shunt_core::table::Change;
+use shunt_core::walk::{Outcome, Packet, walk};
+use shunt_harness::cases::{self, Case};
+use shunt_harness::lab::{Lab, require_kernel};
+use shunt_mode::{Backend, rendered};
+use shunt_suites::driver::{CaseRun, Synced};
+use shunt_suites::mode::{IptablesLegacy, IptablesNft, ModeUnderTest};
+use shunt_suites::random::Step;
+
+fn case(name: &str) -> Case {
+    cases::all().unwrap().into_iter().find(|case| case.name == name).unwrap()
+}
+
+/// Whatever is flushed, in whichever table, the cheap look finds out.
+fn flushed_rules_are_noticed<M: ModeUnderTest>(flavour: &str) -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let case = case("008-etp-local");
+    let mut run = CaseRun::new(&case, M::MODE);
+    run.next_step();
+    for family in IpFamily::ALL {
+        let tool = format!("{}-{flavour}", if family == IpFamily::V4 { "iptables" } else { "ip6tables" });
+        for (table, flush) in
+            [("filter", "-F"), ("nat", "-F"), ("mangle", "-X"), ("nat", "-X"), ("filter", "-X")]
+        {
+            let lab = Lab::builder().build()?;
+            let mut kernel = lab.node().run(|| Ok(Synced::<M::Real>::adopt(M::real(family)?)?))?;
+            ensure!(kernel.backend.intact()?, "nothing is missing before there is anything");
+            let mut run = CaseRun::new(&case, M::MODE);
+            run.next_step();
+            kernel.sync(run.cluster.table(family), &Change::everything())?;
+            if kernel.mirror == M::Fake::empty(family) {
+                continue;
+            }
+            ensure!(kernel.backend.intact()?, "they are there");
+            lab.node().exec(&tool, ["-t", table, "-F"], "")?;
+            lab.node().exec(&tool, ["-t", table, flush], "")?;
+            ensure!(!kernel.backend.intact()?, "{tool} -t {table} {flush} is not noticed");
+            kernel.mirror = kernel.backend.observe()?;
+            kernel.sync(run.cluster.table(family), &Change::everything())?;
+            ensure!(kernel.backend.intact()?, "mended");
+            kernel.backend.cleanup()?;
+            ensure!(kernel.backend.intact()?, "nothing is missing after the clean-up");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn flushed_legacy_rules_are_noticed() {
+    flushed_rules_are_noticed::<IptablesLegacy>("legacy").unwrap();
+}
+
+#[test]
+fn flushed_nft_rules_are_noticed() {
+    flushed_rules_are_noticed::<IptablesNft>("nft").unwrap();
+}
+
+/// Loopback is one more address of node ports, in IPv4 and where it is included.
+#[test]
+fn node_ports_answer_on_loopback_where_they_are_told_to() {
+    let case = case("008-etp-local");
+    let ranges =
+        |texts: &[&str]| NodePortAddresses::Ranges(texts.iter().map(|text| text.parse().unwrap()).collect());
+    let mut forwarded = 0;
+    for (addresses, localhost, answers) in [
+        (NodePortAddresses::All, true, true),
+        (NodePortAddresses::All, false, false),
+        (NodePortAddresses::Primary, true, false),
+        (ranges(&["127.0.0.0/8"]), true, true),
+        (ranges(&["192.168.0.0/16"]), true, false),
+        (ranges(&["2001:db8::/64"]), true, true),
+    ] {
+        let mut run = CaseRun::new(&case, IptablesLegacy::MODE);
+        run.next_step();
+        let config = Config {
+            node_port_addresses: addresses.clone(),
+            localhost_node_ports: localhost,
+            ..run.cluster.compiler.context().config.clone()
+        };
+        run.cluster.step(&Step::Config(config));
+        let table = run.cluster.table(IpFamily::V4);
+        let state = rendered::<<IptablesLegacy as ModeUnderTest>::Fake>(table);
+        assert_eq!(state.loopback.is_guarded() && state.loopback.routed, answers, "{addresses:?}");
+        for (destination, source) in [("127.0.0.1", "127.0.0.1"), ("127.1.2.3", "127.0.0.1")] {
+            let packet = Packet {
+                source: source.parse().unwrap(),
+                interface: None,
+                destination: destination.parse::<IpAddr>().unwrap(),
+                port: 3001,
+                protocol: Protocol::Tcp,
+            };
+            let outcome = walk(table, &packet).outcome;
+            let traced = IptablesLegacy::trace(&state, &table.node().local_addresses, &packet);
+            assert_eq!(traced, Ok(outcome.clone()), "{packet}\n{state}");
+            match outcome {
+                Outcome::Forward(endpoints) => {
+                    assert!(answers && endpoints.iter().all(|(_, masquerade)| *masquerade));
+                    forwarded += 1;
+                }
+                other => assert!(!answers && other == Outcome::None, "{other}"),
+            }
+        }
+    }
+    assert_eq!(forwarded, 6);
+    let v6 =
+        CaseRun::new(&case, IptablesLegacy::MODE).cluster.table(IpFamily::V6).node().localhost_node_ports;
+    assert!(!v6);
+}
+
+/// A health check node port comes and goes as one operation, without a look at anything else.
+#[test]
+fn a_health_check_node_port_is_one_rule() {
+    let case = case("008-etp-local");
+    let mut run = CaseRun::new(&case, IptablesLegacy::MODE);
+    run.next_step();
+    let service = run.cluster.store.services().next().unwrap().as_ref().clone();
+    let mut kernel = Synced::adopt(IptablesLegacy::fake(IpFamily::V4)).unwrap();
+    let change = run.cluster.take_change(IpFamily::V4);
+    kernel.sync(run.cluster.table(IpFamily::V4), &change).unwrap();
+    assert!(
+        kernel
+            .mirror
+            .to_string()
+            .contains("--dport 30000 -m comment --comment \"ns1/svc1 health check node port\" -j ACCEPT")
+    );
+    for port in [None, Some(31_000)] {
+        let changed = shunt_core::service::Service { health_check_node_port: port, ..service.clone() };
+        run.cluster.step(&Step::Event(shunt_core::store::Event::Service(changed)));
+        let change = run.cluster.take_change(IpFamily::V4);
+        assert!(!change.is_empty() && !change.everything);
+        let plan = kernel.sync(run.cluster.table(IpFamily::V4), &change).unwrap();
+        assert_eq!(plan.len(), 1, "{plan}");
+        let accepted = kernel.mirror.to_string().contains("--dport 31000 ");
+        assert_eq!(accepted, port.is_some());
+    }
+    let context = Context::new(cases::NODE, Config::default());
+    assert!(!context.facts(IpFamily::V4).localhost_node_ports);
+}
