@@ -28,6 +28,7 @@ pub fn options() -> Result<Arc<Options>> {
         frontends: 4096,
         endpoints: 16_384,
         flows: 65_536,
+        clients: 131_072,
         ..Options::default()
     }))
 }
