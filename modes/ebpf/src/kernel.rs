@@ -58,9 +58,10 @@ pub struct Options {
     pub frontends: u32,
     /// Most endpoints.
     pub endpoints: u32,
-    /// Most entries of the connection table of tc; that of sockets has half as many, and a quarter of it
-    /// is the number of clients with session affinity.
+    /// Most entries of the connection table of tc; that of sockets has half as many.
     pub flows: u32,
+    /// Most clients with session affinity, counted once for each Service port.
+    pub clients: u32,
     /// The programs' object.
     pub object: Cow<'static, [u8]>,
 }
@@ -73,6 +74,7 @@ impl Default for Options {
             frontends: size::FRONTENDS,
             endpoints: size::ENDPOINTS,
             flows: size::FLOWS,
+            clients: size::AFFINITY,
             object: Cow::Borrowed(OBJECT),
         }
     }
@@ -90,7 +92,7 @@ impl Options {
             (map::ADDRESSES, self.frontends.saturating_mul(2)),
             (map::FLOWS, self.flows),
             (map::SOCKETS, (self.flows / 2).max(2)),
-            (map::AFFINITY, (self.flows / 4).max(2)),
+            (map::AFFINITY, self.clients),
         ])
     }
 
@@ -129,6 +131,20 @@ impl Bpf {
     pub fn counters(&mut self) -> Result<Vec<(Arc<str>, ServiceCounters)>, KernelError> {
         let names = self.maps()?.names().map_err(of_map)?;
         maps::counters(&self.pins.maps(), &names).map_err(of_map)
+    }
+
+    /// How many clients of the family are remembered for Services with session affinity, as far as their
+    /// time is not over.
+    pub fn affinity_clients(&mut self) -> Result<usize, KernelError> {
+        let (pins, family) = (self.pins.maps(), self.family);
+        self.maps()?.affinity_clients(&pins, family).map_err(of_map)
+    }
+
+    /// Remembers clients that nobody has seen, for the first Service port with session affinity.
+    #[cfg(feature = "testkit")]
+    pub fn remember_clients(&mut self, clients: &[std::net::IpAddr]) -> Result<(), KernelError> {
+        let (pins, family) = (self.pins.maps(), self.family);
+        self.maps()?.remember_clients(&pins, family, clients).map_err(of_map)
     }
 
     /// Runs something in the network namespace of the handle.

@@ -144,9 +144,13 @@ pub(crate) struct ModeArgs {
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=4_194_304))]
     pub ebpf_endpoints_max: Option<u32>,
     /// Entries of the connection table in ebpf mode, two to four for each connection; the table of
-    /// sockets has half as many, that of clients with session affinity a quarter. Default: 262144.
+    /// sockets has half as many. Default: 262144.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=33_554_432))]
     pub ebpf_flows_max: Option<u32>,
+    /// Most clients with session affinity in ebpf mode, counted once for each Service port; those seen
+    /// least recently are forgotten first. Default: 65536.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=33_554_432))]
+    pub ebpf_clients_max: Option<u32>,
 }
 
 impl ModeArgs {
@@ -159,6 +163,7 @@ impl ModeArgs {
             frontends: self.ebpf_frontends_max.unwrap_or(default.frontends),
             endpoints: self.ebpf_endpoints_max.unwrap_or(default.endpoints),
             flows: self.ebpf_flows_max.unwrap_or(default.flows),
+            clients: self.ebpf_clients_max.unwrap_or(default.clients),
             object: default.object,
         };
         shunt_modes::Options { flavour: self.iptables_flavour, ebpf: ebpf.into(), ..Default::default() }

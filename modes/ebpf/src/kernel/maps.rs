@@ -10,13 +10,13 @@ use aya::maps::{Map, MapData, PerCpuArray};
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
-    Address, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface, Name, RangeKey,
-    SERVICE_BLOCK, ServiceBlock, ServiceCounters, address_flags, map,
+    Address, Affinity, AffinityKey, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface,
+    Name, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters, address_flags, map,
 };
 
 use super::sys::{Prefix, Table};
 use crate::op::Op;
-use crate::state::{FamilyFlags, Sizes, State};
+use crate::state::{FamilyFlags, Sizes, State, parity};
 
 /// Number under which `names` holds what the programs were loaded from.
 const OBJECT: u32 = 0;
@@ -162,6 +162,51 @@ impl Maps {
             })
             .map_err(at(map::NAMES))?;
         Ok(names)
+    }
+
+    /// Frontends of a family by service id, where there is session affinity.
+    fn with_affinity(&self, family: IpFamily) -> Result<BTreeMap<u32, Frontend>, MapError> {
+        let mut found = BTreeMap::new();
+        self.frontends
+            .read(|_, frontend| {
+                if frontend.affinity != 0 && frontend.service & 1 == parity(family) {
+                    found.insert(frontend.service, frontend);
+                }
+            })
+            .map_err(at(map::FRONTENDS))?;
+        Ok(found)
+    }
+
+    /// How many clients of a family are remembered whose time is not over.
+    pub(super) fn affinity_clients(&self, folder: &Path, family: IpFamily) -> Result<usize, MapError> {
+        let frontends = self.with_affinity(family)?;
+        let records: Table<AffinityKey, Affinity> = open(folder, map::AFFINITY)?;
+        let (now, mut clients) = (now().map_err(at(map::AFFINITY))?, 0);
+        records
+            .read(|key, record| {
+                let timeout =
+                    frontends.get(&key.service).map_or(0, |f| u64::from(f.affinity) * 1_000_000_000);
+                clients += usize::from(now.saturating_sub(record.last_used) < timeout);
+            })
+            .map_err(at(map::AFFINITY))?;
+        Ok(clients)
+    }
+
+    /// Remembers clients for the first Service port with session affinity, with its first endpoint.
+    #[cfg(feature = "testkit")]
+    pub(super) fn remember_clients(
+        &self,
+        folder: &Path,
+        family: IpFamily,
+        clients: &[IpAddr],
+    ) -> Result<(), MapError> {
+        let records: Table<AffinityKey, Affinity> = open(folder, map::AFFINITY)?;
+        let service = self.with_affinity(family)?.keys().next().copied().unwrap_or_default();
+        let key = |client: &IpAddr| AffinityKey { client: (*client).into(), netns: 0, service, reserved: 0 };
+        let keys: Vec<AffinityKey> = clients.iter().map(key).collect();
+        let last_used = now().map_err(at(map::AFFINITY))?;
+        let record = Affinity { last_used, endpoint: 2 + parity(family), generation: 1 };
+        records.update(&keys, &vec![record; keys.len()]).map_err(at(map::AFFINITY))
     }
 
     /// The settings.
@@ -427,6 +472,13 @@ impl Maps {
 /// Whether an operation deletes an element.
 const fn is_removal(op: &Op) -> bool {
     matches!(op, Op::SetFrontend(_, None) | Op::SetName(_, None))
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, which programs read too.
+fn now() -> io::Result<u64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
+    Ok(seconds * 1_000_000_000 + nanoseconds)
 }
 
 fn name_value(name: &str) -> Name {

@@ -15,10 +15,10 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, Proto};
+use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, Proto, place};
 
 /// Modes that this build has. One that the kernel cannot run says why.
-const MODES: &[&str] = &["nftables", "iptables", "ipvs"];
+const MODES: &[&str] = &["nftables", "iptables", "ipvs", "ebpf"];
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
@@ -132,6 +132,12 @@ fn start(lab: &Lab, shunt: &Path, mode: &str, manifests: &Path, socket: &Path) -
         .arg(manifests)
         .arg("--admin-socket")
         .arg(socket);
+    if mode == "ebpf" {
+        // Never the machine's own.
+        let cgroup = place::cgroup("node")?;
+        lab.node().set_cgroup(&cgroup);
+        command.arg("--bpf-fs-root").arg(place::bpffs("demo")?).arg("--cgroup-root").arg(cgroup);
+    }
     lab.node().spawn(&command)
 }
 

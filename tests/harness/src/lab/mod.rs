@@ -22,6 +22,7 @@ mod echo;
 mod load;
 mod namespace;
 mod netlink;
+pub mod place;
 mod probe;
 mod sctp;
 mod topology;

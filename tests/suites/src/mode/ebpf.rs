@@ -2,13 +2,16 @@
 
 pub mod place;
 
-use anyhow::{Result, ensure};
+use std::net::IpAddr;
+
+use anyhow::{Context as _, Result, ensure};
 use shunt_core::id::IpFamily;
+use shunt_ebpf_abi::Endpoint;
 use shunt_harness::lab::{Lab, Namespace};
 use shunt_mode::{KernelError, Plan, Remedy};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::fake::FakeKernel;
-use shunt_mode_ebpf::kernel::Bpf;
+use shunt_mode_ebpf::kernel::{Bpf, Kernel as _};
 use shunt_mode_ebpf::op::Op;
 use shunt_mode_ebpf::plan::{TRANSACTION_MAX, plan_within};
 use shunt_mode_ebpf::render::Desired;
@@ -78,28 +81,81 @@ impl ModeUnderTest for EbpfMode {
         Ok(())
     }
 
-    fn list(_namespace: &Namespace) -> Result<String> {
-        Ok(String::new())
+    fn list(namespace: &Namespace) -> Result<String> {
+        // What is pinned, and the rules of others.
+        let root = namespace.run(place::options)?.bpf_root.join("shunt");
+        let mut listed = namespace.exec("nft", ["list", "ruleset"], "")?;
+        for folder in ["maps", "programs", "links"] {
+            let Ok(entries) = std::fs::read_dir(root.join(folder)) else { continue };
+            let mut names: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+            names.sort();
+            names.iter().for_each(|name| listed += &format!("{}\n", name.display()));
+        }
+        ensure!(!root.exists() || listed.contains("/links/connect4"), "pinned, but without links:\n{listed}");
+        Ok(listed)
     }
 
     fn foreign(_namespace: &Namespace) -> Result<()> {
         Ok(())
     }
 
-    fn damage(_namespace: &Namespace, _family: IpFamily, _script: &str) -> Result<()> {
-        anyhow::bail!("no kernel")
-    }
-
     fn damages() -> &'static [(&'static str, &'static str)] {
-        &[]
+        &[
+            ("008-etp-local", "remove links/connect4"),
+            ("008-etp-local", "remove links/ingress-2"),
+            ("008-etp-local", "remove maps/frontends"),
+            ("008-etp-local", "remove maps/names"),
+            ("008-etp-local", "set frontends: delete"),
+            ("008-etp-local", "set slots: delete"),
+            ("008-etp-local", "set endpoints: delete"),
+            ("008-etp-local", "set addresses: delete"),
+            ("008-etp-local", "set ranges: delete"),
+            ("003-loadbalancer-source-ranges", "set ranges: delete"),
+            ("006-nodeport-v6-primary", "set frontends: delete"),
+        ]
     }
 
-    fn affinity_records(_namespace: &Namespace, _family: IpFamily) -> Result<usize> {
-        anyhow::bail!("no kernel")
+    fn damage(namespace: &Namespace, _family: IpFamily, damage: &str) -> Result<()> {
+        let options = namespace.run(place::options)?;
+        if let Some(file) = damage.strip_prefix("remove ") {
+            return Ok(std::fs::remove_file(options.bpf_root.join("shunt").join(file))?);
+        }
+        let map = damage.strip_prefix("set ").and_then(|rest| rest.strip_suffix(": delete"));
+        let map = map.context("an unknown damage")?;
+        for family in IpFamily::ALL {
+            let mut kernel = namespace.run(|| Ok(Bpf::open(family, options.clone())?))?;
+            let state = kernel.observe()?;
+            let ops: Vec<Op> = match map {
+                "frontends" => state.frontends().keys().map(|key| Op::SetFrontend(*key, None)).collect(),
+                "slots" => state.used_slots().map(|(number, _)| Op::SetSlots(number, vec![0])).collect(),
+                "endpoints" => {
+                    state.endpoints().map(|(id, _)| Op::SetEndpoint(id, Endpoint::default())).collect()
+                }
+                "addresses" => state.addresses.keys().map(|a| Op::SetAddress(*a, 0)).collect(),
+                _ => {
+                    let ranges = state.ranges().iter();
+                    ranges.flat_map(|(owner, r)| r.iter().map(|r| Op::DeleteRange(*owner, *r))).collect()
+                }
+            };
+            kernel.carry_out(&ops)?;
+        }
+        Ok(())
     }
 
-    fn add_affinity_records(_namespace: &Namespace, _family: IpFamily, _count: usize) -> Result<()> {
-        anyhow::bail!("no kernel")
+    fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize> {
+        let options = namespace.run(place::options)?;
+        Ok(namespace.run(|| Ok(Bpf::open(family, options)?))?.affinity_clients()?)
+    }
+
+    fn add_affinity_records(namespace: &Namespace, family: IpFamily, count: usize) -> Result<()> {
+        let options = namespace.run(place::options)?;
+        let clients: Vec<IpAddr> = (0..u32::try_from(count)?)
+            .map(|n| match family {
+                IpFamily::V4 => IpAddr::from((0x0b00_0000 + n).to_be_bytes()),
+                IpFamily::V6 => IpAddr::from([0x2a00, 0, 0, 0, 0, 0, (n >> 16) as u16, n as u16]),
+            })
+            .collect();
+        Ok(namespace.run(|| Ok(Bpf::open(family, options)?))?.remember_clients(&clients)?)
     }
 
     fn settle(lab: &Lab) -> Result<bool> {
