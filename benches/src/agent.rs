@@ -69,7 +69,7 @@ pub(crate) enum Program {
     Shunt {
         /// The program.
         binary: PathBuf,
-        /// `--mode`.
+        /// `--mode`; `iptables-legacy` and `iptables-nft` are iptables mode in that flavour.
         mode: String,
     },
     /// Upstream's kube-proxy, in a mode.
@@ -109,7 +109,11 @@ impl Program {
         let mut command = Command::new(binary);
         match self {
             Self::Shunt { .. } => {
-                command.args(["run", "--logging-format", "json", "--mode", mode]);
+                command.args(["run", "--logging-format", "json", "--mode"]);
+                match mode.split_once('-') {
+                    Some((mode, flavour)) => command.args([mode, "--iptables-flavour", flavour]),
+                    None => command.arg(mode),
+                };
                 command.arg("--admin-socket").arg(folder.join("shunt.sock"));
             }
             Self::KubeProxy { .. } => {

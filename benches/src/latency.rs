@@ -189,10 +189,14 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                 if row.subject.serves() {
                     row.stage.bed.flush_conntrack()?;
                 }
-                let latency = row.stage.bed.load(Work::Connect(spec)).with_context(|| {
-                    format!("{}, {target:?}, {} Services", row.subject.name(), cluster.shape.services)
-                })?;
-                results.push(latency);
+                match row.stage.bed.load(Work::Connect(spec)) {
+                    Ok(latency) => results.push(latency),
+                    Err(error) => failures.push(format!(
+                        "first packets, {}, {target:?}, {} Services, repetition {run}: {error:#}",
+                        row.subject.name(),
+                        cluster.shape.services
+                    )),
+                }
             }
         }
     }

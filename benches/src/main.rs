@@ -80,7 +80,7 @@ enum Part {
 struct RunArgs {
     /// The release build of shunt.
     shunt: PathBuf,
-    /// Modes to measure.
+    /// Modes to measure; iptables-legacy and iptables-nft name a flavour.
     #[arg(long, value_delimiter = ',', default_value = "nftables")]
     modes: Vec<String>,
     /// Parts to measure.
@@ -143,8 +143,9 @@ fn run(mut args: RunArgs) -> Result<()> {
     let mode = |mode: &String| Program::Shunt { binary: args.shunt.clone(), mode: mode.clone() };
     let mut programs: Vec<Program> = args.modes.iter().map(mode).collect();
     if let Some(peer) = &args.peer {
-        // kube-proxy has no eBPF mode.
-        let modes = args.modes.iter().filter(|mode| *mode != "ebpf");
+        // kube-proxy has no eBPF mode, and takes the flavour of iptables that it finds.
+        let modes =
+            args.modes.iter().filter(|mode| matches!(mode.as_str(), "nftables" | "iptables" | "ipvs"));
         programs.extend(modes.map(|mode| Program::KubeProxy { binary: peer.clone(), mode: mode.clone() }));
     }
     let mut subjects = vec![Subject::Direct];

@@ -3,7 +3,7 @@
 use std::net::SocketAddrV4;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 
 use crate::bed::{Bed, From};
@@ -70,13 +70,10 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row
     }
     for run in 0..plan.repetitions {
         for ((serves, both), row) in stages.iter().zip(&mut rows) {
-            both.repetition(
-                plan,
-                if *serves { [udp.frontends(), tcp.frontends()] } else { [udp.pods(), tcp.pods()] },
-                run,
-                row,
-            )
-            .with_context(|| row.subject.clone())?;
+            let targets = if *serves { [udp.frontends(), tcp.frontends()] } else { [udp.pods(), tcp.pods()] };
+            if let Err(error) = both.repetition(plan, targets, run, row) {
+                failures.push(format!("throughput, {}, repetition {run}: {error:#}", row.subject));
+            }
         }
     }
     Ok(rows)

@@ -1,6 +1,7 @@
 //! Memory of a process and of the tools it starts, looked at every few milliseconds.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -38,9 +39,12 @@ impl Watch {
         let thread = std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
             let mut most = 0.0_f64;
             while !stopped.load(Ordering::Relaxed) {
+                let itself = program(id);
                 // The highest mark of each child that is there now.
                 let marks: BTreeMap<u32, f64> = children(id)
                     .into_iter()
+                    // Before a child becomes its tool it shares its parent's memory.
+                    .filter(|child| program(*child) != itself)
                     .filter_map(|child| Some((child, status_mib(child, "VmHWM").ok()?)))
                     .collect();
                 most = most.max(marks.values().sum());
@@ -61,6 +65,11 @@ impl Watch {
             children_peak_mib,
         })
     }
+}
+
+/// The program that a process runs.
+fn program(id: u32) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{id}/exe")).ok()
 }
 
 /// Children, and theirs.

@@ -56,7 +56,7 @@ fn limits(mode: &str) -> Option<Limits> {
             d1: [150.0, 800.0],
             d4: 500.0,
         },
-        "iptables" => Limits {
+        "iptables" | "iptables-legacy" | "iptables-nft" => Limits {
             a1: 1.1,
             a2: 1.3,
             a3: 0.11,
@@ -108,7 +108,7 @@ const fn reference(mode: &str) -> &'static str {
 /// All figures of all modes that were measured.
 pub(super) fn all(report: &Report) -> Vec<Goal> {
     let mut goals = Vec::new();
-    for mode in ["iptables", "nftables", "ipvs", "ebpf"] {
+    for mode in ["iptables", "iptables-legacy", "iptables-nft", "nftables", "ipvs", "ebpf"] {
         let subject = format!("shunt {mode}");
         let Some(limits) = limits(mode) else { continue };
         let mut push = |id, what: String, value: Option<f64>, at_most: f64| {
