@@ -345,7 +345,7 @@ pub enum Event {
     NoEndpoint = 2,
     /// No free port for a masqueraded flow; the packet was dropped.
     NoPort = 3,
-    /// A flow could not be written down, or has the same two ends as another; the packet was dropped.
+    /// A flow could not be written down; the packet was dropped.
     NoFlow = 4,
     /// A packet that could not be rewritten; dropped.
     Malformed = 5,
