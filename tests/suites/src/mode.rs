@@ -68,6 +68,10 @@ pub trait ModeUnderTest: 'static {
     fn damage(namespace: &Namespace, damage: &str) -> Result<()> {
         namespace.nft(damage)
     }
+    /// Whether what is observed after a repair does what is wanted; by default they are the same.
+    fn is_repaired(observed: &Self::State, wanted: &Self::State) -> bool {
+        observed == wanted
+    }
     /// How many clients of Services with session affinity the kernel remembers.
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.
