@@ -218,7 +218,7 @@ impl Bpf {
             Some(path) => path.clone(),
             None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
         };
-        let (pins, devices, replace) = (&self.pins, &self.devices.devices, self.loaded);
+        let (pins, devices, replace) = (&self.pins, &self.devices.by_index, self.loaded);
         self.inside(|| attach::attach(pins, &cgroup, devices, replace).map_err(io::Error::other))?;
         if self.loaded {
             // Only now: whoever comes after a crash in between starts over.
@@ -234,7 +234,7 @@ impl Bpf {
         let pods = self.maps()?.pods().map_err(of_map)?;
         let devices = self.inside(|| Devices::read(&pods))?;
         let maps = self.maps()?;
-        let interfaces = devices.devices.iter().map(|(index, device)| (*index, device.interface)).collect();
+        let interfaces = devices.by_index.iter().map(|(index, device)| (*index, device.interface)).collect();
         maps.set_interfaces(&interfaces).map_err(of_map)?;
         maps.set_local(devices.addresses.clone()).map_err(of_map)?;
         maps.edit_config(|config| {
@@ -313,7 +313,7 @@ impl Kernel for Bpf {
         if in_use && same {
             let pods = maps.pods().map_err(of_map)?;
             self.devices = self.inside(|| Devices::read(&pods))?;
-            let wanted = attach::wanted_links(&self.pins, &self.devices.devices);
+            let wanted = attach::wanted_links(&self.pins, &self.devices.by_index);
             let wanted = wanted.map_err(|e| failed("list programs", e))?;
             let held = self.pins.link_names().map_err(|e| failed("list links", e))?;
             state.installed = wanted == held;
@@ -370,12 +370,11 @@ const fn is_structural(op: &Op) -> bool {
 /// The root of the first cgroup2 that is mounted.
 fn cgroup2() -> Option<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-    let path = mounts.lines().find_map(|line| {
+    mounts.lines().find_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let path = fields.next()?;
         (fields.next()? == "cgroup2").then(|| Path::new(path).to_owned())
-    });
-    path
+    })
 }
 
 fn failed(context: &str, error: io::Error) -> KernelError {

@@ -224,7 +224,9 @@ impl<'a> Planner<'a> {
             self.problems.push(format!("{name}: {left_out} endpoints left out: all endpoint ids are taken"));
         }
         gone.extend(ids.into_values());
-        gone.into_iter().for_each(|id| self.free(id));
+        for id in gone {
+            self.free(id);
+        }
         members
     }
 
@@ -543,7 +545,9 @@ impl<'a> Planner<'a> {
                 self.empty_slots(&self.groups_of(id), &[]);
             }
             let endpoints = self.observed.users(id).into_iter().flat_map(|u| &u.endpoints);
-            endpoints.for_each(|endpoint| self.free(*endpoint));
+            for endpoint in endpoints {
+                self.free(*endpoint);
+            }
             self.ranges(id, &BTreeSet::new());
             if self.observed.names().contains_key(&id) {
                 self.after.push(Op::SetName(id, None));

@@ -419,7 +419,9 @@ impl Engine {
             .filter_map(|family| family.driver.refresh().err())
             .map(|error| format!("devices of the node: {error}"))
             .collect();
-        errors.into_iter().for_each(|error| self.complain(error));
+        for error in errors {
+            self.complain(error);
+        }
     }
 
     /// What is known of the node by now.
@@ -590,7 +592,9 @@ impl Engine {
                 flows.tick(of, compiler, now);
             }
         }
-        problems.into_iter().for_each(|problem| self.complain(problem));
+        for problem in problems {
+            self.complain(problem);
+        }
     }
 
     /// Answers what came in by the admin socket.

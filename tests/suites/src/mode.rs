@@ -84,6 +84,10 @@ pub trait ModeUnderTest: 'static {
     fn damages() -> &'static [(&'static str, &'static str)];
     /// Carries out one of them.
     fn damage(namespace: &Namespace, family: IpFamily, script: &str) -> Result<()>;
+    /// Whether what is observed after a repair does what is wanted; by default they are the same.
+    fn is_repaired(observed: &Self::State, wanted: &Self::State) -> bool {
+        observed == wanted
+    }
     /// How many clients of Services with session affinity the kernel remembers.
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize>;
     /// Makes the kernel remember so many clients more, at addresses that nobody has.

@@ -23,7 +23,7 @@ pub(super) struct Device {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Devices {
     /// Devices that packets pass, by index: all but the loopback device.
-    pub(super) devices: BTreeMap<u32, Device>,
+    pub(super) by_index: BTreeMap<u32, Device>,
     /// All addresses of the node.
     pub(super) addresses: BTreeSet<Address>,
     /// First and last port for masqueraded packets.
@@ -69,7 +69,7 @@ impl Devices {
             if pods.iter().any(|pods| is_pods_interface(pods, &name)) {
                 device.interface.flags |= Interface::POD;
             }
-            found.devices.insert(index, Device { name, ..device });
+            found.by_index.insert(index, Device { name, ..device });
         }
         Ok(found)
     }
@@ -77,7 +77,7 @@ impl Devices {
     /// An address of the node for packets that leave by a device without one.
     pub(super) fn fallback(&self, v4: bool) -> Address {
         let of = |interface: &Interface| if v4 { interface.address4 } else { interface.address6 };
-        let mut addresses = self.devices.values().map(|device| of(&device.interface));
+        let mut addresses = self.by_index.values().map(|device| of(&device.interface));
         addresses.find(|address| !address.is_unspecified()).unwrap_or(Address::ANY)
     }
 }

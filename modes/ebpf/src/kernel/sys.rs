@@ -97,8 +97,8 @@ const _: () = assert!(size_of::<Prefix>() == 24);
 #[repr(C)]
 #[derive(Default)]
 struct Batch {
-    in_batch: u64,
-    out_batch: u64,
+    from: u64,
+    reached: u64,
     keys: u64,
     values: u64,
     count: u32,
@@ -173,8 +173,8 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
         let mut first = true;
         loop {
             let mut attr = self.batch(BATCH);
-            attr.in_batch = if first { 0 } else { mark.as_ptr() as u64 };
-            attr.out_batch = mark.as_mut_ptr() as u64;
+            attr.from = if first { 0 } else { mark.as_ptr() as u64 };
+            attr.reached = mark.as_mut_ptr() as u64;
             (attr.keys, attr.values) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
             first = false;
             let end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {

@@ -1,6 +1,6 @@
 //! The state as text, one map entry a line, and as JSON.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use serde_json::{Value, json};
 use shunt_core::id::Protocol;
@@ -53,10 +53,11 @@ pub(crate) fn frontend_text(frontend: &Frontend) -> String {
     text += &group_text("cluster", frontend.cluster);
     text += &group_text("local", frontend.local);
     for (class, verdict) in ["pod", "node", "other"].iter().zip(frontend.verdicts) {
-        text += &format!(" {class}={}", verdict_text(verdict));
+        // Writing to a string does not fail.
+        let _ = write!(text, " {class}={}", verdict_text(verdict));
     }
     if frontend.affinity != 0 {
-        text += &format!(" affinity {}s", frontend.affinity);
+        let _ = write!(text, " affinity {}s", frontend.affinity);
     }
     let words: [(u8, &str); 3] = [
         (frontend_flags::SOURCE_RANGES, " source-ranges"),

@@ -3,6 +3,7 @@
 pub mod place;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use shunt_core::id::IpFamily;
@@ -102,7 +103,7 @@ impl ModeUnderTest for EbpfMode {
     fn damages() -> &'static [(&'static str, &'static str)] {
         &[
             ("008-etp-local", "remove links/connect4"),
-            ("008-etp-local", "remove links/ingress-2"),
+            ("008-etp-local", "remove links/ingress"),
             ("008-etp-local", "remove maps/frontends"),
             ("008-etp-local", "remove maps/names"),
             ("008-etp-local", "set frontends: delete"),
@@ -118,7 +119,12 @@ impl ModeUnderTest for EbpfMode {
     fn damage(namespace: &Namespace, _family: IpFamily, damage: &str) -> Result<()> {
         let options = namespace.run(place::options)?;
         if let Some(file) = damage.strip_prefix("remove ") {
-            return Ok(std::fs::remove_file(options.bpf_root.join("shunt").join(file))?);
+            // Links of devices have a number at the end.
+            let file = options.bpf_root.join("shunt").join(file);
+            let folder = file.parent().context("a folder")?;
+            let mut files = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path());
+            let begins = |path: &PathBuf| path.to_string_lossy().starts_with(&*file.to_string_lossy());
+            return Ok(std::fs::remove_file(files.find(begins).context("no such file")?)?);
         }
         let map = damage.strip_prefix("set ").and_then(|rest| rest.strip_suffix(": delete"));
         let map = map.context("an unknown damage")?;
@@ -140,6 +146,17 @@ impl ModeUnderTest for EbpfMode {
             kernel.carry_out(&ops)?;
         }
         Ok(())
+    }
+
+    fn is_repaired(observed: &State, wanted: &State) -> bool {
+        // Where slots lie follows from history.
+        let essence = |state: &State| -> Vec<String> {
+            let lines = state.to_string();
+            let lines = lines.lines().filter(|line| !line.starts_with("slots "));
+            let word = |word: &str| word.split_once('+').map_or(word, |(_, count)| count).to_owned();
+            lines.map(|line| line.split(' ').map(word).collect::<Vec<_>>().join(" ")).collect()
+        };
+        observed.installed == wanted.installed && essence(observed) == essence(wanted)
     }
 
     fn affinity_records(namespace: &Namespace, family: IpFamily) -> Result<usize> {
