@@ -16,7 +16,6 @@ use shunt_core::store::Event;
 use shunt_core::table::Change;
 use shunt_harness::guest::test_in_guest;
 use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
-use shunt_mode::Backend as _;
 use shunt_suites::driver::{Cluster, Synced};
 use shunt_suites::ipvs::IpvsMode;
 use shunt_suites::mode::ModeUnderTest;
