@@ -16,7 +16,6 @@ use shunt_core::store::Event;
 use shunt_core::table::Change;
 use shunt_harness::guest::test_in_guest;
 use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
-use shunt_mode::Backend as _;
 use shunt_suites::driver::{Cluster, Synced};
 use shunt_suites::ipvs::IpvsMode;
 use shunt_suites::mode::ModeUnderTest;
@@ -87,52 +86,66 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-fn first_connections(lab: &Lab) -> Duration {
-    let probe = Probe::tcp((vip(0), 80).into()).timeout(Duration::from_secs(5));
-    let storm = StormSpec { probe, rate: 100, duration: Duration::from_secs(5) };
-    let storm = lab.client().storm(storm).unwrap();
-    std::thread::sleep(Duration::from_secs(5));
-    let report = storm.stop().unwrap();
-    println!("  {report}");
-    assert!(report.failures.is_empty(), "{report}");
-    report.percentile(0.5).unwrap()
+/// A node with Services, the first of which has an endpoint that answers.
+struct Town {
+    lab: Lab,
+    cluster: Cluster,
+    kernel: Synced<Real>,
 }
 
-fn speed() {
-    let lab = Lab::builder()
-        .node(["192.168.0.2".parse().unwrap()])
-        .client(["203.0.113.2".parse().unwrap()])
-        .pod("pod", [POD.into()])
-        .build()
-        .unwrap();
-    lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
-    let node = lab.node();
-    let mut cluster = Cluster::new(Context::new(NODE, Config::default()));
-    let mut kernel = adopt(node);
-    cluster.step(&service(0));
-    cluster.step(&slice(0, [POD.into()]));
-    let add = |cluster: &mut Cluster, range: std::ops::Range<u32>| {
-        for n in range {
+impl Town {
+    fn new(services: u32) -> Self {
+        let lab = Lab::builder()
+            .node(["192.168.0.2".parse().unwrap()])
+            .client(["203.0.113.2".parse().unwrap()])
+            .pod("pod", [POD.into()])
+            .build()
+            .unwrap();
+        lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
+        let mut cluster = Cluster::new(Context::new(NODE, Config::default()));
+        cluster.step(&service(0));
+        cluster.step(&slice(0, [POD.into()]));
+        for n in 1..services {
             cluster.step(&service(n));
             cluster.step(&slice(n, endpoints(n, ENDPOINTS)));
         }
-    };
-    add(&mut cluster, 1..FEW);
-    kernel.sync(cluster.table(FAMILY), &Change::everything()).unwrap();
-    println!("first connections at {FEW} Services:");
-    let few = first_connections(&lab);
+        cluster.take_change(FAMILY);
+        let kernel = adopt(lab.node());
+        Self { lab, cluster, kernel }
+    }
 
-    // From nothing: a kernel that holds nothing, and everything at once.
-    kernel.backend.cleanup().unwrap();
-    let mut kernel = adopt(node);
-    add(&mut cluster, FEW..SERVICES);
-    cluster.take_change(FAMILY);
-    let started = Instant::now();
-    let plan = kernel.sync(cluster.table(FAMILY), &Change::everything()).unwrap();
-    let cold = started.elapsed();
-    println!("cold sync of {SERVICES} x {ENDPOINTS}: {cold:?}, {} operations", plan.len());
-    println!("first connections at {SERVICES} Services:");
-    let many = first_connections(&lab);
+    /// Everything at once, into a kernel that holds nothing.
+    fn cold_sync(&mut self) -> (Duration, usize) {
+        let started = Instant::now();
+        let plan = self.kernel.sync(self.cluster.table(FAMILY), &Change::everything()).unwrap();
+        (started.elapsed(), plan.len())
+    }
+
+    fn first_connections(&self) -> Vec<Duration> {
+        let probe = Probe::tcp((vip(0), 80).into()).timeout(Duration::from_secs(5));
+        let storm = StormSpec { probe, rate: 100, duration: Duration::from_secs(1) };
+        let storm = self.lab.client().storm(storm).unwrap();
+        std::thread::sleep(Duration::from_secs(1));
+        let report = storm.stop().unwrap();
+        assert!(report.failures.is_empty(), "{report}");
+        report.latencies
+    }
+}
+
+fn speed() {
+    let (mut small, mut large) = (Town::new(FEW), Town::new(SERVICES));
+    small.cold_sync();
+    let (cold, operations) = large.cold_sync();
+    println!("cold sync of {SERVICES} x {ENDPOINTS}: {cold:?}, {operations} operations");
+    // In turn, since other work on the machine comes and goes.
+    let mut latencies = [Vec::new(), Vec::new()];
+    for _ in 0..8 {
+        latencies[0].extend(small.first_connections());
+        latencies[1].extend(large.first_connections());
+    }
+    let [few, many] = latencies.map(median);
+    let Town { lab, mut cluster, mut kernel } = large;
+    let node = lab.node();
 
     let mut times = Vec::new();
     for round in 0..40_u32 {

@@ -14,6 +14,13 @@ use crate::skeleton::tool;
 /// Chains by which the kubelet says in which of the two flavours it writes its rules.
 const HINTS: [&str; 2] = [":KUBE-IPTABLES-HINT", ":KUBE-KUBELET-CANARY"];
 
+/// Whether the tools are there.
+pub(super) fn is_installed(family: IpFamily) -> bool {
+    let name = format!("{}-restore", tool(family));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(&name).exists())
+}
+
 /// Which tools to use: they are the same as long as the process runs.
 #[derive(Clone, Debug)]
 pub(super) struct Tool(String);
