@@ -18,7 +18,7 @@ use shunt_harness::lab::{Lab, Probe};
 use shunt_mode::Backend as _;
 use shunt_mode_ipvs::drain::DEADLINE;
 use shunt_suites::driver::{Cluster, Synced};
-use shunt_suites::ipvs::IpvsMode;
+use shunt_suites::mode::IpvsMode;
 use shunt_suites::mode::ModeUnderTest;
 use shunt_suites::random::{NODE, Step};
 
@@ -76,6 +76,7 @@ impl Town {
 
     fn pods(&mut self, pods: &[u8]) {
         let endpoint = |n: &u8| Endpoint {
+            pod: None,
             address: pod(*n),
             conditions: Conditions::default(),
             node: Some(NODE.into()),

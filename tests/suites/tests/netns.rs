@@ -288,7 +288,7 @@ fn connections_while_endpoints_change<M: ModeUnderTest>(affinity: bool) {
 
     // A packet that is lost is sent again after a second. A guest's only CPU is slow and shared by all: there, packets
     // are late without being lost, and fewer connections leave time for changes.
-    let (rate, patience, pause, duration) = if inside() { (25, 5000, 20, 8) } else { (300, 900, 0, 3) };
+    let (rate, patience, pause, duration) = if inside() { (25, 30_000, 20, 8) } else { (300, 900, 0, 3) };
     let storms: Vec<_> = ["172.30.0.1:80", "192.168.0.2:3001", "1.2.3.4:80"]
         .into_iter()
         .map(|to| {
