@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 # What tests, demo and benches use besides Rust, as Debian packages.
-PACKAGES := gcc libc6-dev iproute2 nftables prometheus util-linux
+PACKAGES := gcc ipset iptables iproute2 libc6-dev nftables prometheus util-linux
 SHUNT := target/debug/shunt
 TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 

@@ -8,7 +8,7 @@ use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
-use crate::{Backend, KernelError, Mode, Plan, Unsupported, Usage, rendered};
+use crate::{Backend, KernelError, Mode, Plan, Remedy, Unsupported, Usage, rendered};
 
 /// What a sync did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -23,6 +23,8 @@ pub struct Report {
     pub planning: Duration,
     /// Time spent writing.
     pub applying: Duration,
+    /// Part of that time in which others held a lock.
+    pub waiting: Duration,
 }
 
 /// How a dump is printed.
@@ -118,6 +120,9 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError> {
         let mut report = Report::default();
+        if *step == Step::Check {
+            return if self.backend.intact()? { Ok(report) } else { Err(gone()) };
+        }
         let everything = Change::everything();
         // While a sync runs, what the kernel holds is not known: an error leaves it so.
         let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
@@ -139,6 +144,7 @@ impl<B: Backend> Driver for ModeDriver<B> {
             report.operations += transaction.ops.len();
         }
         report.applying = started.elapsed();
+        report.waiting = self.backend.waited();
         self.state = Some(state);
         Ok(report)
     }
@@ -177,6 +183,14 @@ impl<B: Backend> Driver for ModeDriver<B> {
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.state = None;
         self.backend.cleanup()
+    }
+}
+
+fn gone() -> KernelError {
+    KernelError {
+        context: "look whether our rules are still there".to_owned(),
+        source: "somebody removed them".into(),
+        remedy: Remedy::Resync,
     }
 }
 

@@ -20,6 +20,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::time::Duration;
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
@@ -187,6 +188,17 @@ pub trait Backend: Send {
 
     /// Removes everything that the mode owns. Safe to run twice.
     fn cleanup(&mut self) -> Result<(), KernelError>;
+
+    /// Whether what was programmed is still there, asked cheaply and often. False only if it is not:
+    /// somebody flushed the rules, say.
+    fn intact(&mut self) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+
+    /// Time spent waiting for a lock that others hold, since this was last asked.
+    fn waited(&mut self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// The state in which the kernel holds exactly what the whole table asks for, starting from nothing.

@@ -26,6 +26,8 @@ pub struct Periods {
     pub min_sync: Duration,
     /// Most time between two looks at the whole kernel state.
     pub resync: Duration,
+    /// Time between two cheap looks whether our rules are still there (kube-proxy's `syncPeriod`).
+    pub check: Duration,
     /// First delay after an error; it doubles with every further one.
     pub retry: Duration,
     /// Longest delay after an error.
@@ -39,6 +41,7 @@ impl Default for Periods {
         Self {
             min_sync: Duration::from_millis(1),
             resync: Duration::from_hours(1),
+            check: Duration::from_secs(30),
             retry: Duration::from_millis(100),
             retry_max: Duration::from_secs(30),
         }
@@ -52,6 +55,8 @@ pub enum Step {
     Resync,
     /// Carry out what these changes touch.
     Apply(Change),
+    /// See whether our rules are still there.
+    Check,
 }
 
 /// Decides when to sync one family's table and what to sync.
@@ -65,6 +70,7 @@ pub struct SyncLoop {
     not_before: Option<Instant>,
     failures: u32,
     next_resync: Option<Instant>,
+    next_check: Option<Instant>,
     queued_since: Option<Instant>,
 }
 
@@ -79,6 +85,7 @@ impl SyncLoop {
             not_before: None,
             failures: 0,
             next_resync: None,
+            next_check: None,
             queued_since: None,
         }
     }
@@ -119,9 +126,10 @@ impl SyncLoop {
         } else {
             None
         };
+        let not_before = |at: Instant| at.max(self.not_before.unwrap_or(at));
         match (due, self.next_resync) {
-            (Some(due), Some(resync)) => Some(due.min(resync.max(self.not_before.unwrap_or(resync)))),
-            (None, resync) => resync,
+            (Some(due), Some(resync)) => Some(due.min(not_before(resync))),
+            (None, Some(resync)) => Some(self.next_check.map_or(resync, |check| resync.min(check))),
             (due, None) => due,
         }
     }
@@ -134,6 +142,10 @@ impl SyncLoop {
         }
         let change = std::mem::take(&mut self.pending);
         let resync = self.must_observe || self.next_resync.is_some_and(|at| at <= now);
+        if !resync && change.is_empty() {
+            self.running = Some(change);
+            return Some(Step::Check);
+        }
         self.running = Some(change.clone());
         if resync || change.everything { Some(Step::Resync) } else { Some(Step::Apply(change)) }
     }
@@ -142,6 +154,11 @@ impl SyncLoop {
     pub fn finished(&mut self, result: Result<Step, Remedy>, now: Instant) {
         let change = self.running.take().unwrap_or_default();
         if let Ok(step) = result {
+            self.next_check = Some(now + self.periods.check);
+            if step == Step::Check {
+                self.queued_since = self.queued_since.filter(|_| !self.pending.is_empty());
+                return;
+            }
             self.failures = 0;
             self.not_before = Some(now + self.periods.min_sync);
             if step == Step::Resync {
@@ -152,6 +169,7 @@ impl SyncLoop {
         } else {
             // What was half done is only known after another look at the kernel.
             self.must_observe = true;
+            self.queued_since.get_or_insert(now);
             self.pending.merge(change);
             let delay = self.periods.retry.saturating_mul(1 << self.failures.min(16));
             self.failures = self.failures.saturating_add(1);
@@ -239,8 +257,33 @@ mod tests {
     fn the_kernel_is_looked_at_now_and_then() {
         let t0 = Instant::now();
         let mut l = started(t0);
-        assert_eq!(l.deadline(), Some(t0 + Duration::from_hours(1)));
         assert_eq!(l.next(t0 + Duration::from_hours(1)), Some(Step::Resync));
+    }
+
+    #[test]
+    fn in_quiet_times_the_rules_are_looked_for() {
+        let t0 = Instant::now();
+        let mut l = started(t0);
+        let mut now = t0;
+        for _ in 0..3 {
+            now += Duration::from_secs(30);
+            assert_eq!(l.deadline(), Some(now));
+            assert_eq!(l.next(now - MS), None);
+            assert_eq!(l.next(now), Some(Step::Check));
+            assert_eq!(l.queued_since(), None);
+            l.finished(Ok(Step::Check), now);
+        }
+        // Changes go first, and put the look off.
+        l.changed(change(1), now + MS);
+        assert_eq!(l.next(now + MS), Some(Step::Apply(change(1))));
+        l.finished(Ok(Step::Apply(change(1))), now + MS);
+        now += Duration::from_secs(30) + MS;
+        assert_eq!(l.deadline(), Some(now));
+        assert_eq!(l.next(now), Some(Step::Check));
+        // They are gone: everything is looked at again.
+        l.finished(Err(Remedy::Resync), now);
+        now = l.deadline().unwrap();
+        assert_eq!(l.next(now), Some(Step::Resync));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use shunt_core::store::{Event, Store};
 use shunt_mode::Mode;
 use shunt_mode::sync::Step;
 
-use crate::{AUTO, open};
+use crate::{AUTO, Options, open};
 
 /// A mode that this kernel can run.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -69,7 +69,7 @@ fn try_out(mode: Mode) -> Result<String, String> {
 }
 
 fn try_family(mode: Mode, family: IpFamily, private: bool) -> Result<(), String> {
-    let mut driver = open(mode, family).map_err(|e| e.to_string())?;
+    let mut driver = open(mode, family, Options::default()).map_err(|e| e.to_string())?;
     driver.probe().map_err(|e| e.to_string())?;
     if !private {
         return Ok(());

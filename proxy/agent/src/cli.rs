@@ -151,6 +151,9 @@ pub(crate) struct RunArgs {
     /// configuration.
     #[arg(long, value_name = "DURATION")]
     pub min_sync_period: Option<Duration>,
+    /// Flavour of iptables, legacy or nft; default: the kubelet's, else the one with more rules.
+    #[arg(long, value_name = "FLAVOUR")]
+    pub iptables_flavour: Option<shunt_modes::Flavour>,
     /// Where `shunt dump` and `shunt explain` reach the running agent; empty for nowhere. Default:
     /// /run/shunt/shunt.sock.
     #[arg(long, value_name = "PATH")]

@@ -42,7 +42,7 @@ fn kernel(args: &DumpArgs, format: DumpOutput) -> Result<String> {
     let mode = Settings::new(&args.settings, None)?.mode;
     let mut texts = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(mode, family)?;
+        let mut driver = shunt_modes::open(mode, family, shunt_modes::Options::default())?;
         texts.push(driver.dump(&ForwardingTable::new(family), Stage::Kernel, None, output(format))?);
     }
     join(&texts, format)

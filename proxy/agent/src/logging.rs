@@ -33,7 +33,15 @@ fn start_with(verbosity: u32, format: LogFormat) {
     };
     // Libraries speak up at the highest verbosity only.
     let others = if verbosity < 8 { LevelFilter::WARN } else { level };
-    let ours = ["shunt", "shunt_watch", "shunt_node", "shunt_mode", "shunt_modes", "shunt_mode_nftables"];
+    let ours = [
+        "shunt",
+        "shunt_watch",
+        "shunt_node",
+        "shunt_mode",
+        "shunt_modes",
+        "shunt_mode_nftables",
+        "shunt_mode_iptables",
+    ];
     let filter = EnvFilter::builder().with_default_directive(others.into()).from_env_lossy();
     let filter = if std::env::var_os(EnvFilter::DEFAULT_ENV).is_some() {
         filter

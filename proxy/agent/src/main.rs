@@ -35,6 +35,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use shunt_core::id::IpFamily;
 use shunt_mode::Mode;
+use shunt_modes::Options;
 
 use crate::cli::{Cli, Command, RunArgs};
 use crate::config::Configuration;
@@ -114,7 +115,7 @@ fn cleanup_modes(only: Option<&str>) -> anyhow::Result<()> {
     let only: Option<Mode> = only.map(str::parse).transpose()?;
     for mode in shunt_modes::BUILT.iter().filter(|mode| only.is_none_or(|only| only == **mode)) {
         for family in IpFamily::ALL {
-            shunt_modes::open(*mode, family)?.cleanup()?;
+            shunt_modes::open(*mode, family, Options::default())?.cleanup()?;
             tracing::info!(%mode, %family, "removed");
         }
     }
@@ -125,7 +126,7 @@ fn cleanup_modes(only: Option<&str>) -> anyhow::Result<()> {
 fn cleanup() -> anyhow::Result<()> {
     let mut failed = None;
     for family in IpFamily::ALL {
-        for error in shunt_modes::remove_leftovers(None, family) {
+        for error in shunt_modes::remove_leftovers(None, family, Options::default()) {
             tracing::error!(%family, "{error}");
             failed = Some(error);
         }

@@ -12,6 +12,7 @@ use shunt_core::table::{Change, Conflict};
 use shunt_mode::Mode;
 use shunt_mode::driver::{Driver, Report};
 use shunt_mode::sync::{Periods, Step, SyncLoop};
+use shunt_modes::Options;
 use shunt_node::health::Health;
 use shunt_node::sysctl::{self, Sysctls};
 use shunt_watch::{
@@ -100,7 +101,8 @@ async fn run_async(
         node = node_name,
         "starting"
     );
-    let families = open_families(&settings)?;
+    let options = Options { flavour: args.iptables_flavour };
+    let families = open_families(&settings, options)?;
     if let Some(Err(error)) = settings.oom_score_adj.map(sysctl::set_oom_score_adj) {
         tracing::warn!("oom_score_adj stays as it is: {error}");
     }
@@ -254,16 +256,21 @@ fn ended_source(
 }
 
 /// Opens the mode for both families. A kernel without one family serves the other.
-fn open_families(settings: &Settings) -> Result<Vec<Family>> {
-    let periods =
-        Periods { min_sync: settings.min_sync_period, resync: settings.resync_period, ..Periods::default() };
+fn open_families(settings: &Settings, options: Options) -> Result<Vec<Family>> {
+    let periods = Periods {
+        min_sync: settings.min_sync_period,
+        resync: settings.resync_period,
+        check: settings.sync_period,
+        ..Periods::default()
+    };
     let mut families = Vec::new();
     let mut errors = Vec::new();
     for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(settings.mode, family)?;
+        let mut driver = shunt_modes::open(settings.mode, family, options)?;
         match driver.probe() {
             Ok(()) => families.push(Family {
                 driver,
+                options,
                 sync: SyncLoop::new(periods),
                 leftovers: settings.remove_leftovers,
             }),
@@ -283,6 +290,7 @@ fn open_families(settings: &Settings) -> Result<Vec<Family>> {
 struct Family {
     driver: Box<dyn Driver>,
     sync: SyncLoop,
+    options: Options,
     /// Rules of others are to be removed once ours are in place.
     leftovers: bool,
 }
@@ -511,10 +519,12 @@ impl Engine {
                             tracing::warn!(family = %of, operations = report.operations, "the kernel held something else than we put there: mended");
                             self.account.metrics.drift(of, report.operations);
                         }
-                        self.account.synced(&*family.driver, full, &report, now);
+                        if step != Step::Check {
+                            self.account.synced(&*family.driver, full, &report, now);
+                        }
                         family.sync.finished(Ok(step), Instant::now());
                         if std::mem::take(&mut family.leftovers) {
-                            remove_leftovers(family.driver.mode(), of);
+                            remove_leftovers(family.driver.mode(), of, family.options);
                         }
                     }
                     Err(error) => {
@@ -565,9 +575,9 @@ impl Engine {
 
 /// Removes what kube-proxy and other modes left, on a thread of its own: their tools may take a while.
 /// Connections that they translated go on, as the kernel remembers how.
-fn remove_leftovers(in_use: Mode, family: IpFamily) {
+fn remove_leftovers(in_use: Mode, family: IpFamily, options: Options) {
     let remove = move || {
-        for error in shunt_modes::remove_leftovers(Some(in_use), family) {
+        for error in shunt_modes::remove_leftovers(Some(in_use), family, options) {
             tracing::warn!(%family, "leftovers of another mode may remain: {error}");
         }
     };
@@ -593,9 +603,10 @@ fn log_sync(family: IpFamily, step: &Step, report: &Report) {
     let planning = milliseconds(report.planning);
     let applying = milliseconds(report.applying);
     let (operations, transactions) = (report.operations, report.transactions);
+    let waiting = milliseconds(report.waiting);
     if *step == Step::Resync {
-        tracing::info!(%family, operations, transactions, observing, planning, applying, "in sync with the kernel");
-    } else {
-        tracing::debug!(%family, operations, transactions, planning, applying, "change programmed");
+        tracing::info!(%family, operations, transactions, observing, planning, applying, waiting, "in sync with the kernel");
+    } else if let Step::Apply(_) = step {
+        tracing::debug!(%family, operations, transactions, planning, applying, waiting, "change programmed");
     }
 }

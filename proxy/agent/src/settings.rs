@@ -108,6 +108,8 @@ impl Settings {
                 local_detector,
                 node_port_addresses: node_ports(kube_proxy.node_port_addresses.as_deref())?,
                 allow_external_ips,
+                localhost_node_ports: mode == Mode::Iptables
+                    && kube_proxy.iptables.localhost_node_ports.unwrap_or(true),
             },
             detect_by_node_cidr: kube_proxy.detect_local_mode == "NodeCIDR",
             min_sync_period: shunt.min_sync_period.unwrap_or(of_mode.min_sync_period).to_std(),

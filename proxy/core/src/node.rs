@@ -83,6 +83,9 @@ pub struct Config {
     pub node_port_addresses: NodePortAddresses,
     /// Whether `spec.externalIPs` is honoured (gate `AllowServiceExternalIPs`, KEP-5707).
     pub allow_external_ips: bool,
+    /// Whether `NodePort`s answer on IPv4 loopback where `node_port_addresses` include it; only for a mode
+    /// that can (`iptables.localhostNodePorts`).
+    pub localhost_node_ports: bool,
 }
 
 impl Default for Config {
@@ -93,6 +96,7 @@ impl Default for Config {
             local_detector: LocalDetector::None,
             node_port_addresses: NodePortAddresses::Primary,
             allow_external_ips: true,
+            localhost_node_ports: false,
         }
     }
 }

@@ -225,6 +225,8 @@ pub struct ServiceEntry {
     pub created: i64,
     /// Cluster IP of the table's family.
     pub cluster_ip: IpAddr,
+    /// Port of the node on which load balancers ask for local endpoints.
+    pub health_check_node_port: Option<u16>,
     /// Ports in the order of the Service.
     pub ports: Vec<PortEntry>,
 }
@@ -274,6 +276,8 @@ pub struct NodeFacts {
     pub masquerade_bit: u8,
     /// Where `NodePort`s answer.
     pub node_ports: NodePortMatch,
+    /// Whether they answer on IPv4 loopback as well.
+    pub localhost_node_ports: bool,
     /// Addresses of the node, as far as known. Modes ask the kernel instead where they can; the
     /// reference walker uses these.
     pub local_addresses: BTreeSet<IpAddr>,
@@ -287,6 +291,7 @@ impl NodeFacts {
             masquerade_all: false,
             masquerade_bit: 14,
             node_ports: NodePortMatch::Addresses(BTreeSet::new()),
+            localhost_node_ports: false,
             local_addresses: BTreeSet::new(),
         }
     }
@@ -307,6 +312,9 @@ impl NodeFacts {
 
     /// Whether `NodePort`s answer on `address`.
     pub fn serves_node_ports(&self, address: IpAddr) -> bool {
+        if address.is_ipv4() && address.is_loopback() {
+            return self.localhost_node_ports;
+        }
         match &self.node_ports {
             NodePortMatch::AllLocal => !address.is_loopback() && self.is_local(address),
             NodePortMatch::Addresses(addresses) => addresses.contains(&address),
@@ -362,6 +370,8 @@ pub struct Change {
     pub cluster_ips: BTreeSet<IpAddr>,
     /// Local endpoints that may have come or gone.
     pub local_endpoints: BTreeSet<LocalEndpoint>,
+    /// Health check node ports that may have come or gone.
+    pub health_check_node_ports: BTreeSet<u16>,
 }
 
 impl Change {
@@ -376,6 +386,7 @@ impl Change {
             && self.frontends.is_empty()
             && self.cluster_ips.is_empty()
             && self.local_endpoints.is_empty()
+            && self.health_check_node_ports.is_empty()
     }
 
     /// Adds what another change touches.
@@ -384,6 +395,7 @@ impl Change {
         self.frontends.extend(other.frontends);
         self.cluster_ips.extend(other.cluster_ips);
         self.local_endpoints.extend(other.local_endpoints);
+        self.health_check_node_ports.extend(other.health_check_node_ports);
     }
 }
 
@@ -396,6 +408,7 @@ pub struct ForwardingTable {
     frontends: BTreeMap<Frontend, Claims>,
     cluster_ips: BTreeMap<IpAddr, u32>,
     local_endpoints: BTreeMap<LocalEndpoint, u32>,
+    health_check_node_ports: BTreeMap<u16, BTreeSet<NamespacedName>>,
     service_cidrs: BTreeSet<IpNet>,
 }
 
@@ -409,6 +422,7 @@ impl ForwardingTable {
             frontends: BTreeMap::new(),
             cluster_ips: BTreeMap::new(),
             local_endpoints: BTreeMap::new(),
+            health_check_node_ports: BTreeMap::new(),
             service_cidrs: BTreeSet::new(),
         }
     }
@@ -458,6 +472,7 @@ impl ForwardingTable {
             return change;
         }
         let new = entry.map(Arc::new);
+        self.update_health_check(name, old.as_deref(), new.as_deref(), &mut change);
         if let Some(old) = &old {
             self.retract(old, &mut change);
         }
@@ -484,6 +499,31 @@ impl ForwardingTable {
                 != self.services.get(name).is_some_and(|s| s.cluster_ip == *ip)
         });
         change
+    }
+
+    fn update_health_check(
+        &mut self,
+        name: &NamespacedName,
+        old: Option<&ServiceEntry>,
+        new: Option<&ServiceEntry>,
+        change: &mut Change,
+    ) {
+        let [old, new] = [old, new].map(|service| service.and_then(|s| s.health_check_node_port));
+        if old == new {
+            return;
+        }
+        if let Some(port) = old
+            && let Some(names) = self.health_check_node_ports.get_mut(&port)
+        {
+            names.remove(name);
+            if names.is_empty() {
+                self.health_check_node_ports.remove(&port);
+            }
+        }
+        if let Some(port) = new {
+            self.health_check_node_ports.entry(port).or_default().insert(name.clone());
+        }
+        change.health_check_node_ports.extend(old.into_iter().chain(new));
     }
 
     fn retract(&mut self, service: &ServiceEntry, change: &mut Change) {
@@ -595,6 +635,11 @@ impl ForwardingTable {
     /// All local endpoints, in order.
     pub fn local_endpoints(&self) -> impl Iterator<Item = LocalEndpoint> {
         self.local_endpoints.keys().copied()
+    }
+
+    /// Health check node ports in order, each with the Service that has it, the first by name.
+    pub fn health_check_node_ports(&self) -> impl Iterator<Item = (u16, &NamespacedName)> {
+        self.health_check_node_ports.iter().filter_map(|(port, names)| Some((*port, names.first()?)))
     }
 
     /// Frontends that more than one Service claims.

@@ -105,4 +105,8 @@ impl<B: Backend> Backend for Faulty<B> {
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.inner.cleanup()
     }
+
+    fn intact(&mut self) -> Result<bool, KernelError> {
+        self.inner.intact()
+    }
 }

@@ -28,6 +28,16 @@ pub mod town;
 macro_rules! every_mode {
     ($($test:ident),* $(,)?) => {
         $crate::for_mode!(nftables, $crate::mode::NftablesMode; $($test),*);
+        $crate::for_mode!(iptables, $crate::mode::IptablesLegacy; $($test),*);
+    };
+}
+
+/// The same for tests that need a kernel: modes that reach it in several ways appear with each of them.
+#[macro_export]
+macro_rules! every_kernel {
+    ($($test:ident),* $(,)?) => {
+        $crate::every_mode!($($test),*);
+        $crate::for_mode!(iptables_nft, $crate::mode::IptablesNft; $($test),*);
     };
 }
 

@@ -248,6 +248,7 @@ fn config() -> impl Strategy<Value = Config> {
             local_detector,
             node_port_addresses,
             allow_external_ips,
+            localhost_node_ports: false,
         },
     )
 }

@@ -29,7 +29,7 @@ use shunt_mode_nftables::fake::FakeKernel;
 use shunt_mode_nftables::state::State;
 use shunt_mode_nftables::trace::{Records, trace_client};
 use shunt_suites::driver::{Cluster, Synced};
-use shunt_suites::every_mode;
+use shunt_suites::every_kernel;
 use shunt_suites::mode::ModeUnderTest;
 use shunt_suites::random::{NODE, Step, context, packets, step, steps};
 
@@ -544,7 +544,7 @@ fn a_changed_endpoint_is_a_handful_of_operations<M: ModeUnderTest>() {
     }
 }
 
-every_mode!(
+every_kernel!(
     clients_stay,
     records_expire,
     many_clients_are_remembered,

@@ -95,6 +95,7 @@ impl<B: Backend> Agent<B> {
                 Change::everything()
             }
             Step::Apply(change) => change.clone(),
+            Step::Check => return Ok(()),
         };
         for transaction in B::plan(&self.mirror, &B::render(table, &change)).transactions {
             self.kernel.apply(&transaction)?;

@@ -11,7 +11,7 @@ use shunt_harness::cases;
 use shunt_harness::lab::{Lab, require_kernel};
 use shunt_mode::rendered;
 use shunt_suites::driver::CaseRun;
-use shunt_suites::every_mode;
+use shunt_suites::every_kernel;
 use shunt_suites::golden::Goldens;
 use shunt_suites::mode::ModeUnderTest;
 
@@ -37,4 +37,4 @@ fn every_step_of_every_case_renders_to_its_text<M: ModeUnderTest>() {
     goldens.finish();
 }
 
-every_mode!(every_step_of_every_case_renders_to_its_text);
+every_kernel!(every_step_of_every_case_renders_to_its_text);

@@ -24,7 +24,7 @@ use shunt_harness::cases::{self, Case, SourceKind};
 use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec, require_kernel};
 use shunt_mode::{Backend, rendered};
 use shunt_suites::driver::{CaseRun, Cluster, Synced};
-use shunt_suites::every_mode;
+use shunt_suites::every_kernel;
 use shunt_suites::mode::ModeUnderTest;
 use shunt_suites::random::{Step, context, steps};
 use shunt_suites::town::Town;
@@ -81,6 +81,7 @@ fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
     let town = Town::build(case)?;
     let node = town.lab.node();
     node.nft(FOREIGN)?;
+    M::foreign(node)?;
     let foreign = M::list(node)?;
     let mut kernels = Vec::new();
     for family in IpFamily::ALL {
@@ -243,7 +244,7 @@ fn damage_is_repaired<M: ModeUnderTest>() {
         let table = run.cluster.table(family);
         let mut kernel = adopt::<M>(node, family)?;
         kernel.sync(table, &Change::everything())?;
-        node.nft(damage)?;
+        M::damage(node, family, damage)?;
         let mut kernel = adopt::<M>(node, family)?;
         let want = rendered::<M::Real>(table);
         ensure!(kernel.mirror != want, "the damage is not seen");
@@ -388,7 +389,7 @@ fn slice(service: &str, addresses: &[IpAddr]) -> EndpointSlice {
     }
 }
 
-every_mode!(
+every_kernel!(
     no_connection_fails_while_endpoints_change,
     no_connection_fails_while_affinity_changes,
     packets_meet_their_fate,

@@ -73,8 +73,23 @@ impl Context {
             masquerade_all: self.config.masquerade_all,
             masquerade_bit: self.config.masquerade_bit,
             node_ports: self.node_port_match(family, &local_addresses),
+            localhost_node_ports: self.localhost_node_ports(family),
             local_addresses,
         }
+    }
+
+    /// Loopback answers only where the setting includes it, and never in IPv6 (kube-proxy's rule).
+    fn localhost_node_ports(&self, family: IpFamily) -> bool {
+        let included = match &self.config.node_port_addresses {
+            NodePortAddresses::Primary => false,
+            NodePortAddresses::All => true,
+            NodePortAddresses::Ranges(ranges) => {
+                let mut of_family = ranges.iter().filter(|r| IpFamily::of(r.addr()) == family).peekable();
+                let loopback = IpAddr::from(std::net::Ipv4Addr::LOCALHOST);
+                of_family.peek().is_none() || of_family.any(|r| r.contains(&loopback))
+            }
+        };
+        self.config.localhost_node_ports && family == IpFamily::V4 && included
     }
 
     fn node_port_match(&self, family: IpFamily, local: &BTreeSet<IpAddr>) -> NodePortMatch {
@@ -110,6 +125,7 @@ pub fn compile_service(
         name: service.name.clone(),
         created: service.created,
         cluster_ip,
+        health_check_node_port: service.health_check_node_port,
         ports: ports.collect(),
     })
 }

@@ -34,6 +34,9 @@ impl fmt::Display for NodeFacts {
         if self.masquerade_all {
             f.write_str("; masquerade-all")?;
         }
+        if self.localhost_node_ports {
+            f.write_str("; node-ports on 127.0.0.0/8")?;
+        }
         match &self.node_ports {
             NodePortMatch::AllLocal => f.write_str("; node-ports on all local addresses"),
             NodePortMatch::Addresses(a) if a.is_empty() => f.write_str("; node-ports nowhere"),
@@ -59,6 +62,9 @@ struct DisplayService<'a> {
 
 impl fmt::Display for DisplayService<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(port) = self.service.health_check_node_port {
+            writeln!(f, "service {} health check node port {port}", self.service.name)?;
+        }
         for port in &self.service.ports {
             write!(f, "service {}", port.name)?;
             if let Some(timeout) = port.affinity {

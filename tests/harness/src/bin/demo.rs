@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use shunt_harness::lab::{ChildGuard, Lab, Namespace, Probe, Proto};
 
-/// Modes that this build has and every kernel with nftables can run.
-const MODES: &[&str] = &["nftables"];
+/// Modes that this build has and every kernel with nftables and iptables can run.
+const MODES: &[&str] = &["nftables", "iptables"];
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);

@@ -1,0 +1,259 @@
+//! Chains that are the same whatever Services there are, and where the kernel enters them.
+//!
+//! ```text
+//!   nat     PREROUTING, OUTPUT  -> KUBE-SERVICES        tree of frontends, then KUBE-NODEPORTS
+//!           POSTROUTING         -> KUBE-POSTROUTING     masquerade what is marked, and hairpins
+//!   filter  INPUT, FORWARD, OUTPUT (new connections)
+//!                               -> KUBE-PROXY-FIREWALL  source ranges
+//!                               -> KUBE-SERVICES        what is refused, if it was not translated
+//!           INPUT               -> KUBE-NODEPORTS       health checks are accepted
+//!           FORWARD             -> KUBE-FORWARD         traffic of Services is accepted
+//! ```
+//!
+//! The nat table of iptables cannot refuse, so what is refused meets the filter table untranslated. There
+//! it is asked for in sets, so that the filter table is the same for any number of Services.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::table::{ForwardingTable, NodeFacts, NodePortMatch};
+
+use crate::names::{self, Name};
+use crate::rule::{Key, Match, Rule, Side, States, Target, comment};
+
+/// A table of iptables, in the order in which they are written.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Table {
+    /// Accepts and refuses.
+    Filter,
+    /// Holds a canary.
+    Mangle,
+    /// Translates.
+    Nat,
+}
+
+impl Table {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Filter, Self::Mangle, Self::Nat];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Filter => "filter",
+            Self::Mangle => "mangle",
+            Self::Nat => "nat",
+        }
+    }
+}
+
+/// A chain of the kernel's that leads to ours.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Builtin {
+    /// Packets that come in.
+    Prerouting,
+    /// Packets for the node itself.
+    Input,
+    /// Packets that pass through.
+    Forward,
+    /// Packets of the node itself.
+    Output,
+    /// Packets that go out.
+    Postrouting,
+}
+
+impl Builtin {
+    const ALL: [Self; 5] = [Self::Prerouting, Self::Input, Self::Forward, Self::Output, Self::Postrouting];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prerouting => "PREROUTING",
+            Self::Input => "INPUT",
+            Self::Forward => "FORWARD",
+            Self::Output => "OUTPUT",
+            Self::Postrouting => "POSTROUTING",
+        }
+    }
+
+    /// The one with this name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|builtin| builtin.name() == name)
+    }
+}
+
+/// Chains with their rules.
+pub type Chains = BTreeMap<(Table, Name), Vec<Rule>>;
+/// Rules in chains of the kernel's that lead to ours.
+pub type Hooks = BTreeMap<(Table, Builtin), Vec<Rule>>;
+
+/// Every address that stands for the node alone.
+fn loopback(family: IpFamily) -> IpNet {
+    match family {
+        IpFamily::V4 => Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8).into(),
+        IpFamily::V6 => Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128).into(),
+    }
+}
+
+/// The mark that asks for masquerade.
+const fn mark(node: &NodeFacts) -> u32 {
+    1 << node.masquerade_bit
+}
+
+/// The chains, without those that hold a tree.
+pub fn chains(table: &ForwardingTable) -> Chains {
+    let (family, node) = (table.family(), table.node());
+    let mark = mark(node);
+    let mut chains = Chains::new();
+    let mut add = |table, name: &str, rules| drop(chains.insert((table, name.into()), rules));
+    add(Table::Nat, names::MARK_MASQ, vec![Rule::always(Target::SetMark(mark, mark))]);
+    add(
+        Table::Nat,
+        names::POSTROUTING,
+        vec![
+            Rule::new(
+                vec![
+                    Match::Set(false, names::set(family, names::HAIRPIN), Key::FrontendSource),
+                    Match::State(false, States::DNAT),
+                ],
+                Target::Jump(names::MARK_MASQ.into()),
+            ),
+            Rule::new(vec![Match::Mark(true, mark, mark)], Target::Return),
+            // A packet that is encapsulated comes by again and must not be taken for marked.
+            Rule::always(Target::SetMark(mark, 0)),
+            Rule::new(vec![comment("kubernetes service traffic requiring SNAT")], Target::Masquerade),
+        ],
+    );
+    for table in Table::ALL {
+        // `iptables -F` takes the rule away, `iptables -X` the chain.
+        add(
+            table,
+            names::CANARY,
+            vec![Rule::new(vec![comment("gone when rules were flushed")], Target::Return)],
+        );
+    }
+    add(
+        Table::Filter,
+        names::FORWARD,
+        vec![
+            Rule::new(
+                vec![comment("kubernetes forwarding rules"), Match::Mark(false, mark, mark)],
+                Target::Accept,
+            ),
+            Rule::new(
+                vec![
+                    comment("kubernetes forwarding conntrack rule"),
+                    Match::State(false, States::RELATED.or(States::ESTABLISHED)),
+                ],
+                Target::Accept,
+            ),
+        ],
+    );
+    add(
+        Table::Filter,
+        names::PROXY_FIREWALL,
+        vec![Rule::new(
+            vec![
+                Match::State(true, States::DNAT),
+                Match::Set(false, names::set(family, names::GUARDED), Key::Frontend),
+                Match::Set(true, names::set(family, names::SOURCES), Key::FrontendSource),
+            ],
+            Target::Drop,
+        )],
+    );
+    let accept = |(port, service): (u16, &shunt_core::id::NamespacedName)| {
+        let why = comment(&format!("{service} health check node port"));
+        Rule::new(vec![Match::Ports(Protocol::Tcp, port, port), why], Target::Accept)
+    };
+    add(Table::Filter, names::NODE_PORTS, table.health_check_node_ports().map(accept).collect());
+    add(Table::Filter, names::SERVICES, refusals(table));
+    chains
+}
+
+/// What the filter table does with new connections that were not translated.
+fn refusals(table: &ForwardingTable) -> Vec<Rule> {
+    let family = table.family();
+    let of_set =
+        |name, key, target| Rule::new(vec![Match::Set(false, names::set(family, name), key)], target);
+    let mut rules = vec![
+        Rule::new(vec![Match::State(false, States::DNAT)], Target::Return),
+        of_set(names::REJECT, Key::Frontend, Target::Reject),
+        of_set(names::DROP, Key::Frontend, Target::Drop),
+    ];
+    rules.extend(node_ports(family, table.node(), names::EXTERNAL_SERVICES));
+    rules.push(Rule::new(vec![Match::Local(false, Side::Destination)], Target::Return));
+    rules.push(of_set(names::CLUSTER_IPS, Key::Destination, Target::Reject));
+    let unallocated = |range: &IpNet| {
+        Rule::new(vec![Match::Destination(false, *range), comment("unallocated service IP")], Target::Drop)
+    };
+    rules.extend(table.service_cidrs().iter().map(unallocated));
+    rules
+}
+
+/// Rules that lead packets for an address on which node ports answer to a chain.
+pub fn node_ports(family: IpFamily, node: &NodeFacts, chain: &str) -> Vec<Rule> {
+    let why = "kubernetes service nodeports; NOTE: this must be the last rule in this chain";
+    let to = |mut matches: Vec<Match>| {
+        matches.push(comment(why));
+        Rule::new(matches, Target::Jump(chain.into()))
+    };
+    let mut rules = Vec::new();
+    if node.localhost_node_ports {
+        rules.push(to(vec![Match::Destination(false, loopback(family))]));
+    }
+    match &node.node_ports {
+        NodePortMatch::AllLocal => rules.push(to(vec![
+            Match::Destination(true, loopback(family)),
+            Match::Local(false, Side::Destination),
+        ])),
+        NodePortMatch::Addresses(addresses) => {
+            let address = |a: &std::net::IpAddr| to(vec![Match::Destination(false, IpNet::from(*a))]);
+            rules.extend(addresses.iter().map(address));
+        }
+    }
+    rules
+}
+
+/// Where the kernel enters our chains, in order; kube-proxy's order and comments.
+pub fn hooks() -> Hooks {
+    let jump = |new: bool, why, chain: &str| {
+        let mut matches = vec![comment(why)];
+        matches.extend(new.then_some(Match::State(false, States::NEW)));
+        Rule::new(matches, Target::Jump(chain.into()))
+    };
+    let firewall = || jump(true, "kubernetes load balancer firewall", names::PROXY_FIREWALL);
+    let portals = |new| jump(new, "kubernetes service portals", names::SERVICES);
+    let health = jump(false, "kubernetes health check service ports", names::NODE_PORTS);
+    let forward = jump(false, "kubernetes forwarding rules", names::FORWARD);
+    let postrouting = jump(false, "kubernetes postrouting rules", names::POSTROUTING);
+    Hooks::from([
+        ((Table::Filter, Builtin::Input), vec![firewall(), health, portals(true)]),
+        ((Table::Filter, Builtin::Forward), vec![firewall(), forward, portals(true)]),
+        ((Table::Filter, Builtin::Output), vec![firewall(), portals(true)]),
+        ((Table::Nat, Builtin::Prerouting), vec![portals(false)]),
+        ((Table::Nat, Builtin::Output), vec![portals(false)]),
+        ((Table::Nat, Builtin::Postrouting), vec![postrouting]),
+    ])
+}
+
+/// Who may talk to loopback once the kernel routes it: the node itself, and answers (CVE-2020-8558). The
+/// same rule as the kubelet's.
+pub fn anti_martian() -> Rule {
+    let loopback = loopback(IpFamily::V4);
+    let states = States::RELATED.or(States::ESTABLISHED).or(States::DNAT);
+    Rule::new(
+        vec![
+            Match::Source(true, loopback),
+            Match::Destination(false, loopback),
+            comment("block incoming localnet connections"),
+            Match::State(true, states),
+        ],
+        Target::Drop,
+    )
+}
+
+/// The sets that there are as long as there are rules.
+pub fn sets(family: IpFamily) -> BTreeSet<Name> {
+    names::SETS.iter().map(|name| names::set(family, name)).collect()
+}

@@ -1,0 +1,219 @@
+//! Operations, as values: what each says in the words of the tools, and what it does to a state.
+
+use std::collections::BTreeSet;
+use std::fmt::{self, Write as _};
+
+use shunt_core::id::IpFamily;
+use shunt_mode::Transaction;
+
+use crate::fixed::{Builtin, Table, anti_martian};
+use crate::names::{self, Name};
+use crate::rule::Rule;
+use crate::sets::{Element, Kind};
+use crate::state::{Loopback, Set, State};
+
+/// One operation.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Make a set.
+    CreateSet(IpFamily, Name, Kind),
+    /// Remove a set.
+    DestroySet(Name),
+    /// Add an element to a set.
+    AddElement(Name, Element),
+    /// Remove an element from a set.
+    DeleteElement(Name, Element),
+    /// Make a chain with these rules, or give them to a chain that there is.
+    SetChain(Table, Name, Vec<Rule>),
+    /// Remove a chain.
+    DeleteChain(Table, Name),
+    /// Lead packets to our chains: before all other rules of a chain of the kernel's.
+    SetHooks {
+        /// The table.
+        table: Table,
+        /// The chain of the kernel's.
+        builtin: Builtin,
+        /// What leads to our chains until now.
+        from: Vec<Rule>,
+        /// What leads to them from now on.
+        to: Vec<Rule>,
+    },
+    /// Keep others from talking to loopback; what of it there is.
+    GuardLoopback(Loopback),
+    /// Let the kernel route packets to loopback.
+    RouteLoopback,
+}
+
+/// Which tool carries out an operation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tool {
+    /// `ipset restore`.
+    Ipset,
+    /// `iptables-restore`.
+    Iptables,
+    /// A setting of the kernel.
+    Sysctl,
+}
+
+impl Op {
+    /// Which tool carries it out.
+    pub const fn tool(&self) -> Tool {
+        match self {
+            Self::CreateSet(..) | Self::DestroySet(_) | Self::AddElement(..) | Self::DeleteElement(..) => {
+                Tool::Ipset
+            }
+            Self::SetChain(..) | Self::DeleteChain(..) | Self::SetHooks { .. } | Self::GuardLoopback(_) => {
+                Tool::Iptables
+            }
+            Self::RouteLoopback => Tool::Sysctl,
+        }
+    }
+
+    const fn table(&self) -> Option<Table> {
+        match self {
+            Self::SetChain(table, ..) | Self::DeleteChain(table, _) | Self::SetHooks { table, .. } => {
+                Some(*table)
+            }
+            Self::GuardLoopback(_) => Some(Table::Filter),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    /// What it does, in the words of `ipset` and `iptables`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CreateSet(family, name, kind) => write!(f, "create {name} {}", kind.declaration(*family)),
+            Self::DestroySet(name) => write!(f, "destroy {name}"),
+            Self::AddElement(set, element) => write!(f, "add {set} {element}"),
+            Self::DeleteElement(set, element) => write!(f, "del {set} {element}"),
+            Self::SetChain(table, name, rules) => {
+                write!(f, "-t {} -F {name}", table.name())?;
+                rules.iter().try_for_each(|rule| write!(f, "\n-t {} -A {name} {rule}", table.name()))
+            }
+            Self::DeleteChain(table, name) => write!(f, "-t {} -X {name}", table.name()),
+            Self::SetHooks { table, builtin, from, to } => {
+                let (table, builtin) = (table.name(), builtin.name());
+                let gone = from.iter().map(|rule| format!("-t {table} -D {builtin} {rule}"));
+                let come = to
+                    .iter()
+                    .enumerate()
+                    .map(|(i, rule)| format!("-t {table} -I {builtin} {} {rule}", i + 1));
+                f.write_str(&gone.chain(come).collect::<Vec<_>>().join("\n"))
+            }
+            Self::GuardLoopback(_) => write!(f, "-t filter -A {} {}", names::FIREWALL, anti_martian()),
+            Self::RouteLoopback => f.write_str("sysctl net.ipv4.conf.all.route_localnet=1"),
+        }
+    }
+}
+
+/// What `iptables-restore --noflush` is given for operations on tables, in order of the tables. Each
+/// table changes at once.
+pub fn restore_text(ops: &[Op]) -> String {
+    let mut text = String::new();
+    for table in Table::ALL {
+        let here = || ops.iter().filter(|op| op.table() == Some(table));
+        if here().next().is_none() {
+            continue;
+        }
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "*{}", table.name());
+        let mut declared = BTreeSet::new();
+        let mut declare = |text: &mut String, name: &str| {
+            // This empties a chain that there is.
+            if declared.insert(name.to_owned()) {
+                let _ = writeln!(text, ":{name} - [0:0]");
+            }
+        };
+        for op in here() {
+            match op {
+                Op::SetChain(_, name, _) | Op::DeleteChain(_, name) => declare(&mut text, name),
+                Op::GuardLoopback(held) if !held.chain => declare(&mut text, names::FIREWALL),
+                _ => {}
+            }
+        }
+        for op in here() {
+            match op {
+                Op::SetHooks { builtin, from, to, .. } => {
+                    let builtin = builtin.name();
+                    for rule in from {
+                        let _ = writeln!(text, "-D {builtin} {rule}");
+                    }
+                    for (i, rule) in to.iter().enumerate() {
+                        let _ = writeln!(text, "-I {builtin} {} {rule}", i + 1);
+                    }
+                }
+                Op::SetChain(_, name, rules) => {
+                    for rule in rules {
+                        let _ = writeln!(text, "-A {name} {rule}");
+                    }
+                }
+                Op::GuardLoopback(held) => {
+                    if !held.rule {
+                        let _ = writeln!(text, "-A {} {}", names::FIREWALL, anti_martian());
+                    }
+                    for (hooked, builtin) in held.hooked.into_iter().zip([Builtin::Input, Builtin::Output]) {
+                        if !hooked {
+                            let _ = writeln!(text, "-I {} -j {}", builtin.name(), names::FIREWALL);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        for op in here() {
+            if let Op::DeleteChain(_, name) = op {
+                let _ = writeln!(text, "-X {name}");
+            }
+        }
+        text.push_str("COMMIT\n");
+    }
+    text
+}
+
+/// Carries out a transaction on a state. Pure.
+pub fn advance(state: &mut State, transaction: &Transaction<Op>) {
+    for op in &transaction.ops {
+        advance_one(state, op);
+    }
+}
+
+fn advance_one(state: &mut State, op: &Op) {
+    match op {
+        Op::CreateSet(_, name, kind) => {
+            state.sets.insert(name.clone(), Set { kind: Some(*kind), elements: BTreeSet::new() });
+        }
+        Op::DestroySet(name) => {
+            state.sets.remove(name);
+        }
+        Op::AddElement(set, element) => {
+            if let Some(set) = state.sets.get_mut(set) {
+                set.elements.insert(element.clone());
+            }
+        }
+        Op::DeleteElement(set, element) => {
+            if let Some(set) = state.sets.get_mut(set) {
+                set.elements.remove(element);
+            }
+        }
+        Op::SetChain(table, name, rules) => {
+            state.chains.insert((*table, name.clone()), rules.clone());
+        }
+        Op::DeleteChain(table, name) => {
+            state.chains.remove(&(*table, name.clone()));
+        }
+        Op::SetHooks { table, builtin, to, .. } => {
+            if to.is_empty() {
+                state.hooks.remove(&(*table, *builtin));
+            } else {
+                state.hooks.insert((*table, *builtin), to.clone());
+            }
+        }
+        Op::GuardLoopback(_) => {
+            state.loopback =
+                Loopback { chain: true, rule: true, hooked: [true; 2], routed: state.loopback.routed };
+        }
+        Op::RouteLoopback => state.loopback.routed = true,
+    }
+}

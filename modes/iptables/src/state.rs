@@ -1,0 +1,316 @@
+//! What we own in the kernel, typed. Its `Display` is what `ipset restore` and `iptables-restore` read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use shunt_core::id::IpFamily;
+use shunt_core::table::{Change, Frontend};
+
+use crate::fixed::{Builtin, Chains, Hooks, Table};
+use crate::names::{self, Name};
+use crate::parse::{self, Line};
+use crate::rule::{Match, Rule};
+use crate::sets::{Element, Kind};
+use crate::tree;
+
+/// A set.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Set {
+    /// What it holds; `None` when it is declared as ours are not.
+    pub kind: Option<Kind>,
+    /// Its elements; those of clients are nobody's business but the kernel's.
+    pub elements: BTreeSet<Element>,
+}
+
+/// What there is of the protection of loopback. It is shared with the kubelet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Loopback {
+    /// Whether the chain exists.
+    pub chain: bool,
+    /// Whether it has the rule.
+    pub rule: bool,
+    /// Whether packets for the node, and of the node, meet it.
+    pub hooked: [bool; 2],
+    /// Whether the kernel routes packets to loopback at all (`route_localnet`).
+    pub routed: bool,
+}
+
+impl Loopback {
+    /// Whether others are kept from talking to loopback.
+    pub fn is_guarded(&self) -> bool {
+        self.chain && self.rule && self.hooked == [true; 2]
+    }
+}
+
+/// Everything that we own in the kernel, for one family.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct State {
+    /// The family.
+    pub family: IpFamily,
+    /// Our chains with their rules.
+    pub chains: Chains,
+    /// Rules in chains of the kernel's that lead to ours.
+    pub hooks: Hooks,
+    /// Our sets.
+    pub sets: BTreeMap<Name, Set>,
+    /// The protection of loopback.
+    pub loopback: Loopback,
+}
+
+impl State {
+    /// Nothing at all.
+    pub fn empty(family: IpFamily) -> Self {
+        Self {
+            family,
+            chains: Chains::new(),
+            hooks: Hooks::new(),
+            sets: BTreeMap::new(),
+            loopback: Loopback::default(),
+        }
+    }
+
+    /// The rules of a chain; none if it does not exist.
+    pub fn rules(&self, table: Table, chain: &str) -> &[Rule] {
+        self.chains.get(&(table, Name::from(chain))).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether a set holds an element.
+    pub fn holds(&self, set: &str, element: &Element) -> bool {
+        self.sets.get(set).is_some_and(|s| s.elements.contains(element))
+    }
+
+    /// Takes in what `iptables-save` prints.
+    pub fn read_rules(&mut self, text: &str) {
+        let mut table = None;
+        let anti_martian = crate::fixed::anti_martian();
+        for line in text.lines().filter_map(parse::line) {
+            match line {
+                Line::Table(name) => table = Table::ALL.into_iter().find(|t| t.name() == name),
+                Line::Chain(chain) => {
+                    if let Some(table) = table
+                        && names::is_ours(chain)
+                    {
+                        self.chains.entry((table, chain.into())).or_default();
+                    }
+                    self.loopback.chain |= table == Some(Table::Filter) && chain == names::FIREWALL;
+                }
+                Line::Rule(chain, text) => {
+                    let Some(table) = table else { continue };
+                    if names::is_ours(chain) {
+                        self.chains.entry((table, chain.into())).or_default().push(parse::rule(text));
+                    } else if let Some(builtin) = Builtin::parse(chain) {
+                        self.read_hook(table, builtin, text);
+                    } else if chain == names::FIREWALL && table == Table::Filter {
+                        self.loopback.rule |= parse::rule(text) == anti_martian;
+                    }
+                }
+            }
+        }
+    }
+
+    fn read_hook(&mut self, table: Table, builtin: Builtin, text: &str) {
+        let rule = parse::rule(text);
+        let Some(chain) = rule.leads_to() else { return };
+        if names::is_ours(chain) {
+            self.hooks.entry((table, builtin)).or_default().push(rule);
+        } else if &**chain == names::FIREWALL && table == Table::Filter && rule.matches.is_empty() {
+            match builtin {
+                Builtin::Input => self.loopback.hooked[0] = true,
+                Builtin::Output => self.loopback.hooked[1] = true,
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes in what `ipset list -terse` prints: which sets there are.
+    pub fn read_sets(&mut self, text: &str) {
+        let (mut name, mut type_name) = ("", "");
+        for line in text.lines() {
+            if let Some(found) = line.strip_prefix("Name: ") {
+                name = found;
+            } else if let Some(found) = line.strip_prefix("Type: ") {
+                type_name = found;
+            } else if let Some(header) = line.strip_prefix("Header: ")
+                && let Some(wanted) = Kind::of(self.family, name)
+            {
+                let of_family = match self.family {
+                    IpFamily::V4 => "family inet ",
+                    IpFamily::V6 => "family inet6 ",
+                };
+                // Sets of clients are named alike in both families.
+                if wanted == Kind::Clients && !format!("{header} ").contains(of_family) {
+                    continue;
+                }
+                let kind = Kind::declared(self.family, type_name, header).filter(|kind| *kind == wanted);
+                self.sets.insert(name.into(), Set { kind, elements: BTreeSet::new() });
+            }
+        }
+    }
+
+    /// Takes in what `ipset save` prints of one set: what it holds.
+    pub fn read_elements(&mut self, text: &str) {
+        for line in text.lines() {
+            let Some((name, element)) = line.strip_prefix("add ").and_then(|rest| rest.split_once(' '))
+            else {
+                continue;
+            };
+            if let Some(Set { kind: Some(kind), elements }) = self.sets.get_mut(name) {
+                elements.insert(Element::parse(*kind, element));
+            }
+        }
+    }
+
+    /// The chains that can be come by from a chain of the nat table, itself included.
+    pub fn reachable(&self, chain: &Name, found: &mut BTreeSet<Name>) {
+        reachable(&|name| self.rules(Table::Nat, name), chain, found);
+    }
+
+    /// Leaves only what `only` touches.
+    pub fn restrict(&mut self, only: &Change) {
+        if only.everything {
+            return;
+        }
+        let mut kept = Chains::new();
+        let touched = |frontend: &Frontend| only.frontends.contains(frontend);
+        let mut reached = BTreeSet::new();
+        for ((table, name), rules) in &self.chains {
+            let here: Vec<Rule> =
+                rules.iter().filter(|r| tree::leaf(r).is_some_and(|(f, _)| touched(&f))).cloned().collect();
+            if here.is_empty() {
+                continue;
+            }
+            here.iter().filter_map(Rule::leads_to).for_each(|chain| self.reachable(chain, &mut reached));
+            kept.insert((*table, name.clone()), here);
+        }
+        for name in reached {
+            let rules = self.rules(Table::Nat, &name).to_vec();
+            kept.insert((Table::Nat, name), rules);
+        }
+        let used: BTreeSet<Name> = kept.values().flatten().flat_map(Rule::sets).cloned().collect();
+        self.sets.retain(|name, set| {
+            set.elements.retain(|element| match element {
+                Element::Frontend(a, p, port) | Element::Source(a, p, port, _) => {
+                    touched(&Frontend { address: Some(*a), protocol: *p, port: *port })
+                }
+                Element::Address(address) => only.cluster_ips.contains(address),
+                Element::Hairpin(endpoint) => only.local_endpoints.contains(endpoint),
+                Element::Stray(_) => false,
+            });
+            !set.elements.is_empty() || used.contains(name)
+        });
+        self.chains = kept;
+        self.hooks.clear();
+    }
+
+    /// The state for programs.
+    pub fn json(&self) -> serde_json::Value {
+        let texts = |rules: &[Rule]| rules.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let tables = Table::ALL.map(|table| {
+            let chains: BTreeMap<&str, Vec<String>> = self
+                .chains
+                .iter()
+                .filter(|((of, _), _)| *of == table)
+                .map(|((_, name), rules)| (&**name, texts(rules)))
+                .collect();
+            let hooks: BTreeMap<&str, Vec<String>> = self
+                .hooks
+                .iter()
+                .filter(|((of, _), _)| *of == table)
+                .map(|((_, builtin), rules)| (builtin.name(), texts(rules)))
+                .collect();
+            (table.name(), serde_json::json!({ "chains": chains, "hooks": hooks }))
+        });
+        let sets: BTreeMap<&str, Vec<String>> = self
+            .sets
+            .iter()
+            .map(|(name, set)| (&**name, set.elements.iter().map(ToString::to_string).collect()))
+            .collect();
+        serde_json::json!({
+            "family": self.family.to_string(),
+            "tables": BTreeMap::from(tables),
+            "sets": sets,
+        })
+    }
+}
+
+/// The chains that can be come by from a chain, itself included, as far as `rules` knows them.
+pub fn reachable<'a>(rules: &dyn Fn(&str) -> &'a [Rule], chain: &Name, found: &mut BTreeSet<Name>) {
+    if names::hash_of(chain).is_none() || !found.insert(chain.clone()) {
+        return;
+    }
+    for next in rules(chain).iter().filter_map(Rule::leads_to) {
+        reachable(rules, next, found);
+    }
+}
+
+/// What begins the part of a text that `ipset restore` reads.
+pub const SETS_HEADER: &str = "# ipset restore";
+
+/// What begins the part of a text that `iptables-restore` reads.
+pub const fn rules_header(family: IpFamily) -> &'static str {
+    match family {
+        IpFamily::V4 => "# iptables-restore --noflush",
+        IpFamily::V6 => "# ip6tables-restore --noflush",
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.sets.is_empty() {
+            writeln!(f, "{SETS_HEADER}")?;
+        }
+        for (name, set) in &self.sets {
+            match set.kind {
+                Some(kind) => writeln!(f, "create {name} {}", kind.declaration(self.family))?,
+                None => writeln!(f, "# {name} is declared otherwise")?,
+            }
+            set.elements.iter().try_for_each(|element| writeln!(f, "add {name} {element}"))?;
+        }
+        let tables: BTreeSet<Table> =
+            self.chains.keys().map(|(t, _)| *t).chain(self.hooks.keys().map(|(t, _)| *t)).collect();
+        if !tables.is_empty() {
+            writeln!(f, "{}", rules_header(self.family))?;
+        }
+        for table in tables {
+            writeln!(f, "*{}", table.name())?;
+            let chains = || self.chains.iter().filter(|((of, _), _)| *of == table);
+            chains().try_for_each(|((_, name), _)| writeln!(f, ":{name} - [0:0]"))?;
+            for ((_, builtin), rules) in self.hooks.iter().filter(|((of, _), _)| *of == table) {
+                for (i, rule) in rules.iter().enumerate() {
+                    writeln!(f, "-I {} {} {rule}", builtin.name(), i + 1)?;
+                }
+            }
+            for ((_, name), rules) in chains() {
+                rules.iter().try_for_each(|rule| writeln!(f, "-A {name} {rule}"))?;
+            }
+            writeln!(f, "COMMIT")?;
+        }
+        if self.loopback.is_guarded() {
+            writeln!(f, "# {} keeps others from talking to loopback", names::FIREWALL)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a frontend leads in a tree: the rule of its leaf, without the frontend's own conditions.
+pub fn find_leaf(state: &State, table: Table, root: &str, frontend: &Frontend) -> Option<Rule> {
+    let meets = |m: &Match| match m {
+        Match::Destination(false, range) => frontend.address.is_some_and(|a| range.contains(&a)),
+        Match::Protocol(protocol) => *protocol == frontend.protocol,
+        Match::Ports(protocol, from, to) => {
+            *protocol == frontend.protocol && (*from..=*to).contains(&frontend.port)
+        }
+        _ => true,
+    };
+    let mut rules = state.rules(table, root);
+    loop {
+        let rule = rules.iter().find(|rule| {
+            let branch = rule.leads_to().is_some_and(|chain| names::is_tree(chain));
+            (branch || tree::leaf(rule).is_some()) && rule.matches.iter().all(meets)
+        })?;
+        match rule.leads_to().filter(|chain| names::is_tree(chain)) {
+            Some(next) => rules = state.rules(table, next),
+            None => return tree::leaf(rule).filter(|(f, _)| f == frontend).map(|(_, leaf)| leaf),
+        }
+    }
+}
