@@ -70,6 +70,10 @@ pub fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Box<dyn D
 /// Removes what modes other than `in_use` and kube-proxy left for a family. Everything is tried; the
 /// errors say what may be left. What kube-proxy's iptables and ipvs modes leave has the names that ours
 /// use, and goes with them.
+///
+/// To be called once the mode in use has programmed everything: until then the old rules serve. What was left
+/// is the same in both, so that packets may meet either; a connection is translated by the rules that it
+/// meets first, once.
 pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Options) -> Vec<KernelError> {
     let mut errors = Vec::new();
     match shunt_mode_nftables::kernel::remove_kube_proxy(family) {

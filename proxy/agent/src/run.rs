@@ -554,7 +554,9 @@ impl Engine {
                             tracing::warn!(family = %of, operations = report.operations, "the kernel held something else than we put there: mended");
                             self.account.metrics.drift(of, report.operations);
                         }
-                        self.account.synced(&*family.driver, full, &report, now);
+                        if step != Step::Check {
+                            self.account.synced(&*family.driver, full, &report, now);
+                        }
                         problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
                         if let Some(options) = family.leftovers.take() {

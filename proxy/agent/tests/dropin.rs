@@ -593,6 +593,134 @@ fn a_node_is_taken_over_from_kube_proxy_without_a_break() -> Result<()> {
     Ok(())
 }
 
+/// What kube-proxy 1.36 in iptables mode has for the Service of this test, and rules of others.
+const KUBE_PROXY_IPTABLES: &str = r#"*filter
+:KUBE-SERVICES - [0:0]
+:KUBE-EXTERNAL-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-FORWARD - [0:0]
+:KUBE-PROXY-FIREWALL - [0:0]
+:KUBE-PROXY-CANARY - [0:0]
+:FOREIGN - [0:0]
+-A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A INPUT -m comment --comment "kubernetes health check service ports" -j KUBE-NODEPORTS
+-A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes externally-visible service portals" -j KUBE-EXTERNAL-SERVICES
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A FORWARD -j FOREIGN
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A FOREIGN -j RETURN
+COMMIT
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-PROXY-CANARY - [0:0]
+:KUBE-SVC-ABCDEFGHIJKLMNOP - [0:0]
+:KUBE-SEP-AAAAAAAAAAAAAAAA - [0:0]
+:KUBE-SEP-BBBBBBBBBBBBBBBB - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A KUBE-SERVICES -d 10.96.0.10/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-ABCDEFGHIJKLMNOP
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-SVC-ABCDEFGHIJKLMNOP
+-A KUBE-SVC-ABCDEFGHIJKLMNOP ! -s 10.244.0.0/16 -j KUBE-MARK-MASQ
+-A KUBE-SVC-ABCDEFGHIJKLMNOP -m statistic --mode random --probability 0.50000000000 -j KUBE-SEP-AAAAAAAAAAAAAAAA
+-A KUBE-SVC-ABCDEFGHIJKLMNOP -j KUBE-SEP-BBBBBBBBBBBBBBBB
+-A KUBE-SEP-AAAAAAAAAAAAAAAA -p tcp -m tcp -j DNAT --to-destination 10.244.1.11:8080
+-A KUBE-SEP-BBBBBBBBBBBBBBBB -p tcp -m tcp -j DNAT --to-destination 10.244.1.12:8080
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+COMMIT
+*mangle
+:KUBE-PROXY-CANARY - [0:0]
+COMMIT
+"#;
+
+/// Chains of kube-proxy, or of a mode with its names, in a flavour of iptables.
+fn kube_chains(cluster: &Cluster, flavour: &str) -> Result<usize> {
+    let saved = cluster.lab.node().exec(&format!("iptables-{flavour}-save"), [""; 0], "")?;
+    Ok(saved.lines().filter(|line| line.starts_with(":KUBE-")).count())
+}
+
+#[test]
+fn a_node_is_taken_over_from_kube_proxys_iptables_mode() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    for flavour in ["nft", "legacy"] {
+        let cluster = Cluster::new()?;
+        let node = cluster.lab.node();
+        node.exec(&format!("iptables-{flavour}-restore"), ["--noflush"], KUBE_PROXY_IPTABLES)?;
+        cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+        let probe = Probe::tcp("10.96.0.10:80".parse()?).timeout(Duration::from_secs(3));
+        let client = cluster.lab.client();
+        let storm =
+            client.storm(StormSpec { probe: probe.clone(), rate: 200, duration: Duration::from_mins(1) })?;
+        let transfer = client.transfer(&TransferSpec { probe, pace: None, limit: None })?;
+        let mut agent = cluster.start(&[])?;
+        cluster.wait("kube-proxy's chains are gone", |c| Ok(kube_chains(c, flavour)? == 0))?;
+        let at_change = transfer.bytes();
+        cluster.endpoints(&["10.244.1.12"]);
+        cluster.reach("10.96.0.10:80", &["pod-b"])?;
+        let report = storm.stop()?;
+        assert!(report.attempted > 50 && report.failures.is_empty(), "{flavour}: {report}");
+        assert!(
+            transfer.bytes() > at_change,
+            "{flavour}: a connection that kube-proxy translated stands still"
+        );
+        transfer.stop()?;
+        let saved = node.exec(&format!("iptables-{flavour}-save"), [""; 0], "")?;
+        assert!(saved.contains("-A FORWARD -j FOREIGN") && saved.contains("-A FOREIGN -j RETURN"), "{saved}");
+        agent.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_mode_changes_under_load() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let with = |mode: &str| {
+        format!("{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: {mode}\n")
+    };
+    cluster.write_files(&with("nftables"))?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let probe = Probe::tcp("10.96.0.10:80".parse()?).timeout(Duration::from_secs(3));
+    let client = cluster.lab.client();
+    let storm =
+        client.storm(StormSpec { probe: probe.clone(), rate: 200, duration: Duration::from_mins(2) })?;
+    let transfer = client.transfer(&TransferSpec { probe, pace: None, limit: None })?;
+    for mode in ["iptables", "nftables", "iptables", "nftables"] {
+        let before = transfer.bytes();
+        std::fs::write(cluster.path("config.conf"), with(mode))?;
+        cluster.wait(mode, |c| Ok(c.get("127.0.0.1:10249", "/proxyMode")?.body == mode))?;
+        cluster.wait("nothing of the other mode is left", |c| {
+            let ours = c.lab.node().exec("nft", ["list", "tables"], "")?.contains(" shunt");
+            let chains = kube_chains(c, "nft")? + kube_chains(c, "legacy")?;
+            Ok(if mode == "nftables" { ours && chains == 0 } else { !ours && chains > 0 })
+        })?;
+        cluster.endpoints(&["10.244.1.11"]);
+        cluster.reach("10.96.0.10:80", &["pod-a"])?;
+        cluster.endpoints(&["10.244.1.11", "10.244.1.12"]);
+        cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+        assert!(transfer.bytes() > before, "a connection from before {mode} stands still");
+    }
+    let report = storm.stop()?;
+    assert!(report.attempted > 200 && report.failures.is_empty(), "{report}");
+    transfer.stop()?;
+    assert!(agent.stop()?.success());
+    Ok(())
+}
+
 #[test]
 fn leftovers_stay_where_they_are_to_stay() -> Result<()> {
     if !require_kernel() {
