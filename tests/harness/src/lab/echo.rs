@@ -9,7 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread::JoinHandle;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use nix::libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo};
@@ -20,7 +20,8 @@ use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::task::AbortHandle;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use super::lock;
 use super::namespace::Namespace;
@@ -80,7 +81,7 @@ enum Request {
 #[derive(Debug)]
 pub(super) struct EchoServer {
     requests: Option<UnboundedSender<Request>>,
-    thread: Option<JoinHandle<Result<()>>>,
+    thread: Option<thread::JoinHandle<Result<()>>>,
 }
 
 impl EchoServer {
@@ -125,34 +126,36 @@ impl Names {
     }
 }
 
+/// A server under way; it closes when `close` is dropped.
+struct Server {
+    close: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
 async fn serve(mut requests: UnboundedReceiver<Request>, names: Arc<Names>) {
-    let mut servers: HashMap<(Proto, SocketAddr), AbortHandle> = HashMap::new();
+    let mut servers: HashMap<(Proto, SocketAddr), Server> = HashMap::new();
     while let Some(request) = requests.recv().await {
         // Whoever asked may have given up waiting; that is no concern of the servers.
         match request {
             Request::Open(proto, address, reply) => {
                 let opened = open(proto, address, &names);
-                drop(reply.send(opened.map(|task| {
-                    servers.insert((proto, address), task);
+                drop(reply.send(opened.map(|server| {
+                    servers.insert((proto, address), server);
                 })));
             }
             Request::Close(proto, address, reply) => {
-                let Some(task) = servers.remove(&(proto, address)) else {
+                let Some(server) = servers.remove(&(proto, address)) else {
                     drop(reply.send(Err(anyhow::anyhow!("{proto} {address} is not served"))));
                     continue;
                 };
-                task.abort();
-                // The socket closes when the task is dropped, which happens when it is next scheduled.
-                while !task.is_finished() {
-                    tokio::task::yield_now().await;
-                }
-                drop(reply.send(Ok(())));
+                drop(server.close);
+                drop(reply.send(server.task.await.context("a server ended early")));
             }
         }
     }
 }
 
-fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<AbortHandle> {
+fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<Server> {
     let kind = match proto {
         Proto::Tcp => Type::STREAM,
         Proto::Udp => Type::DGRAM,
@@ -162,13 +165,14 @@ fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<AbortHa
         socket.set_only_v6(true)?;
     }
     let names = Arc::clone(names);
-    Ok(match proto {
+    let (close, closed) = oneshot::channel();
+    let task = match proto {
         Proto::Tcp => {
             socket.set_reuse_address(true)?;
             socket.bind(&address.into())?;
             socket.listen(4096)?;
             let listener = TcpListener::from_std(socket.into())?;
-            tokio::spawn(accept(listener, names)).abort_handle()
+            tokio::spawn(accept(listener, closed, names))
         }
         Proto::Udp => {
             // Says on which address a datagram arrived: the answer must come from there.
@@ -179,17 +183,38 @@ fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<AbortHa
             }
             socket.bind(&address.into())?;
             let socket = UdpSocket::from_std(socket.into())?;
-            tokio::spawn(answer_datagrams(socket, address.port(), names)).abort_handle()
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = closed => {}
+                    () = answer_datagrams(socket, address.port(), names) => {}
+                }
+            })
         }
-    })
+    };
+    Ok(Server { close, task })
 }
 
-async fn accept(listener: TcpListener, names: Arc<Names>) {
+async fn accept(listener: TcpListener, mut closed: oneshot::Receiver<()>, names: Arc<Names>) {
+    let talk = |stream, peer| {
+        let names = Arc::clone(&names);
+        // A client that goes away mid-sentence is part of many tests.
+        tokio::spawn(async move { drop(converse(stream, peer, &names).await) });
+    };
     loop {
-        if let Ok((stream, peer)) = listener.accept().await {
-            let names = Arc::clone(&names);
-            // A client that goes away mid-sentence is part of many tests.
-            tokio::spawn(async move { drop(converse(stream, peer, &names).await) });
+        tokio::select! {
+            accepted = listener.accept() => if let Ok((stream, peer)) = accepted {
+                talk(stream, peer);
+            },
+            _ = &mut closed => break,
+        }
+    }
+    // Whoever is connected but not yet accepted would be reset.
+    let Ok(listener) = listener.into_std() else { return };
+    while let Ok((stream, peer)) = listener.accept() {
+        if stream.set_nonblocking(true).is_ok()
+            && let Ok(stream) = TcpStream::from_std(stream)
+        {
+            talk(stream, peer);
         }
     }
 }
