@@ -11,7 +11,8 @@
 //!            egress                                   ingress
 //! ```
 //!
-//! Without masquerade the two on the right are missing. A process of the node that its socket hook did
+//! Without masquerade the two on the right are missing. When the client has another flow to the same
+//! endpoint from the same port, through another frontend, the port changes at ingress. A process of the node that its socket hook did
 //! not serve has two entries: its packets are translated at egress and sent on from there, the answers
 //! at ingress.
 

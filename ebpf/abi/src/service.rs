@@ -379,33 +379,29 @@ pub type EndpointBlock = [u64; ENDPOINT_BLOCK as usize];
 #[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Event {
-    /// Packet to an unknown port of a cluster IP.
+    /// Packet or connect to an unknown port of a cluster IP.
     UnknownPort = 0,
     /// Packet to an unallocated address of a ServiceCIDR.
     Unallocated = 1,
-    /// A frontend was read while it was being changed, and read again.
-    Reread = 2,
     /// No consistent endpoint could be read; the packet was dropped.
-    NoEndpoint = 3,
+    NoEndpoint = 2,
     /// No free port for a masqueraded flow; the packet was dropped.
-    NoPort = 4,
+    NoPort = 3,
     /// A flow could not be written down; the packet was dropped.
-    NoFlow = 5,
-    /// A fragment whose first fragment was not seen; the packet was dropped.
-    UnknownFragment = 6,
+    NoFlow = 4,
     /// A packet that could not be rewritten; dropped.
-    Malformed = 7,
+    Malformed = 5,
     /// Flows that chose again because their endpoint is gone.
-    Repicked = 8,
+    Repicked = 6,
     /// ICMP errors translated.
-    IcmpTranslated = 9,
+    IcmpTranslated = 7,
     /// A bind to a node port was refused.
-    BindRefused = 10,
+    BindRefused = 8,
 }
 
 impl Event {
     /// Number of events.
-    pub const COUNT: u32 = 11;
+    pub const COUNT: u32 = 9;
 }
 
 const _: () = {

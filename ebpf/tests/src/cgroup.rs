@@ -3,6 +3,9 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::libc;
@@ -18,6 +21,7 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes a cgroup below the one that this process is in, and moves the process there.
     pub fn enter() -> Result<Self> {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
         let mounts = fs::read_to_string("/proc/self/mounts")?;
         let root = mounts
             .lines()
@@ -30,7 +34,8 @@ impl Cgroup {
         let own = fs::read_to_string("/proc/self/cgroup")?;
         let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("not in cgroup2")?;
         let parent = root.join(own);
-        let path = parent.join(format!("shunt-test-{}", std::process::id()));
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!("shunt-test-{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         let cgroup = Self { path, parent };
         fs::write(cgroup.path.join("cgroup.procs"), std::process::id().to_string())?;
@@ -45,9 +50,15 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // Nothing can be done about an error here; an empty cgroup is left behind.
+        // Nothing can be done about an error here; an empty cgroup is left behind. Threads that are about to
+        // end keep it for a moment.
         let _ = fs::write(self.parent.join("cgroup.procs"), std::process::id().to_string());
-        let _ = fs::remove_dir(&self.path);
+        for _ in 0..100 {
+            if fs::remove_dir(&self.path).is_ok() {
+                return;
+            }
+            sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -70,7 +70,8 @@ fn ask_unconnected(socket: &UdpSocket, to: SocketAddr) -> Result<(String, Socket
 }
 
 fn pods(namespace: &Namespace, probe: &Probe) -> Result<BTreeSet<String>> {
-    let outcomes = namespace.probe_all(vec![probe.clone(); 20])?;
+    // A guest kernel without hardware virtualisation takes its time.
+    let outcomes = namespace.probe_all(vec![probe.clone().timeout(Duration::from_secs(3)); 20])?;
     outcomes.iter().map(|o| Ok(o.pod().with_context(|| format!("{probe}: {o}"))?.to_owned())).collect()
 }
 

@@ -268,7 +268,7 @@ fn scale() {
     let mut started = (Instant::now(), processor_time());
     let mut lap = |what: &str| {
         let now = (Instant::now(), processor_time());
-        let (wall, processor) = (now.0 - started.0, now.1 - started.1);
+        let (wall, processor) = (now.0 - started.0, now.1.saturating_sub(started.1));
         println!("{what}: {wall:?}, of it on a processor {processor:?}");
         started = (Instant::now(), processor_time());
         processor
@@ -298,7 +298,7 @@ fn scale() {
         let change = cluster.take_change(V4);
         let began = processor_time();
         kernel.sync(cluster.table(V4), &change).unwrap();
-        times.push(processor_time() - began);
+        times.push(processor_time().saturating_sub(began));
     }
     times.sort();
     println!("one endpoint replaced, on a processor: p50 {:?}, p99 {:?}", times[100], times[197]);

@@ -93,7 +93,7 @@ fn see(work: &mut Work, flow: &mut Flow) {
 }
 
 /// Writes down a new flow to `work.endpoint`, answers' direction first; `work.to` is what it makes of the
-/// packet. 0 when that went well, not so when another flow has the same two ends.
+/// packet. 0 when that went well.
 #[inline(never)]
 pub(crate) fn open(work: &mut Work) -> u32 {
     let Some(kernel) = Kernel::open() else { return 1 };
@@ -111,23 +111,9 @@ pub(crate) fn open(work: &mut Work) -> u32 {
     // Nothing else writes what is reserved: the map was made of zeroes.
     work.flow.masquerade_port = 0;
     work.flow_key = FlowKey { tuple: work.to.reversed(), hook: 1 - work.key.hook, ..work.key };
-    if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_err() {
-        if let Some(other) = FLOWS.get_ptr(&work.flow_key) {
-            // SAFETY: the verifier knows the element, and it is only read.
-            let other = unsafe { &*other };
-            let same = other.tuple.destination_port == work.flow.tuple.destination_port
-                && other.tuple.source_port == work.flow.tuple.source_port
-                && other.tuple.source.same(&work.flow.tuple.source);
-            if !same && other.state != Flow::CLOSING && !expired(&kernel, work.key.protocol, other, work.now)
-            {
-                event(Event::NoFlow);
-                return 1;
-            }
-        }
-        if FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_err() {
-            event(Event::NoFlow);
-            return 1;
-        }
+    if !claim(&kernel, work) {
+        event(Event::NoFlow);
+        return 1;
     }
     work.flow.tuple = work.to;
     if work.masquerade != 0 && !from_node {
@@ -144,6 +130,32 @@ pub(crate) fn open(work: &mut Work) -> u32 {
         return 1;
     }
     0
+}
+
+/// Writes down the direction of answers. Another flow may have the same two ends: the same client from the
+/// same port to another frontend with this endpoint. Then this one gets another source port.
+#[inline(always)]
+fn claim(kernel: &Kernel, work: &mut Work) -> bool {
+    for _ in 0..PORT_TRIES {
+        if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_ok() {
+            return true;
+        }
+        if let Some(other) = FLOWS.get_ptr(&work.flow_key) {
+            // SAFETY: the verifier knows the element, and it is only read.
+            let other = unsafe { &*other };
+            let same = other.tuple.destination_port == work.flow.tuple.destination_port
+                && other.tuple.source_port == work.flow.tuple.source_port
+                && other.tuple.source.same(&work.flow.tuple.source);
+            if same || other.state == Flow::CLOSING || expired(kernel, work.key.protocol, other, work.now) {
+                return FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok();
+            }
+        }
+        // SAFETY: the helper only makes a number.
+        let random = unsafe { bpf_get_prandom_u32() };
+        work.to.source_port = (1024 + scale(random, 64_512) as u16).to_be();
+        work.flow_key.tuple.destination_port = work.to.source_port;
+    }
+    false
 }
 
 /// Gives a masqueraded flow its source when its first packet leaves: an address of the device, and a port

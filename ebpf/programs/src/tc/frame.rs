@@ -7,6 +7,8 @@ use aya_ebpf::helpers::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_b
 pub(crate) trait Frame: Copy {
     /// Reads a value that any bytes make.
     fn read<T: Copy>(&self, offset: u32) -> Option<T>;
+    /// The same for an offset below 16: straight from the packet where it lies in one piece.
+    fn read_early<T: Copy>(&self, offset: u32) -> Option<T>;
     /// Reads bytes into memory.
     fn load<T: Copy>(&self, offset: u32, to: &mut T, size: u32) -> Option<()>;
     /// Writes a value whose change a checksum inside the packet makes up for.
@@ -41,6 +43,18 @@ impl Frame for Skb {
             }
             Some(value.assume_init())
         }
+    }
+
+    #[inline(always)]
+    fn read_early<T: Copy>(&self, offset: u32) -> Option<T> {
+        // SAFETY: the verifier sees that what is read lies before the end.
+        unsafe {
+            let start = (*self.0).data as usize + (offset & 15) as usize;
+            if start + size_of::<T>() <= (*self.0).data_end as usize {
+                return Some((start as *const T).read_unaligned());
+            }
+        }
+        self.read(offset)
     }
 
     #[inline(always)]

@@ -66,7 +66,7 @@ struct Ip6AndPorts {
 /// Where the parts of the packet with an IP header at `l3` are, its tuple (ports of whatever kind: see
 /// [`has_ports`]), and for fragments the identification. `None` when it is not sound.
 #[inline(always)]
-pub(crate) fn dissect<F: Frame>(
+pub(crate) fn dissect<F: Frame, const EARLY: bool>(
     frame: F,
     l3: u32,
     v4: bool,
@@ -77,9 +77,9 @@ pub(crate) fn dissect<F: Frame>(
     layout.l3 = l3;
     layout.v4 = v4;
     if v4 {
-        dissect4(frame, layout, tuple, part)?
+        dissect4(header::<F, Ip4AndPorts, EARLY>(frame, l3)?, layout, tuple, part)?
     } else {
-        dissect6(frame, layout, tuple, part)?
+        dissect6(frame, header::<F, Ip6AndPorts, EARLY>(frame, l3)?, layout, tuple, part)?
     }
     part.source = tuple.source;
     part.destination = tuple.destination;
@@ -92,19 +92,24 @@ pub(crate) fn dissect<F: Frame>(
 }
 
 #[inline(always)]
+fn header<F: Frame, T: Copy, const EARLY: bool>(frame: F, l3: u32) -> Option<T> {
+    if EARLY { frame.read_early(l3) } else { frame.read(l3) }
+}
+
+#[inline(always)]
 fn set_ports(tuple: &mut Tuple, ports: Fragment) {
     tuple.source_port = ports.source_port;
     tuple.destination_port = ports.destination_port;
 }
 
 #[inline(always)]
-fn dissect4<F: Frame>(
-    frame: F,
+fn dissect4(
+    header: Ip4AndPorts,
     layout: &mut Layout,
     tuple: &mut Tuple,
     part: &mut FragmentKey,
 ) -> Option<()> {
-    let Ip4AndPorts { ip, ports } = frame.read(layout.l3)?;
+    let Ip4AndPorts { ip, ports } = header;
     let header = u32::from(ip.version_length & 0xf) * 4;
     if ip.version_length >> 4 != 4 || header < 20 {
         return None;
@@ -126,11 +131,12 @@ fn dissect4<F: Frame>(
 #[inline(always)]
 fn dissect6<F: Frame>(
     frame: F,
+    header: Ip6AndPorts,
     layout: &mut Layout,
     tuple: &mut Tuple,
     part: &mut FragmentKey,
 ) -> Option<()> {
-    let Ip6AndPorts { ip, ports } = frame.read(layout.l3)?;
+    let Ip6AndPorts { ip, ports } = header;
     if u32::from_be(ip.version_flow) >> 28 != 6 {
         return None;
     }
@@ -178,7 +184,7 @@ pub(crate) const ERROR: u32 = 2;
 pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
     let (layout, tuple) = (&mut work.layout, &mut work.key.tuple);
     work.fragment.hook = work.key.hook;
-    if dissect(frame, work.l2, v4, layout, tuple, &mut work.fragment).is_none() {
+    if dissect::<F, true>(frame, work.l2, v4, layout, tuple, &mut work.fragment).is_none() {
         return OTHER;
     }
     work.key.protocol = layout.protocol;
