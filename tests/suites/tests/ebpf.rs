@@ -296,12 +296,12 @@ fn scale() {
     for n in 1..=200 {
         cluster.step(&slice(n * 37, &endpoints(n * 37, 1)));
         let change = cluster.take_change(V4);
-        let began = processor_time();
+        let began = Instant::now();
         kernel.sync(cluster.table(V4), &change).unwrap();
-        times.push(processor_time().saturating_sub(began));
+        times.push(began.elapsed());
     }
     times.sort();
-    println!("one endpoint replaced, on a processor: p50 {:?}, p99 {:?}", times[100], times[197]);
+    println!("one endpoint replaced: p50 {:?}, p99 {:?}", times[100], times[197]);
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     println!("{}", status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or_default());
     assert!(cold < Duration::from_secs(10) && times[100] < Duration::from_millis(20));
