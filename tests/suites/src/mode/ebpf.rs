@@ -90,7 +90,10 @@ impl ModeUnderTest for EbpfMode {
             let Ok(entries) = std::fs::read_dir(root.join(folder)) else { continue };
             let mut names: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
             names.sort();
-            names.iter().for_each(|name| listed += &format!("{}\n", name.display()));
+            for name in names {
+                listed.push_str(&name.to_string_lossy());
+                listed.push('\n');
+            }
         }
         ensure!(!root.exists() || listed.contains("/links/connect4"), "pinned, but without links:\n{listed}");
         Ok(listed)
