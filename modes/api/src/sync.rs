@@ -268,7 +268,7 @@ mod tests {
         for _ in 0..3 {
             now += Duration::from_secs(30);
             assert_eq!(l.deadline(), Some(now));
-            assert_eq!(l.next(now - MS), None);
+            assert_eq!(l.next(now.checked_sub(MS).unwrap()), None);
             assert_eq!(l.next(now), Some(Step::Check));
             assert_eq!(l.queued_since(), None);
             l.finished(Ok(Step::Check), now);

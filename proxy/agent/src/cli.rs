@@ -44,7 +44,7 @@ pub(crate) enum Command {
     /// Says where a packet goes and why: frontend, policy, endpoints chosen and left out, masquerade.
     Explain(Box<ExplainArgs>),
     /// Removes everything that Shunt has put into this node's kernel. Safe to run twice.
-    Cleanup(CleanupArgs),
+    Cleanup(Box<CleanupArgs>),
 }
 
 /// How log lines look.
