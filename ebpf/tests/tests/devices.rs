@@ -75,9 +75,10 @@ fn attach(lab: &Lab) -> Result<Loaded> {
     for family in [&v4, &v6] {
         loaded.set_address(family.node, address_flags::LOCAL | address_flags::NODE_PORT)?;
         loaded.set_address(family.vip, address_flags::CLUSTER_IP)?;
-        loaded.add_range(range_owner::SERVICE_CIDR_V4, family.service_range.0, family.service_range.1)?;
+        let owner = range_owner::service_cidr(family.vip.is_ipv4());
+        loaded.add_range(owner, family.service_range.0, family.service_range.1)?;
         for pod in family.pods {
-            loaded.add_range(range_owner::PODS_V4, pod, if pod.is_ipv4() { 32 } else { 128 })?;
+            loaded.add_range(range_owner::pods(pod.is_ipv4()), pod, if pod.is_ipv4() { 32 } else { 128 })?;
         }
     }
     loaded.set_config(Config {

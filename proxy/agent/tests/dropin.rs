@@ -486,6 +486,8 @@ fn a_changed_configuration_takes_effect_and_breaks_nothing() -> Result<()> {
     cluster.wait("health checks are back", |c| Ok(c.get("192.0.2.11:31234", "/").is_ok()))?;
     cluster.endpoints(&["10.244.1.11"]);
     cluster.reach("10.96.0.10:80", &["pod-a"])?;
+    // What follows the change counts as well.
+    std::thread::sleep(Duration::from_millis(500));
     let report = storm.stop()?;
     assert!(report.attempted > 100 && report.failures.is_empty(), "{report}");
     assert!(agent.try_wait()?.is_none(), "the process is the same: {agent}");
@@ -578,6 +580,8 @@ fn a_node_is_taken_over_from_kube_proxy_without_a_break() -> Result<()> {
     cluster.reach("10.96.0.10:80", &["pod-b"])?;
     cluster.endpoints(&["10.244.1.11", "10.244.1.12"]);
     cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    // What follows the change counts as well.
+    std::thread::sleep(Duration::from_millis(500));
     let report = storm.stop()?;
     assert!(report.attempted > 100 && report.failures.is_empty(), "{report}");
     assert!(transfer.bytes() > at_change, "a connection that kube-proxy translated stands still");
@@ -668,6 +672,8 @@ fn a_node_is_taken_over_from_kube_proxys_iptables_mode() -> Result<()> {
         let at_change = transfer.bytes();
         cluster.endpoints(&["10.244.1.12"]);
         cluster.reach("10.96.0.10:80", &["pod-b"])?;
+        // What follows the change counts as well.
+        std::thread::sleep(Duration::from_millis(500));
         let report = storm.stop()?;
         assert!(report.attempted > 50 && report.failures.is_empty(), "{flavour}: {report}");
         assert!(

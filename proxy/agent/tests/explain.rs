@@ -357,8 +357,8 @@ fn errors_name_what_is_wrong() -> Result<()> {
         (&["--from", "node", "--to", "10.96.0.10:80/icmp"], "--to: unknown protocol \"icmp\""),
         (&["--from", "10.0.0.1", "--to", "[fd00:10:96::70]:80"], "are not of one family"),
         (
-            &["--from", "node", "--to", "10.96.0.10:80", "--mode", "ipvs"],
-            "mode ipvs is not part of this build",
+            &["--from", "node", "--to", "10.96.0.10:80", "--mode", "frog"],
+            "Invalid value: \"frog\": must be auto, ebpf, iptables, ipvs, nftables",
         ),
         (&["--packets", "/nowhere.json"], "--packets /nowhere.json: No such file"),
         (&["--packets", file], "[0] (\"a\"): invalid value: integer `80000`"),

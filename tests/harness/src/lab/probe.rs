@@ -314,9 +314,13 @@ async fn ask_sctp(socket: Socket, probe: &Probe) -> io::Result<String> {
 
 async fn send(socket: &UdpSocket, packet: &[u8]) -> io::Result<()> {
     match socket.send(packet).await {
-        // The sender's own output hook dropped it. If it was rejected, the ICMP error is waiting; if not, nothing
-        // will come, as with any other drop.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
+        // The sender's own output hook (EPERM) or its device's (ENOBUFS) dropped it. If it was rejected, the ICMP
+        // error is waiting; if not, nothing will come, as with any other drop.
+        Err(error)
+            if error.kind() == ErrorKind::PermissionDenied || error.raw_os_error() == Some(libc::ENOBUFS) =>
+        {
+            Ok(())
+        }
         sent => sent.map(drop),
     }
 }
