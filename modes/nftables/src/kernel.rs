@@ -1,6 +1,7 @@
 //! The only file that touches the kernel.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nft_netlink::{
     Batch, Bytes, CommitError, Element, ElementData, Error, Rule as WireRule, Set, Socket, TableId, Verdict,
@@ -173,9 +174,25 @@ impl Kernel for Netlink {
         if !tables.iter().any(|t| t.name == TABLE) {
             return Ok(());
         }
+        // Chains with hooks go first. A packet on its way through the chains meets the end of the maps, which a
+        // deletion empties at once, but not yet of the sets: it would be refused as one for an unknown port.
+        let chains = self.socket.dump_chains(id).map_err(|e| failed("list chains", e))?;
+        let mut batch = Batch::new();
+        for chain in chains.iter().filter(|chain| chain.base.is_some()) {
+            batch.delete_chain(id, &chain.name);
+        }
+        self.socket.commit(&batch).map_err(|error| KernelError {
+            context: "delete the chains with hooks".to_owned(),
+            source: Box::new(error),
+            remedy: Remedy::Retry,
+        })?;
+        std::thread::sleep(PACKETS_PASS);
         self.commit(&Transaction { ops: vec![Op::DeleteTable(self.family)] })
     }
 }
+
+/// After this time no packet is on its way through chains that nothing leads to any more.
+const PACKETS_PASS: Duration = Duration::from_millis(20);
 
 /// The table of kube-proxy's own nftables mode, in `ip` and `ip6`.
 const KUBE_PROXY_TABLE: &str = "kube-proxy";
