@@ -219,7 +219,7 @@ fn each_mode_has_an_overlay() -> Result<()> {
         assert_eq!(kube_proxy, configuration(&base)?.0);
         for container in ["initContainers", "containers"] {
             let container = &find(&built, "DaemonSet")?["spec"]["template"]["spec"][container][0];
-            assert!(container["image"].as_str().is_some_and(|i| i.starts_with("ghcr.io/")), "{container}");
+            assert!(container["image"].as_str().is_some_and(|i| i.starts_with("registry.example/")), "{container}");
         }
     }
     Ok(())
@@ -231,7 +231,7 @@ fn cleaning_up_after_a_switch_back_has_a_manifest() -> Result<()> {
     built.iter().try_for_each(check)?;
     let container = &find(&built, "DaemonSet")?["spec"]["template"]["spec"]["initContainers"][0];
     assert_eq!(container["args"], json!(["cleanup", "--mode", "nftables"]));
-    assert!(container["image"].as_str().is_some_and(|i| i.starts_with("ghcr.io/")));
+    assert!(container["image"].as_str().is_some_and(|i| i.starts_with("registry.example/")));
     Ok(())
 }
 
