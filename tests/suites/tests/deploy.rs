@@ -219,7 +219,10 @@ fn each_mode_has_an_overlay() -> Result<()> {
         assert_eq!(kube_proxy, configuration(&base)?.0);
         for container in ["initContainers", "containers"] {
             let container = &find(&built, "DaemonSet")?["spec"]["template"]["spec"][container][0];
-            assert!(container["image"].as_str().is_some_and(|i| i.starts_with("registry.example/")), "{container}");
+            assert!(
+                container["image"].as_str().is_some_and(|i| i.starts_with("registry.example/")),
+                "{container}"
+            );
         }
     }
     Ok(())
