@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkError};
 use aya::programs::tc::TcAttachOptions;
-use aya::programs::{CgroupAttachMode, LinkOrder, Program, SchedClassifier, TcAttachType};
+use aya::programs::{CgroupAttachMode, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use shunt_ebpf_abi::map;
 
@@ -144,8 +144,8 @@ fn load_programs(pins: &Pins, object: &mut Ebpf) -> Result<(), AttachError> {
     for (name, program) in object.programs_mut() {
         let refused = |error| AttachError::Program(name.to_owned(), error);
         match program {
-            Program::CgroupSockAddr(program) => program.load().map_err(refused)?,
-            Program::SchedClassifier(program) => program.load().map_err(refused)?,
+            Program::CgroupSockAddr(program) => uninterrupted(|| program.load()).map_err(refused)?,
+            Program::SchedClassifier(program) => uninterrupted(|| program.load()).map_err(refused)?,
             _ => continue,
         }
         // A pin cannot be replaced: the new one is made beside, then takes the name.
@@ -155,6 +155,19 @@ fn load_programs(pins: &Pins, object: &mut Ebpf) -> Result<(), AttachError> {
         std::fs::rename(&beside, &path).map_err(io_at(path.display().to_string()))?;
     }
     Ok(())
+}
+
+/// The verifier gives up with EAGAIN when a signal waits for the thread (`bpf_check` in kernel/bpf/verifier.c); like
+/// libbpf, whose number of attempts this is, tries again.
+fn uninterrupted(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    for _ in 1..5 {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {
+            }
+            result => return result,
+        }
+    }
+    load()
 }
 
 /// The kind of a program by its name in the object.
