@@ -4,36 +4,25 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkBuffer};
 
 use crate::wire::Writer;
 
-/// Size of `struct nlmsghdr`.
-pub(crate) const MESSAGE_HEADER: usize = 16;
-
 /// Messages that are sent together. The kernel carries them out one after the other, and goes on after
 /// one that it refuses.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    pub(crate) buf: Vec<u8>,
+    writer: Writer,
     /// Where each message starts.
-    pub(crate) starts: Vec<usize>,
+    starts: Vec<usize>,
     /// The first message that does not fit into its length.
     pub(crate) oversized: Option<usize>,
 }
 
 impl Batch {
     /// Appends a message of a type, with flags beyond `NLM_F_REQUEST`.
-    pub fn push(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Writer<'_>)) {
-        let start = self.buf.len();
-        self.buf.resize(start + MESSAGE_HEADER, 0);
-        let mut writer = Writer::new(&mut self.buf);
-        body(&mut writer);
-        if writer.oversized {
-            self.oversized.get_or_insert(self.starts.len());
+    pub fn push(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Writer)) {
+        self.starts.push(self.writer.len());
+        self.writer.message(kind, NLM_F_REQUEST | flags, 0, &[], body);
+        if self.writer.oversized() {
+            self.oversized.get_or_insert(self.starts.len() - 1);
         }
-        let length = self.buf.len() - start;
-        let mut message = NetlinkBuffer::new(&mut self.buf[start..]);
-        message.set_length(length as u32);
-        message.set_message_type(kind);
-        message.set_flags(NLM_F_REQUEST | flags);
-        self.starts.push(start);
     }
 
     /// Number of messages.
@@ -48,12 +37,17 @@ impl Batch {
 
     /// Size of all messages.
     pub const fn bytes(&self) -> usize {
-        self.buf.len()
+        self.writer.len()
     }
 
     /// The messages as they will be sent.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.buf
+        self.writer.as_bytes()
+    }
+
+    /// Numbers the only message, whose answer is asked for by its flags.
+    pub(crate) fn number(&mut self, sequence: u32) {
+        NetlinkBuffer::new(self.writer.as_mut_bytes()).set_sequence_number(sequence);
     }
 
     /// Numbers the messages from `first` on and asks for an answer to the last one. (An answer to each
@@ -61,7 +55,7 @@ impl Batch {
     pub(crate) fn seal(&mut self, first: u32) {
         let last = self.starts.last().copied();
         for (i, start) in self.starts.iter().enumerate() {
-            let mut message = NetlinkBuffer::new(&mut self.buf[*start..]);
+            let mut message = NetlinkBuffer::new(&mut self.writer.as_mut_bytes()[*start..]);
             message.set_sequence_number(first.wrapping_add(i as u32));
             if Some(*start) == last {
                 message.set_flags(message.flags() | NLM_F_ACK);

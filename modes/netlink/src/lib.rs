@@ -20,5 +20,5 @@ pub use batch::{Batch, Messages};
 pub use error::{Error, Refusal};
 pub use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 pub use netlink_sys::protocols;
-pub use socket::Socket;
-pub use wire::{Attributes, Writer, be16, be32, native16, native32, native64, text};
+pub use socket::{Answer, Socket};
+pub use wire::{Attributes, MESSAGE_HEADER, Writer, be16, be32, be64, native16, native32, native64, text};

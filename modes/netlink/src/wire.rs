@@ -2,23 +2,46 @@
 
 use std::str;
 
-use netlink_packet_core::{NLA_F_NESTED, NLA_HEADER_SIZE, NLA_TYPE_MASK};
+use netlink_packet_core::{NLA_F_NESTED, NLA_HEADER_SIZE, NLA_TYPE_MASK, NetlinkBuffer};
 
-/// Appends headers and attributes of one message.
-#[derive(Debug)]
-pub struct Writer<'a> {
-    pub(crate) buf: &'a mut Vec<u8>,
-    /// Set when an attribute outgrew its 16-bit length: the message must not be sent.
-    pub(crate) oversized: bool,
+/// Size of `struct nlmsghdr`.
+pub const MESSAGE_HEADER: usize = 16;
+
+/// Appends messages, headers and attributes to one buffer.
+#[derive(Clone, Debug, Default)]
+pub struct Writer {
+    buf: Vec<u8>,
+    oversized: bool,
 }
 
-impl<'a> Writer<'a> {
-    /// A writer that appends to `buf`, whose length is a multiple of four.
-    pub fn new(buf: &'a mut Vec<u8>) -> Self {
-        Self { buf, oversized: false }
+impl Writer {
+    /// A writer whose buffer has room for so many bytes.
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self { buf: Vec::with_capacity(bytes), oversized: false }
     }
 
-    /// Bytes as they are, padded to four: a family's own header.
+    /// One message: its header, the family's own header, then whatever `body` writes, then the length.
+    pub fn message(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        sequence: u32,
+        header: &[u8],
+        body: impl FnOnce(&mut Self),
+    ) {
+        let start = self.buf.len();
+        self.buf.resize(start + MESSAGE_HEADER, 0);
+        self.header(header);
+        body(self);
+        let length = self.buf.len() - start;
+        let mut message = NetlinkBuffer::new(&mut self.buf[start..]);
+        message.set_length(length as u32);
+        message.set_message_type(kind);
+        message.set_flags(flags);
+        message.set_sequence_number(sequence);
+    }
+
+    /// Bytes as they are, padded to four: a family's own header, or attributes that are written already.
     pub fn header(&mut self, bytes: &[u8]) {
         self.buf.extend_from_slice(bytes);
         self.pad();
@@ -29,6 +52,16 @@ impl<'a> Writer<'a> {
         self.head(kind, NLA_HEADER_SIZE + value.len());
         self.buf.extend_from_slice(value);
         self.pad();
+    }
+
+    /// A number of 32 bits, big-endian as netfilter has it.
+    pub fn u32(&mut self, kind: u16, value: u32) {
+        self.attribute(kind, &value.to_be_bytes());
+    }
+
+    /// A number of 64 bits, big-endian.
+    pub fn u64(&mut self, kind: u16, value: u64) {
+        self.attribute(kind, &value.to_be_bytes());
     }
 
     /// A string and its terminating zero.
@@ -50,6 +83,36 @@ impl<'a> Writer<'a> {
         }
     }
 
+    /// What is written.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.buf
+    }
+
+    /// What is written, to change it in place.
+    pub fn as_mut_bytes(&mut self) -> &mut [u8] {
+        &mut self.buf
+    }
+
+    /// Number of bytes written.
+    pub const fn len(&self) -> usize {
+        self.buf.len()
+    }
+
+    /// True if nothing is written.
+    pub const fn is_empty(&self) -> bool {
+        self.buf.is_empty()
+    }
+
+    /// Forgets what was written behind `length` bytes: the end of a message.
+    pub fn truncate(&mut self, length: usize) {
+        self.buf.truncate(length);
+    }
+
+    /// An attribute outgrew its 16-bit length: what was written since must not be sent.
+    pub const fn oversized(&self) -> bool {
+        self.oversized
+    }
+
     fn head(&mut self, kind: u16, length: usize) {
         let length = self.length(length);
         self.buf.extend_from_slice(&length.to_ne_bytes());
@@ -64,6 +127,7 @@ impl<'a> Writer<'a> {
     }
 
     fn pad(&mut self) {
+        // Messages start aligned and consist of aligned parts, so the buffer's own length will do.
         self.buf.resize(self.buf.len().next_multiple_of(4), 0);
     }
 }
@@ -82,6 +146,11 @@ impl<'a> Attributes<'a> {
     /// The first attribute of this kind.
     pub fn find(buf: &'a [u8], kind: u16) -> Option<&'a [u8]> {
         Self(buf).find_map(|(k, value)| (k == kind).then_some(value))
+    }
+
+    /// The bytes not yet read.
+    pub const fn rest(&self) -> &'a [u8] {
+        self.0
     }
 }
 
@@ -105,6 +174,11 @@ pub fn be16(value: &[u8]) -> Option<u16> {
 /// A big-endian number of 32 bits.
 pub fn be32(value: &[u8]) -> Option<u32> {
     value.try_into().ok().map(u32::from_be_bytes)
+}
+
+/// A big-endian number of 64 bits.
+pub fn be64(value: &[u8]) -> Option<u64> {
+    value.try_into().ok().map(u64::from_be_bytes)
 }
 
 /// A number of 16 bits in the machine's byte order.
@@ -136,26 +210,27 @@ mod tests {
 
     #[test]
     fn attributes_are_read_as_written() {
-        let mut buf = Vec::new();
-        let mut w = Writer::new(&mut buf);
+        let mut w = Writer::default();
         w.string(1, "four");
         w.nest(2, |w| {
-            w.attribute(1, &7_u32.to_be_bytes());
+            w.u32(1, 7);
             w.attribute(2, &[1]);
         });
-        assert!(!w.oversized);
-        assert_eq!(buf.len() % 4, 0);
-        assert_eq!(Attributes::find(&buf, 1).and_then(text), Some("four"));
-        let nested: Vec<_> = Attributes::new(Attributes::find(&buf, 2).unwrap()).collect();
+        w.u64(3, 9);
+        assert!(!w.oversized());
+        assert_eq!(w.len() % 4, 0);
+        let bytes = w.as_bytes();
+        assert_eq!(Attributes::find(bytes, 1).and_then(text), Some("four"));
+        let nested: Vec<_> = Attributes::new(Attributes::find(bytes, 2).unwrap()).collect();
         assert_eq!(nested, [(1, &[0, 0, 0, 7][..]), (2, &[1])]);
+        assert_eq!(Attributes::find(bytes, 3).and_then(be64), Some(9));
     }
 
     #[test]
     fn an_attribute_that_is_too_long_is_noticed() {
-        let mut buf = Vec::new();
-        let mut w = Writer::new(&mut buf);
+        let mut w = Writer::default();
         w.attribute(1, &vec![0; 65_532]);
-        assert!(w.oversized);
+        assert!(w.oversized());
     }
 
     proptest! {

@@ -27,7 +27,7 @@ pub(crate) const LIST_MESSAGE: u16 = SUBSYSTEM | LIST as u16;
 const AF_INET: u8 = 2;
 
 /// Writes what every message starts with.
-pub(crate) fn start(w: &mut Writer<'_>) {
+pub(crate) fn start(w: &mut Writer) {
     // Family (of no meaning here), version 0, resource 0.
     w.header(&[AF_INET, 0, 0, 0]);
     w.attribute(PROTOCOL, &[PROTOCOL_VERSION]);
@@ -40,7 +40,7 @@ pub struct Commands {
 }
 
 impl Commands {
-    fn push(&mut self, command: u8, flags: u16, body: impl FnOnce(&mut Writer<'_>)) {
+    fn push(&mut self, command: u8, flags: u16, body: impl FnOnce(&mut Writer)) {
         self.batch.push(SUBSYSTEM | u16::from(command), flags, |w| {
             start(w);
             body(w);

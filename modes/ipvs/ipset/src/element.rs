@@ -129,7 +129,7 @@ impl fmt::Display for Element {
     }
 }
 
-fn write_address(w: &mut Writer<'_>, kind: u16, address: IpAddr) {
+fn write_address(w: &mut Writer, kind: u16, address: IpAddr) {
     w.nest(kind, |w| match address {
         IpAddr::V4(a) => w.attribute(ADDRESS_V4 | BIG_ENDIAN, &a.octets()),
         IpAddr::V6(a) => w.attribute(ADDRESS_V6 | BIG_ENDIAN, &a.octets()),
@@ -144,8 +144,8 @@ fn read_address(value: &[u8]) -> Option<IpAddr> {
 
 impl Element {
     /// Writes the attributes of one element.
-    pub(crate) fn write(&self, w: &mut Writer<'_>) {
-        let port = |w: &mut Writer<'_>, protocol: u8, port: u16| {
+    pub(crate) fn write(&self, w: &mut Writer) {
+        let port = |w: &mut Writer, protocol: u8, port: u16| {
             w.attribute(PORT | BIG_ENDIAN, &port.to_be_bytes());
             w.attribute(PROTOCOL, &[protocol]);
         };
@@ -234,9 +234,9 @@ mod tests {
             entry in entry(), mark in proptest::option::of(any::<(u32, u32)>())
         ) {
             let element = Element { entry, mark: mark.map(|(value, mask)| Mark { value, mask }) };
-            let mut buf = Vec::new();
-            element.write(&mut Writer::new(&mut buf));
-            prop_assert_eq!(decode(entry.kind(), &buf), Some(element));
+            let mut writer = Writer::default();
+            element.write(&mut writer);
+            prop_assert_eq!(decode(entry.kind(), writer.as_bytes()), Some(element));
         }
 
         #[test]

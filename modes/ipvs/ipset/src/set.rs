@@ -106,7 +106,7 @@ pub struct Set {
 
 impl Set {
     /// Writes what `create` needs.
-    pub(crate) fn write(&self, w: &mut Writer<'_>) {
+    pub(crate) fn write(&self, w: &mut Writer) {
         w.string(NAME, &self.name);
         w.string(TYPE, self.kind.name());
         w.attribute(REVISION, &[self.kind.revision()]);

@@ -43,7 +43,7 @@ impl Commands {
         Self { family, batch: Batch::default() }
     }
 
-    fn push(&mut self, command: u8, body: impl FnOnce(&mut Writer<'_>)) {
+    fn push(&mut self, command: u8, body: impl FnOnce(&mut Writer)) {
         self.batch.push(self.family, 0, |w| {
             w.header(&header(command));
             body(w);
@@ -110,7 +110,7 @@ impl Commands {
         self.push(FLUSH, |_| {});
     }
 
-    fn destination(&mut self, command: u8, key: &ServiceKey, body: impl FnOnce(&mut Writer<'_>)) {
+    fn destination(&mut self, command: u8, key: &ServiceKey, body: impl FnOnce(&mut Writer)) {
         self.push(command, |w| {
             w.nest(SERVICE, |w| key.write(w));
             w.nest(DESTINATION, body);

@@ -83,7 +83,7 @@ impl Destination {
         Self { address, forwarding: Forwarding::Masquerade, weight, upper_threshold: 0, lower_threshold: 0 }
     }
 
-    pub(crate) fn write(&self, w: &mut Writer<'_>) {
+    pub(crate) fn write(&self, w: &mut Writer) {
         write_key(w, self.address);
         for (kind, number) in [
             (FORWARDING, self.forwarding.number()),
@@ -96,7 +96,7 @@ impl Destination {
     }
 }
 
-pub(crate) fn write_key(w: &mut Writer<'_>, address: SocketAddr) {
+pub(crate) fn write_key(w: &mut Writer, address: SocketAddr) {
     let family = if address.is_ipv4() { AF_INET } else { AF_INET6 };
     w.attribute(FAMILY, &family.to_ne_bytes());
     write_address(w, ADDRESS, address.ip());
@@ -183,9 +183,9 @@ mod tests {
                 upper_threshold: numbers[1],
                 lower_threshold: numbers[2],
             };
-            let mut buf = Vec::new();
-            destination.write(&mut Writer::new(&mut buf));
-            let decoded = decode(&buf, 0).unwrap().unwrap();
+            let mut writer = Writer::default();
+            destination.write(&mut writer);
+            let decoded = decode(writer.as_bytes(), 0).unwrap().unwrap();
             prop_assert_eq!(decoded.destination, destination);
         }
     }

@@ -95,7 +95,7 @@ impl ServiceKey {
         self.family() == AF_INET6
     }
 
-    pub(crate) fn write(&self, w: &mut Writer<'_>) {
+    pub(crate) fn write(&self, w: &mut Writer) {
         w.attribute(AF, &self.family().to_ne_bytes());
         match self {
             Self::Address { address, protocol, port } => {
@@ -185,7 +185,7 @@ impl Service {
         }
     }
 
-    pub(crate) fn write(&self, w: &mut Writer<'_>) {
+    pub(crate) fn write(&self, w: &mut Writer) {
         self.key.write(w);
         w.string(SCHEDULER, &self.scheduler);
         if let Some(engine) = &self.persistence_engine {
@@ -249,7 +249,7 @@ pub struct ServiceEntry {
     pub stats: Stats,
 }
 
-pub(crate) fn write_address(w: &mut Writer<'_>, kind: u16, address: IpAddr) {
+pub(crate) fn write_address(w: &mut Writer, kind: u16, address: IpAddr) {
     let mut bytes = [0; 16];
     match address {
         IpAddr::V4(a) => bytes[..4].copy_from_slice(&a.octets()),
@@ -344,9 +344,9 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn what_is_decoded_is_what_was_encoded(service in service()) {
-            let mut buf = Vec::new();
-            service.write(&mut Writer::new(&mut buf));
-            let decoded = decode(&buf).unwrap().unwrap();
+            let mut writer = Writer::default();
+            service.write(&mut writer);
+            let decoded = decode(writer.as_bytes()).unwrap().unwrap();
             prop_assert_eq!(decoded.service, service);
         }
 
@@ -359,8 +359,9 @@ pub(crate) mod tests {
         fn damaged_services_do_not_panic(
             service in service(), cut in any::<prop::sample::Index>(), flips in any::<[(prop::sample::Index, u8); 4]>()
         ) {
-            let mut buf = Vec::new();
-            service.write(&mut Writer::new(&mut buf));
+            let mut writer = Writer::default();
+            service.write(&mut writer);
+            let mut buf = writer.as_bytes().to_vec();
             for (at, with) in flips {
                 let at = at.index(buf.len());
                 buf[at] = with;

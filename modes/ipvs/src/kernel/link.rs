@@ -159,7 +159,7 @@ pub(super) fn address(batch: &mut Batch, index: u32, address: IpAddr, add: bool)
         let mut header = [family, prefix, no_dad, 0, 0, 0, 0, 0];
         header[4..8].copy_from_slice(&index.to_ne_bytes());
         w.header(&header);
-        let put = |w: &mut Writer<'_>, kind| match address {
+        let put = |w: &mut Writer, kind| match address {
             IpAddr::V4(a) => w.attribute(kind, &a.octets()),
             IpAddr::V6(a) => w.attribute(kind, &a.octets()),
         };

@@ -9,12 +9,14 @@ use netlink_packet_netfilter::nftables::NfTablesMessageType as Message;
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterProtoFamily, NetfilterSubsystem};
 
+use netlink_requests::{MESSAGE_HEADER, Writer};
+
 use crate::describe::describe;
 use crate::object::{
     CHAIN_NAME, CHAIN_TABLE, Chain, Family, RULE_CHAIN, RULE_HANDLE, RULE_TABLE, Rule, TableId, encode_table,
 };
 use crate::set::{ELEMENTS_LIST, ELEMENTS_SET, ELEMENTS_TABLE, Element, SET_NAME, SET_TABLE, Set};
-use crate::wire::{MESSAGE_HEADER, NETFILTER_HEADER, Writer, header, message_type};
+use crate::wire::{NETFILTER_HEADER, header, message_type};
 
 /// Where a message of elements is full. The list of elements is one attribute with a 16-bit length, and the largest
 /// element (three values of 64 bytes, a chain's name of 255) still fits behind this.
@@ -93,12 +95,14 @@ impl Batch {
 
     /// The transaction as the kernel gets it.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.writer.buf
+        self.writer.as_bytes()
     }
 
     /// Each operation in words, for logs. A large [`Batch::add_elements`] may appear as several.
     pub fn descriptions(&self) -> impl Iterator<Item = String> + '_ {
-        self.messages.iter().map(|position| describe(&self.writer.buf[position.offset as usize..], None))
+        self.messages
+            .iter()
+            .map(|position| describe(&self.writer.as_bytes()[position.offset as usize..], None))
     }
 
     /// Creates a table.
@@ -223,8 +227,8 @@ impl Batch {
                 w.string(ELEMENTS_TABLE, table.name);
                 w.string(ELEMENTS_SET, set);
                 w.nest(ELEMENTS_LIST, |w| {
-                    let full = w.buf.len() + FULL;
-                    while w.buf.len() < full
+                    let full = w.len() + FULL;
+                    while w.len() < full
                         && let Some(element) = elements.next()
                     {
                         element.borrow().encode(w, delete);
@@ -243,23 +247,23 @@ impl Batch {
     }
 
     fn message(&mut self, family: Family, kind: Message, flags: u16, body: impl FnOnce(&mut Writer)) {
-        self.writer.buf.truncate(self.end);
+        self.writer.truncate(self.end);
         if let Some(last) = self.messages.last() {
-            set_flags(&mut self.writer.buf[last.offset as usize..], |flags| flags & !NLM_F_ACK);
+            set_flags(&mut self.writer.as_mut_bytes()[last.offset as usize..], |flags| flags & !NLM_F_ACK);
         }
         self.messages.push(Position { offset: self.end as u32, operation: self.operations });
         let sequence = self.messages.len() as u32;
         let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
         self.writer.message(message_type(kind), flags, sequence, &header(family.netfilter(), 0), body);
-        if self.writer.oversized && self.oversized.is_none() {
+        if self.writer.oversized() && self.oversized.is_none() {
             self.oversized = Some(self.operations);
         }
-        self.end = self.writer.buf.len();
+        self.end = self.writer.len();
     }
 
     /// Completes the batch.
     fn finish(&mut self) {
-        self.end = self.writer.buf.len();
+        self.end = self.writer.len();
         control_message(&mut self.writer, &ControlMessage::BatchEnd, None);
     }
 
@@ -281,7 +285,7 @@ impl Batch {
     /// The index of the operation a message belongs to, and what it is in words.
     pub(crate) fn message_of(&self, sequence: u32, attribute_offset: Option<u32>) -> Option<(usize, String)> {
         let position = self.messages.get((sequence as usize).checked_sub(1)?)?;
-        let message = self.writer.buf.get(position.offset as usize..)?;
+        let message = self.writer.as_bytes().get(position.offset as usize..)?;
         Some((position.operation as usize, describe(message, attribute_offset)))
     }
 
@@ -290,7 +294,7 @@ impl Batch {
         self.messages
             .iter()
             .find(|position| position.operation as usize == operation)
-            .and_then(|position| self.writer.buf.get(position.offset as usize..))
+            .and_then(|position| self.writer.as_bytes().get(position.offset as usize..))
             .map_or_else(String::new, |message| describe(message, None))
     }
 }

@@ -6,9 +6,11 @@ use netlink_packet_core::{NLM_F_APPEND, NLM_F_REPLACE, NetlinkBuffer};
 use netlink_packet_netfilter::NetfilterHeader;
 use netlink_packet_netfilter::nftables::NfTablesMessageType as Message;
 
+use netlink_requests::{Attributes, MESSAGE_HEADER, be64, text};
+
 use crate::object::{CHAIN_NAME, RULE_CHAIN, RULE_COMMENT, RULE_HANDLE, RULE_USERDATA};
 use crate::set::{ELEMENTS_LIST, ELEMENTS_SET, Element, SET_NAME};
-use crate::wire::{Attributes, MESSAGE_HEADER, NETFILTER_HEADER, be64, find_user_data, text};
+use crate::wire::{NETFILTER_HEADER, find_user_data};
 
 /// In every message but those about batches and generations, attribute 1 is the table.
 const TABLE: u16 = 1;

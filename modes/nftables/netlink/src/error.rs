@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use netlink_requests::Error as NetlinkError;
+
 /// A request or a dump failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -40,6 +42,18 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn of(request: String, error: NetlinkError) -> Self {
+        match error {
+            NetlinkError::Socket { what, source } => Self::Socket { what, source },
+            NetlinkError::Refused(refusal) => {
+                Self::Refused { request, source: io::Error::from_raw_os_error(refusal.errno) }
+            }
+            NetlinkError::Interrupted => Self::Interrupted { request },
+            NetlinkError::Malformed(missing) => Self::Malformed { request, missing },
+            _ => Self::Malformed { request, missing: "no answer" },
+        }
+    }
+
     /// The kernel's error number, if that is what failed.
     pub fn errno(&self) -> Option<i32> {
         match self {

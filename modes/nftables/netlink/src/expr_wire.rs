@@ -1,5 +1,7 @@
 //! Expressions to attributes and back.
 
+use netlink_requests::{Attributes, Writer, be32, be64, text};
+
 use crate::bytes::Bytes;
 use crate::expr::Expr;
 use crate::object::{Family, Verdict};
@@ -8,7 +10,6 @@ use crate::vocabulary::{
     ByteorderOp, CmpOp, CounterValue, CtDirection, CtKey, DynsetOp, FibFlags, FibResult, MetaKey, NatFlags,
     NatKind, PayloadBase, Register, RejectKind,
 };
-use crate::wire::{Attributes, Writer, be32, be64, text};
 
 const LIST_ELEM: u16 = 1;
 const EXPR_NAME: u16 = 1;
@@ -80,7 +81,13 @@ const DYNSET_TIMEOUT: u16 = 6;
 const DYNSET_PAD: u16 = 8;
 const DYNSET_FLAGS: u16 = 9;
 
-impl Writer {
+/// Attributes that many expressions have.
+trait Operands {
+    fn register(&mut self, kind: u16, register: Register);
+    fn data(&mut self, kind: u16, value: &[u8]);
+}
+
+impl Operands for Writer {
     fn register(&mut self, kind: u16, register: Register) {
         self.u32(kind, u32::from(register.number()));
     }
@@ -242,7 +249,7 @@ impl Expr {
                     w.u64(DYNSET_TIMEOUT, milliseconds(*timeout));
                 }
             }
-            Self::Unknown { raw, .. } => w.buf.extend_from_slice(raw),
+            Self::Unknown { raw, .. } => w.header(raw),
         }
     }
 
@@ -537,8 +544,8 @@ mod tests {
     fn round_trip(expr: &Expr) -> Expr {
         let mut w = Writer::default();
         expr.encode(&mut w);
-        assert!(!w.oversized);
-        let (kind, element) = Attributes::new(&w.buf).next().unwrap();
+        assert!(!w.oversized());
+        let (kind, element) = Attributes::new(w.as_bytes()).next().unwrap();
         assert_eq!(kind, LIST_ELEM);
         Expr::decode(element)
     }
@@ -560,7 +567,7 @@ mod tests {
                 w.attribute(kind, &value);
             }
             // Whatever it decodes to, encoding that and decoding again must not change it.
-            let once = round_trip(&Expr::Unknown { name: name.to_owned(), raw: w.buf });
+            let once = round_trip(&Expr::Unknown { name: name.to_owned(), raw: w.as_bytes().to_vec() });
             prop_assert_eq!(round_trip(&once), once);
         }
 

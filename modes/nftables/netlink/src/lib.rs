@@ -43,12 +43,12 @@
 //!
 //! # What is ours and what is not
 //!
-//! Sockets are those of `netlink-sys`, the forced buffer sizes come from `nix`. Headers, message numbers and flags
+//! The socket, the writer and the reader of attributes are those of `netlink-requests`. Headers, message numbers and flags
 //! are those of `netlink-packet-core` (`NetlinkBuffer`, `NLM_F_*`) and `netlink-packet-netfilter`
 //! (`NetfilterHeader`, `NfTablesMessageType`, `ControlMessage`). Their attribute trees are not used: they hold
 //! every attribute in a `Vec` of its own, which is too dear for sets of 100,000 elements in both directions, and
 //! they lack most expressions (`numgen`, `nat`, `fib`, `reject`, `dynset`, …), concatenated sets and timeouts. So
-//! [`Batch`] appends attributes to one buffer and patches their lengths, and dumps are read in place.
+//! [`Batch`] appends attributes to one buffer, and dumps are read in place.
 //!
 //! Start reading at [`Batch`], then [`Expr`], then [`Socket`].
 

@@ -4,8 +4,10 @@ use std::fmt;
 
 use netlink_packet_netfilter::NetfilterProtoFamily;
 
+use netlink_requests::{Attributes, Writer, be32, be64, text};
+
 use crate::expr::Expr;
-use crate::wire::{Attributes, Writer, be32, be64, comment_data, find_user_data, text};
+use crate::wire::{comment_data, find_user_data};
 
 /// The address family of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -3,10 +3,12 @@
 use std::fmt;
 use std::time::Duration;
 
+use netlink_requests::{Attributes, Writer, be32, be64, text};
+
 use crate::bytes::Bytes;
 use crate::object::Verdict;
 use crate::vocabulary::flags;
-use crate::wire::{Attributes, Writer, be32, be64, comment_data, find_user_data, push_user_data, text};
+use crate::wire::{comment_data, find_user_data, push_user_data};
 
 /// The type of one field of a key or of a map's data: the kernel cares for its length only, the rest is for nft(8),
 /// which chooses from it how to print.

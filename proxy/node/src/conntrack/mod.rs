@@ -36,10 +36,10 @@ pub enum ConntrackError {
     /// The socket could not be opened or used.
     #[error("conntrack netlink socket: cannot {what}: {source}")]
     Socket {
-        /// The step that failed.
-        what: &'static str,
-        /// The operating system's reason.
-        source: io::Error,
+        /// What was asked for.
+        what: String,
+        /// What the socket says.
+        source: netlink_requests::Error,
     },
     /// The agent may not do this.
     #[error("cannot {what}: the capability CAP_NET_ADMIN is missing")]
