@@ -9,15 +9,15 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray};
 use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun,
-    TestRunOptions,
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramInfo, SchedClassifier, TcAttachType,
+    TestRun, TestRunOptions,
 };
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
@@ -441,4 +441,9 @@ fn test_run(program: &SchedClassifier, packet: &[u8]) -> Result<(i32, Vec<u8>)> 
     let result = program.test_run(options)?;
     out.truncate(result.data_size_out as usize);
     Ok((result.return_value.cast_signed(), out))
+}
+
+/// What the kernel calls the instructions of a pinned program: a hash of them.
+pub fn tag(program: &Path) -> Result<u64> {
+    Ok(ProgramInfo::from_pin(program)?.tag())
 }
