@@ -8,16 +8,18 @@ pub mod tun;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, HashOfMaps, MapData, PerCpuArray};
 use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, SchedClassifier, TcAttachType, TestRun,
-    TestRunOptions,
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramInfo, SchedClassifier, TcAttachType,
+    TestRun, TestRunOptions,
 };
+use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
     Address, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID, Frontend, FrontendKey,
@@ -314,14 +316,26 @@ impl Loaded {
 
     /// Runs a program at devices over a packet, without a device: what it returns, and the packet then.
     pub fn run(&mut self, program: &str, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
-        let mut out = vec![0; packet.len() + 256];
-        let program = self.classifier(program)?;
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(packet);
-        options.data_out = Some(&mut out);
-        let result = program.test_run(options)?;
-        out.truncate(result.data_size_out as usize);
-        Ok((result.return_value.cast_signed(), out))
+        test_run(self.classifier(program)?, packet)
+    }
+
+    /// The error of the kernel when a program at sockets is to be run over a packet; 0 if it does.
+    pub fn test_run_error(&mut self, name: &str) -> Result<i32> {
+        const BPF_PROG_TEST_RUN: nix::libc::c_long = 10;
+        let program: &mut CgroupSockAddr =
+            self.ebpf.program_mut(name).context(name.to_owned())?.try_into()?;
+        // The program's descriptor and zeroes: no data, no context, once.
+        let mut attr = [0_u32; 20];
+        attr[0] = program.fd()?.as_fd().as_raw_fd().cast_unsigned();
+        // SAFETY: `attr` is `union bpf_attr` as far as this command looks at it, and outlives the call.
+        #[allow(unsafe_code)]
+        let result = unsafe {
+            nix::libc::syscall(nix::libc::SYS_bpf, BPF_PROG_TEST_RUN, attr.as_mut_ptr(), size_of_val(&attr))
+        };
+        if result >= 0 {
+            return Ok(0);
+        }
+        std::io::Error::last_os_error().raw_os_error().context("an error")
     }
 
     /// Attaches all hooks at sockets to a cgroup; they are gone with `self`.
@@ -334,28 +348,102 @@ impl Loaded {
         Ok(())
     }
 
-    /// Attaches both hooks to a device of the calling thread's namespace; they are gone with `self`.
+    /// Attaches both hooks to a device of the calling thread's namespace, by TCX where the kernel has it. They are gone
+    /// with `self`.
     pub fn attach_device(&mut self, name: &str) -> Result<()> {
-        self.attach(name, ["ingress", "egress"], || TcAttachOptions::TcxOrder(LinkOrder::default()))
+        self.attach(name, ["ingress", "egress"], has_tcx())
     }
 
     /// The same for a device without Ethernet headers.
     pub fn attach_device_l3(&mut self, name: &str) -> Result<()> {
-        self.attach(name, ["ingress_l3", "egress_l3"], || TcAttachOptions::TcxOrder(LinkOrder::default()))
+        self.attach(name, ["ingress_l3", "egress_l3"], has_tcx())
     }
 
     /// The same as [`Loaded::attach_device`] in the way of kernels before 6.6.
     pub fn attach_device_clsact(&mut self, name: &str) -> Result<()> {
-        qdisc_add_clsact(name).with_context(|| format!("clsact at {name}"))?;
-        self.attach(name, ["ingress", "egress"], || TcAttachOptions::Netlink(NlOptions::default()))
+        self.attach(name, ["ingress", "egress"], false)
     }
 
-    fn attach(&mut self, name: &str, programs: [&str; 2], how: fn() -> TcAttachOptions) -> Result<()> {
+    fn attach(&mut self, name: &str, programs: [&str; 2], tcx: bool) -> Result<()> {
+        if !tcx {
+            qdisc_add_clsact(name).with_context(|| format!("clsact at {name}"))?;
+        }
         for (program, direction) in programs.into_iter().zip([TcAttachType::Ingress, TcAttachType::Egress]) {
+            let how = if tcx {
+                TcAttachOptions::TcxOrder(LinkOrder::default())
+            } else {
+                TcAttachOptions::Netlink(NlOptions::default())
+            };
             self.classifier(program)?
-                .attach_with_options(name, direction, how())
+                .attach_with_options(name, direction, how)
                 .with_context(|| format!("attach {program} to {name}"))?;
         }
         Ok(())
     }
+}
+
+/// Whether the kernel has links at devices.
+fn has_tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+/// Makes tests of functions that return a `Result`: each runs in the machine's own kernel, and those before
+/// `here only:` once more, one after the other, in the oldest kernel that is supported: the guest's.
+///
+/// ```ignore
+/// in_both_kernels!(packets_are_forwarded; here only: connections_of_netfilter_go_on);
+/// ```
+#[macro_export]
+macro_rules! in_both_kernels {
+    ($($test:ident),+ $(,)? $(; here only: $($here:ident),+ $(,)?)?) => {
+        mod own_kernel {
+            $crate::in_both_kernels!(@own $($test,)+ $($($here,)+)?);
+        }
+        mod oldest_kernel {
+            #[test]
+            fn takes_it_all() {
+                shunt_harness::guest::test_in_guest(module_path!(), "takes_it_all", || {
+                    $(println!("{}", stringify!($test)); super::$test().unwrap();)+
+                });
+            }
+        }
+    };
+    (@own $($test:ident,)+) => {
+        $(#[test] fn $test() -> anyhow::Result<()> {
+            if shunt_harness::lab::require_kernel() { super::$test() } else { Ok(()) }
+        })+
+    };
+}
+
+/// Programs at devices that somebody has loaded and pinned.
+#[derive(Debug)]
+pub struct Pinned {
+    programs: PathBuf,
+}
+
+impl Pinned {
+    /// Those in a folder.
+    pub fn new(programs: impl Into<PathBuf>) -> Self {
+        Self { programs: programs.into() }
+    }
+
+    /// The same as [`Loaded::run`], in the calling thread's network namespace.
+    pub fn run(&self, program: &str, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
+        test_run(&SchedClassifier::from_pin(self.programs.join(program))?, packet)
+    }
+}
+
+fn test_run(program: &SchedClassifier, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
+    let mut out = vec![0; packet.len() + 256];
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(packet);
+    options.data_out = Some(&mut out);
+    let result = program.test_run(options)?;
+    out.truncate(result.data_size_out as usize);
+    Ok((result.return_value.cast_signed(), out))
+}
+
+/// What the kernel calls the instructions of a pinned program: a hash of them.
+pub fn tag(program: &Path) -> Result<u64> {
+    Ok(ProgramInfo::from_pin(program)?.tag())
 }

@@ -2,14 +2,9 @@
 
 use aya::VerifierLogLevel;
 use aya::programs::Program;
-use shunt_ebpf_tests::{DEVICE_HOOKS, Loaded, SOCKET_HOOKS};
-use shunt_harness::lab::require_kernel;
+use shunt_ebpf_tests::{DEVICE_HOOKS, Loaded, SOCKET_HOOKS, in_both_kernels};
 
-#[test]
 fn every_program_passes_the_verifier() -> anyhow::Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = Loaded::with_log(if std::env::var_os("VERBOSE").is_some() {
         VerifierLogLevel::VERBOSE | VerifierLogLevel::STATS
     } else {
@@ -35,3 +30,5 @@ fn every_program_passes_the_verifier() -> anyhow::Result<()> {
     assert_eq!(names, expected);
     Ok(())
 }
+
+in_both_kernels!(every_program_passes_the_verifier,);

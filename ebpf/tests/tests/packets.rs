@@ -5,8 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use shunt_ebpf_abi::{Config, Event, Flow, FlowKey, Verdict, address_flags, frontend_flags, map};
 use shunt_ebpf_tests::packet::{self, ETHERNET, FIN, Packet, Seen, read};
-use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, SCTP, Service, TCP, UDP};
-use shunt_harness::lab::require_kernel;
+use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, SCTP, Service, TCP, UDP, in_both_kernels};
 
 /// `TC_ACT_UNSPEC`: the next program.
 const NEXT: i32 = -1;
@@ -109,11 +108,7 @@ fn shapes(base: &Packet) -> Vec<Packet> {
     vec![base.clone(), odd, empty, more]
 }
 
-#[test]
 fn there_and_back() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     for (n, family) in families()?.iter().enumerate() {
         for protocol in [TCP, UDP, SCTP] {
@@ -141,11 +136,7 @@ fn there_and_back() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn masqueraded_there_and_back() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     for family in families()? {
         for protocol in [TCP, UDP, SCTP] {
@@ -177,11 +168,7 @@ fn masqueraded_there_and_back() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn errors_reach_whom_they_are_for() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     for family in families()? {
         for (protocol, quoted) in [(TCP, 8), (TCP, 52), (UDP, 8), (UDP, 40), (SCTP, 8), (SCTP, 44)] {
@@ -221,11 +208,7 @@ fn errors_reach_whom_they_are_for() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn fragments_follow_the_first() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     for family in families()? {
         let sent = Packet::new(family.client, family.vip, UDP).payload(&[9; 4000]);
@@ -259,11 +242,7 @@ fn fragments_follow_the_first() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn refused_with_an_error_about_the_packet() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     for family in families()? {
         let unknown = SocketAddr::new(family.vip.ip(), 99);
@@ -324,11 +303,7 @@ fn ones_sub(a: u16, b: u16) -> u16 {
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-#[test]
 fn a_udp_checksum_of_none_stays_none_and_none_comes_to_be() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     let [v4, v6] = families()?;
     let mut bytes = Packet::new(v4.client, v4.vip, UDP).bytes();
@@ -348,11 +323,7 @@ fn a_udp_checksum_of_none_stays_none_and_none_comes_to_be() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn what_begins_no_flow_is_left_alone() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     for family in families()? {
         // Flows that were there before the programs belong to somebody else.
@@ -388,11 +359,7 @@ fn what_begins_no_flow_is_left_alone() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn closed_and_idle_flows_give_way() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let mut loaded = loaded()?;
     let [family, _] = families()?;
     let sent = Packet::new(family.client, family.vip, TCP);
@@ -431,11 +398,7 @@ fn closed_and_idle_flows_give_way() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn maglev_gives_every_node_the_same_answer() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     for family in families()? {
         let endpoints: Vec<SocketAddr> =
             (0..10).map(|i| SocketAddr::new(family.endpoint.ip(), 9000 + i)).collect();
@@ -463,3 +426,15 @@ fn maglev_gives_every_node_the_same_answer() -> Result<()> {
     }
     Ok(())
 }
+
+in_both_kernels!(
+    there_and_back,
+    masqueraded_there_and_back,
+    errors_reach_whom_they_are_for,
+    fragments_follow_the_first,
+    refused_with_an_error_about_the_packet,
+    a_udp_checksum_of_none_stays_none_and_none_comes_to_be,
+    what_begins_no_flow_is_left_alone,
+    closed_and_idle_flows_give_way,
+    maglev_gives_every_node_the_same_answer,
+);

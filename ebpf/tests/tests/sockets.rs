@@ -12,8 +12,8 @@ use shunt_ebpf_abi::{
     endpoint_flags, frontend_flags, map,
 };
 use shunt_ebpf_tests::cgroup::{Cgroup, netns_cookie};
-use shunt_ebpf_tests::{FORWARD, Loaded, Service, TCP, UDP, key};
-use shunt_harness::lab::{Lab, Namespace, Outcome, Probe, require_kernel};
+use shunt_ebpf_tests::{FORWARD, Loaded, Service, TCP, UDP, in_both_kernels, key};
+use shunt_harness::lab::{Lab, Namespace, Outcome, Probe};
 
 const PATIENCE: Duration = Duration::from_millis(300);
 
@@ -80,11 +80,7 @@ const FAMILIES: [(&str, &str, &str, &str, &str); 2] = [
     ("fd00:96::10", "fd00:180::1", "fd00:180::2", "fd00:192::2", "::"),
 ];
 
-#[test]
 fn connections_go_to_endpoints_and_look_as_if_to_the_frontend() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let (_guard, cgroup) = alone()?;
     let lab = lab()?;
     let mut loaded = attach(&lab, &cgroup, 0)?;
@@ -131,11 +127,7 @@ fn connections_go_to_endpoints_and_look_as_if_to_the_frontend() -> Result<()> {
     })
 }
 
-#[test]
 fn an_unconnected_socket_stays_with_its_endpoint_while_that_serves() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let (_guard, cgroup) = alone()?;
     let lab = lab()?;
     let mut loaded = attach(&lab, &cgroup, 0)?;
@@ -174,11 +166,7 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_serves() -> Result<(
     Ok(())
 }
 
-#[test]
 fn refused_left_alone_and_protected() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let (_guard, cgroup) = alone()?;
     let lab = lab()?;
     let mut loaded = attach(&lab, &cgroup, config_flags::PROTECT_NODE_PORTS)?;
@@ -245,11 +233,7 @@ fn refused_left_alone_and_protected() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn session_affinity_is_of_the_network_namespace() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let (_guard, cgroup) = alone()?;
     let lab = lab()?;
     let mut loaded = attach(&lab, &cgroup, 0)?;
@@ -292,11 +276,7 @@ fn session_affinity_is_of_the_network_namespace() -> Result<()> {
     Ok(())
 }
 
-#[test]
 fn loopback_of_a_pod_is_its_own() -> Result<()> {
-    if !require_kernel() {
-        return Ok(());
-    }
     let (_guard, cgroup) = alone()?;
     let lab = lab()?;
     let mut loaded = attach(&lab, &cgroup, 0)?;
@@ -312,3 +292,11 @@ fn loopback_of_a_pod_is_its_own() -> Result<()> {
     }
     Ok(())
 }
+
+in_both_kernels!(
+    connections_go_to_endpoints_and_look_as_if_to_the_frontend,
+    an_unconnected_socket_stays_with_its_endpoint_while_that_serves,
+    refused_left_alone_and_protected,
+    session_affinity_is_of_the_network_namespace,
+    loopback_of_a_pod_is_its_own,
+);

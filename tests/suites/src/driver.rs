@@ -5,9 +5,12 @@ use shunt_core::compile::{Compiler, Context};
 use shunt_core::id::IpFamily;
 use shunt_core::store::Store;
 use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::walk::{Packet, Reason, walk};
 use shunt_harness::cases::{self, Case};
+use shunt_harness::lab::Namespace;
 use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction};
 
+use crate::mode::ModeUnderTest;
 use crate::random::Step;
 
 /// Objects and the tables made of them, with what changed since each family was last asked.
@@ -60,6 +63,17 @@ impl Cluster {
     /// The table of a family.
     pub fn table(&self, family: IpFamily) -> &ForwardingTable {
         self.compiler.table(family)
+    }
+
+    /// Whether the port that a packet asks for has session affinity.
+    pub fn has_affinity(&self, packet: &Packet) -> bool {
+        let table = self.table(IpFamily::of(packet.destination));
+        match walk(table, packet).reason {
+            Reason::Frontend { frontend, .. } => {
+                table.frontend(&frontend).is_some_and(|(port, _)| port.affinity.is_some())
+            }
+            _ => false,
+        }
     }
 
     /// What changed in a family's table since this was last asked.
@@ -135,4 +149,13 @@ impl<B: Backend> Synced<B> {
         }
         Ok(plan)
     }
+}
+
+/// A mode's own kernel in a node's namespace, looked at once.
+pub fn adopt<M: ModeUnderTest>(node: &Namespace, family: IpFamily) -> anyhow::Result<Synced<M::Real>> {
+    node.run(|| {
+        let mut real = M::real(family)?;
+        real.probe()?;
+        Ok(Synced::adopt(real)?)
+    })
 }

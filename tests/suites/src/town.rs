@@ -21,7 +21,7 @@ pub struct Town {
     /// The namespaces.
     pub lab: Lab,
     node_ips: Vec<IpAddr>,
-    /// Whether refusals meet the node's processes at their sockets, without a packet.
+    /// Whether refusals meet processes of the node, and those in a cgroup, at their sockets, without a packet.
     refused_at_sockets: bool,
     /// Which namespace an address that is not the node's belongs to.
     homes: BTreeMap<IpAddr, Home>,
@@ -85,6 +85,17 @@ impl Town {
         Ok(town)
     }
 
+    /// The namespaces of pods on the node.
+    pub fn pods(&self) -> Result<Vec<&Namespace>> {
+        let here = self.homes.iter().filter(|(_, home)| **home == Home::Pod);
+        here.map(|(address, _)| self.lab.pod(&address.to_string())).collect()
+    }
+
+    /// Whether a packet comes from a pod on the node.
+    pub fn is_from_pod(&self, packet: &CasePacket) -> bool {
+        packet.source_kind == SourceKind::Pod && self.homes.get(&packet.packet.source) == Some(&Home::Pod)
+    }
+
     fn home(&self, address: IpAddr) -> Result<&Namespace> {
         match self.homes.get(&address).with_context(|| format!("nobody lives at {address}"))? {
             Home::Client => Ok(self.lab.client()),
@@ -129,7 +140,8 @@ impl Town {
             }
             Outcome::Reject => {
                 let seen = namespace.probe(probe)?;
-                if on_node && self.refused_at_sockets && seen.is_refused() {
+                let at_socket = on_node || namespace.cgroup().is_some();
+                if at_socket && self.refused_at_sockets && seen.is_refused() {
                     return Ok(());
                 }
                 let icmp = match &seen {

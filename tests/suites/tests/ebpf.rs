@@ -4,10 +4,14 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use std::borrow::Cow;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use object::{Object as _, ObjectSection as _, SectionKind};
 use shunt_core::compile::Context;
 use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
 use shunt_core::id::{IpFamily, NamespacedName, Protocol};
@@ -84,8 +88,42 @@ fn start(lab: &Lab, options: &Arc<Options>) -> Synced<Ebpf<Bpf>> {
     lab.node().run(|| Ok(Synced::adopt(Ebpf::new(Bpf::open(V4, options.clone())?))?)).unwrap()
 }
 
-/// Processes start over and over on what is there, then with other programs: connections that begin
-/// meanwhile succeed, those that are open stay, at sockets and at devices.
+/// The programs as another compiler might have made them: constants are put into the lower halves of registers, which
+/// clears the upper halves, wherever they were put into whole ones. Every program becomes another one to the kernel.
+/// And it shows which build runs: a bind to a node port fails with `EACCES` instead of `EADDRINUSE`.
+fn other_build(object: &[u8]) -> Vec<u8> {
+    const LOAD: u8 = 0x18;
+    const MOVE: u8 = 0xb7;
+    const MOVE_LOWER_HALF: u8 = 0xb4;
+    let constant = |n: i32| n.to_le_bytes();
+    let (in_use, no_access) = (constant(-98), constant(-13));
+    let mut other = object.to_vec();
+    let file = object::File::parse(object).unwrap();
+    let code = file.sections().filter(|section| section.kind() == SectionKind::Text);
+    for (start, size) in code.filter_map(|section| section.file_range()) {
+        // An instruction has 8 bytes: code, registers, 16 bits of offset, 32 of a constant. What holds the upper half of
+        // a constant of 64 bits has no code.
+        for instruction in other[start as usize..][..size as usize].chunks_exact_mut(8) {
+            if instruction[0] == LOAD && instruction[4..] == in_use {
+                instruction[4..].copy_from_slice(&no_access);
+            } else if instruction[0] == MOVE && instruction[7] < 0x80 {
+                instruction[0] = MOVE_LOWER_HALF;
+            }
+        }
+    }
+    other
+}
+
+/// What the kernel calls the instructions of each program that is pinned.
+fn tags(options: &Options) -> BTreeMap<String, u64> {
+    let programs = options.bpf_root.join("shunt/programs");
+    let entries = std::fs::read_dir(&programs).unwrap().flatten();
+    let tag = |path: &Path| shunt_ebpf_tests::tag(path).unwrap();
+    entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), tag(&entry.path()))).collect()
+}
+
+/// Processes start over and over on what is there, then with the programs of another build and of this one in turn:
+/// connections that begin meanwhile succeed, those that are open stay, at sockets and at devices.
 #[test]
 fn no_connection_breaks_when_the_agent_starts_anew_or_is_replaced() {
     if !require_kernel() {
@@ -132,15 +170,23 @@ fn no_connection_breaks_when_the_agent_starts_anew_or_is_replaced() {
         assert!(plan.is_empty(), "a restart would do\n{plan}");
     }
     println!("50 restarts until {:?}", began.elapsed());
+    let refusal =
+        || lab.node().run(|| Ok(TcpListener::bind("0.0.0.0:3001").err().map(|e| e.kind()))).unwrap();
+    assert_eq!(refusal(), Some(ErrorKind::AddrInUse));
+    let other = Cow::Owned(other_build(&options.object));
+    let other = Arc::new(Options { object: other, ..Options::clone(&options) });
+    let mut held = tags(&options);
     for n in 0..10_u8 {
-        // The same programs in another file: to the agent and to the kernel they are others.
-        let mut object = options.object.to_vec();
-        object.extend([n; 8]);
-        let other = Arc::new(Options { object: Cow::Owned(object), ..Options::clone(&options) });
-        let mut upgraded = start(&lab, &other);
+        let (build, refused) =
+            if n % 2 == 0 { (&other, ErrorKind::PermissionDenied) } else { (&options, ErrorKind::AddrInUse) };
+        let mut upgraded = start(&lab, build);
         assert!(!upgraded.mirror.installed, "other programs are taken for the same");
         upgraded.sync(&table, &Change::everything()).unwrap();
         assert_eq!(upgraded.backend.observe().unwrap(), upgraded.mirror);
+        let now = tags(&options);
+        assert!(now.iter().all(|(name, tag)| held[name] != *tag), "the same: {held:?} and {now:?}");
+        held = now;
+        assert_eq!(refusal(), Some(refused), "the links have the programs of before");
         for conversation in &mut open {
             conversation.ask().unwrap();
         }
@@ -283,7 +329,9 @@ fn scale() {
     kernel.backend.apply(&Transaction { ops: vec![Op::Install] }).unwrap();
     lap("make maps, load programs");
     for transaction in &plan.transactions {
-        kernel.backend.apply(transaction).unwrap();
+        // Programs count as installed when they are attached: a second time they would be loaded again.
+        let ops = transaction.ops.iter().filter(|op| **op != Op::Install).cloned().collect();
+        kernel.backend.apply(&Transaction { ops }).unwrap();
     }
     let cold = lap("write and attach");
     for transaction in &plan.transactions {

@@ -18,13 +18,12 @@ use shunt_core::id::{IpFamily, NamespacedName, Protocol};
 use shunt_core::node::{Config, Node};
 use shunt_core::service::{Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
-use shunt_core::table::{Change, ForwardingTable};
-use shunt_core::walk::{Packet, Reason, walk};
+use shunt_core::table::Change;
 use shunt_harness::cases::{self, Case, SourceKind};
 use shunt_harness::guest::inside;
 use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
 use shunt_mode::{Backend, rendered};
-use shunt_suites::driver::{CaseRun, Cluster, Synced};
+use shunt_suites::driver::{CaseRun, Cluster, Synced, adopt};
 use shunt_suites::every_mode;
 use shunt_suites::mode::ModeUnderTest;
 use shunt_suites::random::{Step, context, steps};
@@ -32,14 +31,6 @@ use shunt_suites::town::Town;
 
 /// Cases that run at the same time. They wait most of the time.
 const WORKERS: usize = 6;
-
-fn adopt<M: ModeUnderTest>(node: &Namespace, family: IpFamily) -> Result<Synced<M::Real>> {
-    node.run(|| {
-        let mut real = M::real(family)?;
-        real.probe()?;
-        Ok(Synced::adopt(real)?)
-    })
-}
 
 /// Believed and found are the same, and a process that starts now has nothing to do.
 fn check_adoption<M: ModeUnderTest>(
@@ -55,15 +46,6 @@ fn check_adoption<M: ModeUnderTest>(
     let ops = plan.transactions.iter().flat_map(|t| &t.ops);
     ensure!(ops.into_iter().all(M::is_garbage), "a restart would do\n{plan}");
     Ok(())
-}
-
-fn has_affinity(table: &ForwardingTable, packet: &Packet) -> bool {
-    match walk(table, packet).reason {
-        Reason::Frontend { frontend, .. } => {
-            table.frontend(&frontend).is_some_and(|(p, _)| p.affinity.is_some())
-        }
-        _ => false,
-    }
 }
 
 fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
@@ -104,8 +86,7 @@ fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
                 // Such a packet is only sent by a node that has the address.
                 town.lab.add_node_address(vip)?;
             }
-            let table = run.cluster.table(IpFamily::of(packet.packet.destination));
-            let sent = town.send(packet, has_affinity(table, &packet.packet));
+            let sent = town.send(packet, run.cluster.has_affinity(&packet.packet));
             if let Some(vip) = vip {
                 town.lab.remove_node_address(vip)?;
             }

@@ -4,7 +4,7 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use shunt_ebpf_abi::FrontendKey;
 
-use super::{ALLOW, Call, ECONNREFUSED, Family, Route, TCP, UDP, deny, remember_reverse, route};
+use super::{ALLOW, Call, Family, Route, TCP, UDP, deny, remember_reverse, route};
 use crate::tables::Kernel;
 
 #[cgroup_sock_addr(connect4)]
@@ -33,6 +33,6 @@ fn connect(call: &Call<'_>) -> i32 {
             call.set(&endpoint.address, endpoint.port);
             ALLOW
         }
-        Route::Refuse => deny(ECONNREFUSED),
+        Route::Refuse(error) => deny(error),
     }
 }

@@ -1,20 +1,22 @@
 //! Hooks at sockets: a process that talks to a Service talks to an endpoint from the start.
 //!
 //! A Service without endpoints refuses with `ECONNREFUSED`: what a process gets where the refusal comes
-//! as an ICMP error. What would be dropped, and what depends on the source address (which is not chosen
-//! yet), goes on as it is: tc sees the packets.
+//! as an ICMP error. What would be dropped, and what depends on a source address that is not chosen
+//! yet, goes on as it is: tc sees the packets. The node's own packets to its own addresses leave by no
+//! device; what of them would be dropped fails with `EPERM`, like a packet that a firewall drops on its way out.
 
 mod bind;
 mod connect;
 mod getpeername;
 mod recvmsg;
 mod sendmsg;
+mod source;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::programs::SockAddrContext;
-use shunt_ebpf_abi::lookup::{Class, Found, Judgement, find, judge};
+use shunt_ebpf_abi::lookup::{Class, Found, Judgement, find, is_local, judge, may_pass};
 use shunt_ebpf_abi::{
     Address, AffinityKey, Endpoint, Event, FrontendKey, SocketKey, SocketRecord, config_flags, frontend_flags,
 };
@@ -31,6 +33,7 @@ const DENY: i32 = 0;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 
+const EPERM: i32 = 1;
 const ECONNREFUSED: i32 = 111;
 const EADDRINUSE: i32 = 98;
 
@@ -163,8 +166,8 @@ pub(crate) enum Route {
     Pass,
     /// To an endpoint.
     To(u32, Endpoint, u32),
-    /// Nowhere: the process is told so.
-    Refuse,
+    /// Nowhere: the process is told so with this error.
+    Refuse(i32),
 }
 
 /// Asks the table where new traffic to `key` goes.
@@ -179,20 +182,30 @@ pub(crate) fn route(kernel: &Kernel, call: &Call<'_>, key: &FrontendKey) -> Rout
         Found::Frontend(frontend) => frontend,
         Found::UnknownPort => {
             event(Event::UnknownPort);
-            return Route::Refuse;
+            return Route::Refuse(ECONNREFUSED);
         }
         Found::Unallocated | Found::Nothing => return Route::Pass,
     };
+    let on_node = netns == kernel.config.host_netns;
     if frontend.flags & frontend_flags::SOURCE_RANGES != 0 {
-        return Route::Pass;
+        let source = call.source(kernel, on_node, &key.address);
+        if source.is_unspecified() {
+            return Route::Pass;
+        }
+        if !may_pass(kernel, &frontend, &source, &key.address) {
+            return dropped(kernel, on_node, key, frontend.service);
+        }
     }
     match judge(&frontend, class(kernel, netns, &key.address)) {
-        Judgement::Forward { local, .. } => {
+        Judgement::Forward { local, masquerade } => {
             let affinity =
                 AffinityKey { client: Address::ANY, netns, service: frontend.service, reserved: 0 };
             match pick(kernel, key, &frontend, local, &Asker { affinity: &affinity, tuple: None }) {
                 Some((id, endpoint)) => {
                     count_flow(frontend.service, id);
+                    if masquerade && on_node {
+                        source::masquerade(kernel, call, key, id, &endpoint, frontend.service);
+                    }
                     Route::To(id, endpoint, frontend.service)
                 }
                 None => Route::Pass,
@@ -200,9 +213,20 @@ pub(crate) fn route(kernel: &Kernel, call: &Call<'_>, key: &FrontendKey) -> Rout
         }
         Judgement::Reject => {
             count(frontend.service, Counter::Rejected);
-            Route::Refuse
+            Route::Refuse(ECONNREFUSED)
         }
-        Judgement::Drop => Route::Pass,
+        Judgement::Drop => dropped(kernel, on_node, key, frontend.service),
+    }
+}
+
+/// Where that goes which is to be dropped: on, if tc will see it.
+#[inline(always)]
+fn dropped(kernel: &Kernel, on_node: bool, key: &FrontendKey, service: u32) -> Route {
+    if on_node && is_local(kernel, &key.address) {
+        count(service, Counter::Dropped);
+        Route::Refuse(EPERM)
+    } else {
+        Route::Pass
     }
 }
 

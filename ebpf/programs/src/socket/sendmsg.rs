@@ -7,7 +7,7 @@ use aya_ebpf::programs::SockAddrContext;
 use shunt_ebpf_abi::lookup::{Tables as _, is_serving};
 use shunt_ebpf_abi::{Event, FrontendKey, SocketKey, SocketRecord};
 
-use super::{ALLOW, Call, ECONNREFUSED, Family, Route, UDP, deny, remember_reverse, route};
+use super::{ALLOW, Call, Family, Route, UDP, deny, remember_reverse, route};
 use crate::maps::SOCKETS;
 use crate::tables::{Kernel, event};
 
@@ -60,6 +60,6 @@ fn sendmsg(call: &Call<'_>) -> i32 {
             call.set(&endpoint.address, endpoint.port);
             ALLOW
         }
-        Route::Refuse => deny(ECONNREFUSED),
+        Route::Refuse(error) => deny(error),
     }
 }

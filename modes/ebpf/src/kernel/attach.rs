@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use aya::programs::links::{FdLink, LinkError};
 use aya::programs::tc::TcAttachOptions;
@@ -140,21 +141,33 @@ const OBJECT_MAPS: [&str; 15] = [
     map::EVENTS,
 ];
 
+/// Loads and pins programs, all at the same time: nearly all of the time is the verifier's, which looks at a program on
+/// the CPU that asks.
 fn load_programs(pins: &Pins, object: &mut Ebpf) -> Result<(), AttachError> {
-    for (name, program) in object.programs_mut() {
-        let refused = |error| AttachError::Program(name.to_owned(), error);
-        match program {
-            Program::CgroupSockAddr(program) => uninterrupted(|| program.load()).map_err(refused)?,
-            Program::SchedClassifier(program) => uninterrupted(|| program.load()).map_err(refused)?,
-            _ => continue,
-        }
-        // A pin cannot be replaced: the new one is made beside, then takes the name.
-        let (path, beside) = (pins.programs().join(name), pins.programs().join(format!("{name}-new")));
-        let _ = std::fs::remove_file(&beside);
-        program.pin(&beside).map_err(|error| AttachError::Pin(name.to_owned(), error))?;
-        std::fs::rename(&beside, &path).map_err(io_at(path.display().to_string()))?;
+    thread::scope(|scope| {
+        let loads =
+            object.programs_mut().map(|(name, program)| scope.spawn(|| load_program(pins, name, program)));
+        // All are begun before the first is waited for.
+        let loads: Vec<_> = loads.collect();
+        loads.into_iter().try_for_each(|load| {
+            let panicked = |_| Err(AttachError::Io("load".to_owned(), io::Error::other("a thread panicked")));
+            load.join().unwrap_or_else(panicked)
+        })
+    })
+}
+
+fn load_program(pins: &Pins, name: &str, program: &mut Program) -> Result<(), AttachError> {
+    let refused = |error| AttachError::Program(name.to_owned(), error);
+    match program {
+        Program::CgroupSockAddr(program) => uninterrupted(|| program.load()).map_err(refused)?,
+        Program::SchedClassifier(program) => uninterrupted(|| program.load()).map_err(refused)?,
+        _ => return Ok(()),
     }
-    Ok(())
+    // A pin cannot be replaced: the new one is made beside, then takes the name.
+    let (path, beside) = (pins.programs().join(name), pins.programs().join(format!("{name}-new")));
+    let _ = std::fs::remove_file(&beside);
+    program.pin(&beside).map_err(|error| AttachError::Pin(name.to_owned(), error))?;
+    std::fs::rename(&beside, &path).map_err(io_at(path.display().to_string()))
 }
 
 /// The verifier gives up with EAGAIN when a signal waits for the thread (`bpf_check` in kernel/bpf/verifier.c); like

@@ -118,7 +118,8 @@ impl Namespace {
         *lock(&self.inner.cgroup) = Some(cgroup.into());
     }
 
-    fn cgroup(&self) -> Option<PathBuf> {
+    /// The cgroup of threads that enter the namespace, if they have one of their own.
+    pub fn cgroup(&self) -> Option<PathBuf> {
         lock(&self.inner.cgroup).clone()
     }
 

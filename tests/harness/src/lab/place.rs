@@ -38,8 +38,8 @@ fn mount_bpffs() -> Result<File> {
     Ok(file)
 }
 
-/// A cgroup of this process that its threads may enter one by one. Those of processes that are gone are
-/// removed.
+/// A cgroup of this process that its threads may enter one by one; `name` may lead below another one. Those of
+/// processes that are gone are removed.
 pub fn cgroup(name: &str) -> Result<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mounts")?;
     let root = mounts.lines().find_map(|line| {
@@ -61,13 +61,18 @@ fn remove_abandoned(root: &Path) -> io::Result<()> {
         let name = entry.file_name();
         let process = name.to_str().and_then(|name| name.strip_prefix(CGROUPS));
         if process.is_some_and(|id| !Path::new("/proc").join(id).exists()) {
-            let folders = std::fs::read_dir(entry.path()).into_iter().flatten().flatten();
-            // What cannot be removed is somebody else's by now.
-            folders.for_each(|folder| drop(std::fs::remove_dir(folder.path())));
-            let _ = std::fs::remove_dir(entry.path());
+            remove_with_children(&entry.path());
         }
     }
     Ok(())
+}
+
+/// What cannot be removed is somebody else's by now.
+fn remove_with_children(cgroup: &Path) {
+    let entries = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
+    let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    children.for_each(|child| remove_with_children(&child.path()));
+    let _ = std::fs::remove_dir(cgroup);
 }
 
 fn make(folder: &Path) -> Result<PathBuf> {
