@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use shunt_core::id::IpFamily;
-use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
@@ -62,6 +62,8 @@ pub trait Driver: Send {
     fn family(&self) -> IpFamily;
     /// Whether this node can run the mode.
     fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Sets the sysctls that the mode needs on such a node, and nothing else.
+    fn prepare(&mut self, node: &NodeFacts) -> Result<(), KernelError>;
     /// Reads the kernel ahead of the first sync, which then need not: at a start, while the objects are
     /// still on their way.
     fn read_ahead(&mut self) -> Result<(), KernelError>;
@@ -142,6 +144,10 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn probe(&mut self) -> Result<(), Unsupported> {
         self.backend.probe()
+    }
+
+    fn prepare(&mut self, node: &NodeFacts) -> Result<(), KernelError> {
+        self.backend.prepare(node)
     }
 
     fn read_ahead(&mut self) -> Result<(), KernelError> {

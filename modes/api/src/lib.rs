@@ -23,7 +23,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use shunt_core::id::IpFamily;
-use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
 pub use plan::{Plan, Transaction};
@@ -179,6 +179,12 @@ pub trait Backend: Send {
 
     /// Whether this node can run the mode; names what is missing.
     fn probe(&mut self) -> Result<(), Unsupported>;
+
+    /// Sets the sysctls that the mode needs on such a node, ahead of everything else: the mode programs them
+    /// as well, but what runs it may not be allowed to write them.
+    fn prepare(&mut self, _node: &NodeFacts) -> Result<(), KernelError> {
+        Ok(())
+    }
 
     /// Reads what the mode owns in the kernel, and only that.
     fn observe(&mut self) -> Result<Self::State, KernelError>;

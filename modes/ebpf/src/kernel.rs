@@ -12,6 +12,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,6 +31,9 @@ use crate::state::State;
 
 /// The programs, built by `make ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ebpf/shunt.o");
+
+/// The calling thread's network namespace.
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// What the mode needs of a kernel, in the mode's own types.
 pub trait Kernel {
@@ -121,8 +125,7 @@ pub struct Bpf {
 impl Bpf {
     /// A handle for the calling thread's network namespace. Nothing is looked at yet.
     pub fn open(family: IpFamily, options: Arc<Options>) -> Result<Self, KernelError> {
-        let netns =
-            File::open("/proc/thread-self/ns/net").map_err(|e| failed("open network namespace", e))?;
+        let netns = File::open(OWN_NAMESPACE).map_err(|e| failed("open network namespace", e))?;
         let pins = Pins::new(&options.bpf_root);
         Ok(Self { family, pins, options, netns, maps: None, devices: Devices::default(), loaded: false })
     }
@@ -147,8 +150,15 @@ impl Bpf {
         self.maps()?.remember_clients(&pins, family, clients).map_err(of_map)
     }
 
-    /// Runs something in the network namespace of the handle.
+    /// Runs something in the network namespace of the handle. To go there from another one takes
+    /// `CAP_SYS_ADMIN`, which the agent does not have: it is there.
     fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> Result<T, KernelError> {
+        let context = |error| failed("look at the node's devices", error);
+        let (here, there) =
+            (std::fs::metadata(OWN_NAMESPACE).map_err(context)?, self.netns.metadata().map_err(context)?);
+        if (here.dev(), here.ino()) == (there.dev(), there.ino()) {
+            return work().map_err(context);
+        }
         let result = std::thread::scope(|scope| {
             let enter = || {
                 setns(&self.netns, CloneFlags::CLONE_NEWNET)?;
@@ -156,7 +166,7 @@ impl Bpf {
             };
             scope.spawn(enter).join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
         });
-        result.map_err(|error| failed("look at the node's devices", error))
+        result.map_err(context)
     }
 
     /// The maps, if they are there.

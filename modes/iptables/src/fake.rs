@@ -94,6 +94,11 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
+    fn route_loopback(&mut self) -> Result<(), KernelError> {
+        self.state.loopback.routed = true;
+        Ok(())
+    }
+
     fn observe(&mut self) -> Result<State, KernelError> {
         self.reads += 1;
         Ok(self.state.clone())

@@ -22,6 +22,8 @@ use crate::state::State;
 pub trait Kernel {
     /// Whether the mode can run here; names what is missing.
     fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Makes the kernel route packets to loopback (`route_localnet`).
+    fn route_loopback(&mut self) -> Result<(), KernelError>;
     /// Reads what is ours.
     fn observe(&mut self) -> Result<State, KernelError>;
     /// Carries out a transaction.
@@ -184,10 +186,7 @@ impl Tools {
             match group[0].tool() {
                 Tool::Ipset => self.change_sets(group).map_err(failed("change sets"))?,
                 Tool::Iptables => self.restore(group).map_err(failed("change rules"))?,
-                Tool::Sysctl => self
-                    .namespace
-                    .inside(|| std::fs::write(ROUTE_LOCALNET, "1"))
-                    .map_err(failed("set net.ipv4.conf.all.route_localnet"))?,
+                Tool::Sysctl => self.route_loopback()?,
             }
         }
         Ok(())
@@ -264,6 +263,12 @@ impl Kernel for Tools {
                  IP_NF_NAT and IP6_NF_NAT for legacy)",
             )
         })
+    }
+
+    fn route_loopback(&mut self) -> Result<(), KernelError> {
+        self.namespace
+            .inside(|| std::fs::write(ROUTE_LOCALNET, "1"))
+            .map_err(failed("set net.ipv4.conf.all.route_localnet"))
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

@@ -40,7 +40,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use shunt_core::id::IpFamily;
-use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
 
@@ -106,6 +106,11 @@ impl<K: Kernel + Send> Backend for Iptables<K> {
 
     fn probe(&mut self) -> Result<(), Unsupported> {
         self.kernel.probe()
+    }
+
+    /// Packets to loopback are routed: that of another host's is kept out by the kubelet until our rules do it.
+    fn prepare(&mut self, node: &NodeFacts) -> Result<(), KernelError> {
+        if node.localhost_node_ports { self.kernel.route_loopback() } else { Ok(()) }
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

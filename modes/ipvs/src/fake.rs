@@ -46,6 +46,11 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
+    fn tune(&mut self) -> Result<(), KernelError> {
+        self.state.tuned = true;
+        Ok(())
+    }
+
     fn observe(&mut self) -> Result<State, KernelError> {
         self.reads += 1;
         Ok(self.state.clone())

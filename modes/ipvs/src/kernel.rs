@@ -29,6 +29,8 @@ pub type Connections = BTreeMap<Drained, u32>;
 pub trait Kernel {
     /// Whether this kernel has what the mode needs.
     fn probe(&mut self) -> Result<(), Unsupported>;
+    /// Writes the kernel's settings for the mode.
+    fn tune(&mut self) -> Result<(), KernelError>;
     /// Reads what is ours, and nothing else.
     fn observe(&mut self) -> Result<State, KernelError>;
     /// Carries out operations one after the other.
@@ -188,19 +190,6 @@ impl Linux {
             && kept(wanted.tcp_fin, held.tcp_fin)
             && kept(wanted.udp, held.udp)
             && self.namespace.run(move || tuning::is_tuned(strict_arp)))
-    }
-
-    fn tune(&mut self) -> Result<(), KernelError> {
-        let strict_arp = self.options.strict_arp;
-        self.namespace
-            .run(move || tuning::tune(strict_arp))
-            .map_err(|error| failed("set the kernel's settings", error, Remedy::Retry))?;
-        let timeouts = self.timeouts();
-        if timeouts != Config::default() {
-            let lost = |error: ipvs_netlink::Error| failed("set timeouts", error, Remedy::Retry);
-            self.ipvs()?.set_config(&timeouts).map_err(lost)?;
-        }
-        Ok(())
     }
 
     /// Carries out operations that are no messages.
@@ -406,6 +395,19 @@ impl Kernel for Linux {
             format!("there is no {}-restore", crate::skeleton::tool(self.family)),
             "install iptables; the kernel needs its tables and CONFIG_NETFILTER_XT_SET",
         )
+    }
+
+    fn tune(&mut self) -> Result<(), KernelError> {
+        let strict_arp = self.options.strict_arp;
+        self.namespace
+            .run(move || tuning::tune(strict_arp))
+            .map_err(|error| failed("set the kernel's settings", error, Remedy::Retry))?;
+        let timeouts = self.timeouts();
+        if timeouts != Config::default() {
+            let lost = |error: ipvs_netlink::Error| failed("set timeouts", error, Remedy::Retry);
+            self.ipvs()?.set_config(&timeouts).map_err(lost)?;
+        }
+        Ok(())
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

@@ -35,7 +35,7 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 use shunt_core::id::IpFamily;
-use shunt_core::table::{Change, ForwardingTable};
+use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
 
@@ -102,6 +102,10 @@ impl<K: Kernel + Send> Backend for Ipvs<K> {
 
     fn probe(&mut self) -> Result<(), Unsupported> {
         self.kernel.probe()
+    }
+
+    fn prepare(&mut self, _node: &NodeFacts) -> Result<(), KernelError> {
+        self.kernel.tune()
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

@@ -45,6 +45,9 @@ pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Se
         settings.mode = choice.mode;
     }
     let node_name = node_name(&settings)?;
+    if args.init_only == Some(true) {
+        return prepare(&settings, &node_name);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -56,6 +59,19 @@ pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Se
         End::Stopped => Ok(()),
         End::Reconfigured => Err(restart()),
     }
+}
+
+/// `--init-only`: sets every sysctl that the node and the mode need, so that the agent itself needs no
+/// writable /proc/sys. The mode need not be able to run here: its tools may be in another image.
+fn prepare(settings: &Settings, node_name: &str) -> Result<()> {
+    sysctl::configure(&Sysctls::default(), &settings.conntrack);
+    let context = Context::new(node_name, settings.config.clone());
+    for family in IpFamily::ALL {
+        let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
+        driver.prepare(&context.facts(family))?;
+    }
+    tracing::info!(mode = %settings.mode, "the node is prepared");
+    Ok(())
 }
 
 /// Why the loop ended.
@@ -105,9 +121,6 @@ async fn run_async(
         tracing::warn!("oom_score_adj stays as it is: {error}");
     }
     sysctl::configure(&Sysctls::default(), &settings.conntrack);
-    if args.init_only == Some(true) {
-        return Ok(End::Stopped);
-    }
     // The kernel is read while the objects are on their way.
     let mut reading = tokio::task::spawn_blocking(|| read_ahead(families));
     let mut terminate = signal(SignalKind::terminate())?;

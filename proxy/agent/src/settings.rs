@@ -208,24 +208,27 @@ fn parse_ranges<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<IpNet>> 
         .collect()
 }
 
-/// Without a list node ports answer on the node's primary addresses, in every mode.
+/// Without a list node ports answer on the node's primary addresses, in every mode. Words and ranges may be
+/// mixed (kube-proxy 1.37); `all` is the longest.
 fn node_ports(list: Option<&[String]>) -> Result<NodePortAddresses> {
     let list = list.unwrap_or_default();
     let has = |word: &str| list.iter().any(|item| item == word);
-    if list.is_empty() || has("primary") {
-        return Ok(NodePortAddresses::Primary);
-    }
     if has("all") {
         return Ok(NodePortAddresses::All);
     }
     let mut ranges = Vec::new();
     for item in list {
         match item.as_str() {
+            "primary" => {}
             "localhost" => ranges.extend(parse_ranges(["127.0.0.0/8", "::1/128"].into_iter())?),
             range => ranges.extend(parse_ranges([range].into_iter())?),
         }
     }
-    Ok(NodePortAddresses::Ranges(ranges))
+    Ok(match (ranges.is_empty(), has("primary")) {
+        (true, _) => NodePortAddresses::Primary,
+        (false, true) => NodePortAddresses::PrimaryAnd(ranges),
+        (false, false) => NodePortAddresses::Ranges(ranges),
+    })
 }
 
 #[cfg(test)]
@@ -301,6 +304,13 @@ mod tests {
         assert_eq!(of(json!([])), NodePortAddresses::Primary);
         assert_eq!(of(json!(["primary"])), NodePortAddresses::Primary);
         assert_eq!(of(json!(["all"])), NodePortAddresses::All);
+        assert_eq!(of(json!(["primary", "all"])), NodePortAddresses::All);
+        assert_eq!(of(json!(["primary", "primary"])), NodePortAddresses::Primary);
+        let mixed = |texts: &[&str]| {
+            NodePortAddresses::PrimaryAnd(texts.iter().map(|t| t.parse().unwrap()).collect())
+        };
+        assert_eq!(of(json!(["192.168.0.0/24", "primary"])), mixed(&["192.168.0.0/24"]));
+        assert_eq!(of(json!(["primary", "localhost"])), mixed(&["127.0.0.0/8", "::1/128"]));
         assert_eq!(of(json!(["192.168.0.0/24"])), ranges(&["192.168.0.0/24"]));
         assert_eq!(
             of(json!(["localhost", "192.168.0.0/24"])),

@@ -141,9 +141,6 @@ impl KubeProxyConfiguration {
         for (i, item) in list.iter().enumerate() {
             let field = format!("NodePortAddresses[{i}]");
             match item.as_str() {
-                "primary" if list.len() != 1 => {
-                    p.text(&field, item, "can't use both 'primary' and CIDRs");
-                }
                 "primary" | "all" | "localhost" => {}
                 cidr if cidr.parse::<IpNet>().is_err() => p.text(&field, item, "must be a valid CIDR"),
                 _ => {}

@@ -299,11 +299,8 @@ fn every_invalid_value_has_its_message() {
             format!("{}: Invalid value: \"10.0.0.1\": must be a valid CIDR", at("NodePortAddresses[0]")),
         ),
         (
-            json!({ "nodePortAddresses": ["10.0.0.0/8", "primary"] }),
-            format!(
-                "{}: Invalid value: \"primary\": can't use both 'primary' and CIDRs",
-                at("NodePortAddresses[1]")
-            ),
+            json!({ "nodePortAddresses": ["primary", "localhost", "all", "10.0.0.0/8", "secondary"] }),
+            format!("{}: Invalid value: \"secondary\": must be a valid CIDR", at("NodePortAddresses[4]")),
         ),
         (
             json!({ "detectLocalMode": "Magic" }),

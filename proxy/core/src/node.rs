@@ -69,6 +69,9 @@ pub enum NodePortAddresses {
     /// Addresses in these ranges. Ranges of one family only mean every address of the other
     /// family; a range of length 0 means every address of its family (kube-proxy).
     Ranges(Vec<IpNet>),
+    /// The primary address of each family, and those in these ranges; a range of length 0 means every
+    /// address of its family (kube-proxy 1.37). A family without ranges has its primary address.
+    PrimaryAnd(Vec<IpNet>),
 }
 
 /// Settings that the compiler needs (a part of `KubeProxyConfiguration`).

@@ -85,6 +85,8 @@ fn node_ports_answer_on_loopback_where_they_are_told_to() {
         (ranges(&["127.0.0.0/8"]), true, true),
         (ranges(&["192.168.0.0/16"]), true, false),
         (ranges(&["2001:db8::/64"]), true, true),
+        (NodePortAddresses::PrimaryAnd(vec!["127.0.0.0/8".parse().unwrap()]), true, true),
+        (NodePortAddresses::PrimaryAnd(vec!["2001:db8::/64".parse().unwrap()]), true, false),
     ] {
         let mut run = CaseRun::new(&case, IptablesLegacy::MODE);
         run.next_step();
@@ -117,7 +119,7 @@ fn node_ports_answer_on_loopback_where_they_are_told_to() {
             }
         }
     }
-    assert_eq!(forwarded, 6);
+    assert_eq!(forwarded, 8);
     let v6 =
         CaseRun::new(&case, IptablesLegacy::MODE).cluster.table(IpFamily::V6).node().localhost_node_ports;
     assert!(!v6);

@@ -5,7 +5,9 @@ use std::io;
 
 /// What `net.ipv4.vs` must say: connections are tracked, so that they can be masqueraded; packets of
 /// connections whose destination is gone, and clients who are remembered for a drained one, go to another.
-const ALWAYS: [(&str, &str); 3] = [
+/// And packets that IPVS has translated are forwarded.
+const ALWAYS: [(&str, &str); 4] = [
+    ("net/ipv4/ip_forward", "1"),
     ("net/ipv4/vs/conntrack", "1"),
     ("net/ipv4/vs/expire_nodest_conn", "1"),
     ("net/ipv4/vs/expire_quiescent_template", "1"),

@@ -80,35 +80,39 @@ impl Context {
 
     /// Loopback answers only where the setting includes it, and never in IPv6 (kube-proxy's rule).
     fn localhost_node_ports(&self, family: IpFamily) -> bool {
+        let loopback = IpAddr::from(std::net::Ipv4Addr::LOCALHOST);
         let included = match &self.config.node_port_addresses {
             NodePortAddresses::Primary => false,
             NodePortAddresses::All => true,
             NodePortAddresses::Ranges(ranges) => {
-                let mut of_family = ranges.iter().filter(|r| IpFamily::of(r.addr()) == family).peekable();
-                let loopback = IpAddr::from(std::net::Ipv4Addr::LOCALHOST);
-                of_family.peek().is_none() || of_family.any(|r| r.contains(&loopback))
+                let ranges = of_family(ranges, family);
+                ranges.is_empty() || ranges.iter().any(|r| r.contains(&loopback))
             }
+            NodePortAddresses::PrimaryAnd(ranges) => ranges.iter().any(|r| r.contains(&loopback)),
         };
         self.config.localhost_node_ports && family == IpFamily::V4 && included
     }
 
     fn node_port_match(&self, family: IpFamily, local: &BTreeSet<IpAddr>) -> NodePortMatch {
-        match &self.config.node_port_addresses {
-            NodePortAddresses::All => NodePortMatch::AllLocal,
-            NodePortAddresses::Primary => {
-                NodePortMatch::Addresses(self.primary_address(family).into_iter().collect())
-            }
-            NodePortAddresses::Ranges(ranges) => {
-                let ranges: Vec<&IpNet> =
-                    ranges.iter().filter(|r| IpFamily::of(r.addr()) == family).collect();
-                if ranges.is_empty() || ranges.iter().any(|r| r.prefix_len() == 0) {
-                    return NodePortMatch::AllLocal;
-                }
-                let inside = |a: &&IpAddr| ranges.iter().any(|r| r.contains(*a)) && !a.is_loopback();
-                NodePortMatch::Addresses(local.iter().filter(inside).copied().collect())
-            }
+        let (primary, ranges) = match &self.config.node_port_addresses {
+            NodePortAddresses::All => return NodePortMatch::AllLocal,
+            NodePortAddresses::Primary => (true, Vec::new()),
+            NodePortAddresses::Ranges(ranges) => (false, of_family(ranges, family)),
+            NodePortAddresses::PrimaryAnd(ranges) => (true, of_family(ranges, family)),
+        };
+        if (ranges.is_empty() && !primary) || ranges.iter().any(|r| r.prefix_len() == 0) {
+            return NodePortMatch::AllLocal;
         }
+        let inside = |a: &&IpAddr| ranges.iter().any(|r| r.contains(*a)) && !a.is_loopback();
+        let mut addresses: BTreeSet<IpAddr> = local.iter().filter(inside).copied().collect();
+        addresses.extend(self.primary_address(family).filter(|_| primary));
+        NodePortMatch::Addresses(addresses)
     }
+}
+
+/// Those of a family.
+fn of_family(ranges: &[IpNet], family: IpFamily) -> Vec<IpNet> {
+    ranges.iter().copied().filter(|range| IpFamily::of(range.addr()) == family).collect()
 }
 
 /// Compiles one Service for one family; `None` when it has no cluster IP of that family, without
@@ -382,5 +386,35 @@ fn compile_both(
 fn merge_into(changes: &mut [Change; 2], more: [Change; 2]) {
     for (change, more) in changes.iter_mut().zip(more) {
         change.merge(more);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_ports_answer_where_the_setting_says() {
+        let nets = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<IpNet>>();
+        let of = |setting: NodePortAddresses| {
+            let mut context = Context::new("n", Config { node_port_addresses: setting, ..Config::default() });
+            context.node_addresses = ["192.0.2.1", "2001:db8::1"].map(|a| a.parse().unwrap()).to_vec();
+            context.interface_addresses =
+                ["127.0.0.1", "192.0.2.1", "10.0.0.1", "fd00::1"].map(|a| a.parse().unwrap()).into();
+            IpFamily::ALL.map(|family| match context.facts(family).node_ports {
+                NodePortMatch::AllLocal => "all".to_owned(),
+                NodePortMatch::Addresses(addresses) => {
+                    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+                }
+            })
+        };
+        assert_eq!(of(NodePortAddresses::Primary), ["192.0.2.1", "2001:db8::1"]);
+        assert_eq!(of(NodePortAddresses::All), ["all", "all"]);
+        assert_eq!(of(NodePortAddresses::Ranges(nets(&["10.0.0.0/8"]))), ["10.0.0.1", "all"]);
+        assert_eq!(of(NodePortAddresses::Ranges(nets(&["127.0.0.0/8", "fd00::/8"]))), ["", "fd00::1"]);
+        let and = |texts: &[&str]| of(NodePortAddresses::PrimaryAnd(nets(texts)));
+        assert_eq!(and(&["10.0.0.0/8"]), ["10.0.0.1 192.0.2.1", "2001:db8::1"]);
+        assert_eq!(and(&["127.0.0.0/8", "fd00::/8"]), ["192.0.2.1", "2001:db8::1 fd00::1"]);
+        assert_eq!(and(&["0.0.0.0/0"]), ["all", "2001:db8::1"]);
     }
 }
