@@ -17,18 +17,20 @@ use shunt_harness::lab::ChildGuard;
 use tokio::sync::oneshot;
 
 use crate::bed::Bed;
-use crate::cluster::{NODE, POD_RANGE};
+use crate::cluster::{Cluster, NODE, POD_RANGE};
 
 /// The fake API server, on a thread of its own in the node's namespace.
 pub(crate) struct Api {
     server: Arc<ApiServer>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<()>>>,
+    /// Endpoints of all Services together.
+    endpoints: usize,
 }
 
 impl Api {
-    /// Starts a server that has these objects.
-    pub(crate) fn start(bed: &Bed, objects: &[Value]) -> Result<Self> {
+    /// Starts a server that has this cluster's objects.
+    pub(crate) fn start(bed: &Bed, cluster: &Cluster) -> Result<Self> {
         let (sender, receiver) = channel();
         let (stop, stopped) = oneshot::channel();
         let thread = bed.node().thread(move || {
@@ -42,8 +44,9 @@ impl Api {
             })
         })?;
         let server: Arc<ApiServer> = receiver.recv().context("the fake API server did not start")?;
-        server.put_all(objects.iter().cloned());
-        Ok(Self { server, stop: Some(stop), thread: Some(thread) })
+        server.put_all(cluster.objects.iter().cloned());
+        let endpoints = cluster.services.iter().map(|service| service.endpoints.len()).sum();
+        Ok(Self { server, stop: Some(stop), thread: Some(thread), endpoints })
     }
 
     /// The server.
@@ -61,6 +64,9 @@ impl Drop for Api {
         }
     }
 }
+
+/// As many endpoints fit into ebpf mode's maps of their default size.
+const EBPF_ENDPOINTS: usize = 120_000;
 
 /// A program that programs the kernel.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -102,7 +108,8 @@ impl Program {
         self.mode() == "ebpf"
     }
 
-    fn command(&self, kubeconfig: &Path, folder: &Path) -> Command {
+    fn command(&self, kubeconfig: &Path, bed: &Bed, endpoints: usize) -> Command {
+        let folder = bed.folder();
         let (binary, mode) = match self {
             Self::Shunt { binary, mode } | Self::KubeProxy { binary, mode } => (binary, mode),
         };
@@ -115,6 +122,14 @@ impl Program {
                     None => command.arg(mode),
                 };
                 command.arg("--admin-socket").arg(folder.join("shunt.sock"));
+                if let (Some(cgroup), Some(bpf)) = (bed.cgroup(), bed.bpf()) {
+                    command.arg("--cgroup-root").arg(cgroup).arg("--bpf-fs-root").arg(bpf);
+                }
+                if self.works_on_sockets() && endpoints > EBPF_ENDPOINTS {
+                    // Half of the endpoints are for the other family; a change wants room for a few more.
+                    let room = (2 * endpoints).next_power_of_two();
+                    command.args(["--ebpf-endpoints-max", &room.to_string()]);
+                }
             }
             Self::KubeProxy { .. } => {
                 command.args(["--v", "2", "--proxy-mode", mode]);
@@ -157,7 +172,7 @@ impl Agent {
     pub(crate) fn start(bed: &Bed, api: &Api, program: &Program) -> Result<Self> {
         let kubeconfig = bed.folder().join("kubeconfig");
         std::fs::write(&kubeconfig, api.server().kubeconfig())?;
-        let command = program.command(&kubeconfig, bed.folder());
+        let command = program.command(&kubeconfig, bed, api.endpoints);
         let started = Instant::now();
         Ok(Self { child: bed.node().spawn(&command)?, started })
     }
@@ -176,7 +191,7 @@ impl Agent {
     ) -> Result<Duration> {
         let started = self.started;
         let child = &mut self.child;
-        bed.client().run(|| {
+        bed.as_pod(|| {
             let mut left: BTreeSet<SocketAddrV4> = targets.iter().copied().collect();
             loop {
                 // The first that does not answer ends the round: nothing is gained by asking all.

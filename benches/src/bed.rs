@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkBuffer};
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use serde::de::DeserializeOwned;
-use shunt_harness::lab::{ChildGuard, Lab, Namespace};
+use shunt_harness::lab::{ChildGuard, Lab, Namespace, place};
 
 use crate::cluster::{ENDPOINT_PORT, NODE_ADDRESS, endpoint_networks};
 use crate::load::{Ports, Sources, Spec, Work};
@@ -60,14 +60,20 @@ pub(crate) struct Bed {
     folder: tempfile::TempDir,
     /// The load tool: this program.
     tool: PathBuf,
-    /// cgroup for clients, where the mode under test works on sockets.
-    cgroup: Option<Cgroup>,
+    /// What a mode that works on sockets needs.
+    place: Option<Place>,
     _server: ChildGuard,
+}
+
+/// A cgroup and a folder in a bpffs, both of this bed alone.
+struct Place {
+    cgroup: PathBuf,
+    bpf: PathBuf,
 }
 
 impl Bed {
     /// Builds the namespaces; endpoints answer handshakes on 8080 and bytes on 8081, or the other way
-    /// round with `echo`. With `sockets` the client gets a cgroup, for a mode that works on sockets.
+    /// round with `echo`. With `sockets` pods get a cgroup, for a mode that works on sockets.
     pub(crate) fn new(echo: bool, sockets: bool) -> Result<Self> {
         let clients = [From::Pod, From::Outside].into_iter().flat_map(From::addresses).map(IpAddr::V4);
         let lab = Lab::builder()
@@ -80,10 +86,10 @@ impl Bed {
         let [silent, echo] = if echo { [ECHO_PORT, ENDPOINT_PORT] } else { [ENDPOINT_PORT, ECHO_PORT] };
         let file = folder.path().join("serve.json");
         let work = Work::Serve(Ports { silent, echo });
-        write(&file, &Spec { cpu: SERVER_CORE, cgroup: None, work })?;
+        write(&file, &Spec { cpu: core(SERVER_CORE)?, cgroup: None, work })?;
         let mut server = lab.pod("pods")?.spawn(first(&tool).arg("load").arg(&file))?;
         server.wait_for("serving", Duration::from_secs(5))?;
-        Ok(Self { lab, folder, tool, cgroup: sockets.then(Cgroup::new).transpose()?, _server: server })
+        Ok(Self { lab, folder, tool, place: sockets.then(Place::new).transpose()?, _server: server })
     }
 
     /// The node's namespace.
@@ -91,9 +97,16 @@ impl Bed {
         self.lab.node()
     }
 
-    /// The client's namespace.
-    pub(crate) fn client(&self) -> &Namespace {
-        self.lab.client()
+    /// Runs something as a pod of the node does: in the client's namespace, and in the cgroup if there is one.
+    pub(crate) fn as_pod<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let threads = self.cgroup().map(|cgroup| cgroup.join("cgroup.threads"));
+        self.lab.client().run(|| {
+            if let Some(threads) = threads {
+                // 0 is the thread that writes.
+                std::fs::write(&threads, "0").with_context(|| threads.display().to_string())?;
+            }
+            work()
+        })
     }
 
     /// The pods' namespace.
@@ -106,19 +119,26 @@ impl Bed {
         self.folder.path()
     }
 
-    /// Runs the load tool in the client's namespace, on a core of its own and before others there.
-    pub(crate) fn load<T: DeserializeOwned>(&self, work: Work) -> Result<T> {
+    /// Runs the load tool in the client's namespace, on a core of its own and before others there. Clients
+    /// outside the cluster are in no pod's cgroup.
+    pub(crate) fn load<T: DeserializeOwned>(&self, from: From, work: Work) -> Result<T> {
         let file = self.folder.path().join("load.json");
-        write(&file, &Spec { cpu: CLIENT_CORE, cgroup: self.cgroup().map(Path::to_owned), work })?;
+        let cgroup = self.cgroup().filter(|_| from == From::Pod).map(Path::to_owned);
+        write(&file, &Spec { cpu: CLIENT_CORE, cgroup, work })?;
         let tool = self.tool.to_string_lossy();
         let arguments = ["-n", "-20", &*tool, "load", &*file.to_string_lossy()];
-        let output = self.client().exec("nice", arguments, "")?;
+        let output = self.lab.client().exec("nice", arguments, "")?;
         serde_json::from_str(&output).with_context(|| format!("the load tool said {output:?}"))
     }
 
-    /// The client's cgroup.
+    /// The cgroup of pods.
     pub(crate) fn cgroup(&self) -> Option<&Path> {
-        self.cgroup.as_ref().map(|cgroup| cgroup.path.as_path())
+        self.place.as_ref().map(|place| place.cgroup.as_path())
+    }
+
+    /// The folder in the bpffs.
+    pub(crate) fn bpf(&self) -> Option<&Path> {
+        self.place.as_ref().map(|place| place.bpf.as_path())
     }
 
     /// Forgets all flows, so that every repetition begins alike.
@@ -127,32 +147,26 @@ impl Bed {
     }
 }
 
-/// A cgroup (v2) of our own, gone when dropped.
-struct Cgroup {
-    path: PathBuf,
-}
-
-impl Cgroup {
+impl Place {
     fn new() -> Result<Self> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let mounts = std::fs::read_to_string("/proc/self/mounts")?;
-        let root = mounts
-            .lines()
-            .map(|line| line.split(' ').collect::<Vec<_>>())
-            .find_map(|mount| (mount.get(2) == Some(&"cgroup2")).then(|| mount[1].to_owned()))
-            .context("no cgroup2 is mounted")?;
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = Path::new(&root).join(format!("shunt-bench-{}-{number}", std::process::id()));
-        std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
-        Ok(Self { path })
+        let name = format!("bed-{}", COUNTER.fetch_add(1, Ordering::Relaxed));
+        Ok(Self { cgroup: place::cgroup(&name)?, bpf: place::bpffs(&name)? })
     }
 }
 
-impl Drop for Cgroup {
+impl Drop for Place {
     fn drop(&mut self) {
-        // Fails while somebody is inside; the folder is empty otherwise.
-        let _ = std::fs::remove_dir(&self.path);
+        // What is pinned lives until then: the next bed wants the memory. A cgroup in which somebody still is
+        // goes when this process has ended.
+        let _ = std::fs::remove_dir_all(&self.bpf);
+        let _ = std::fs::remove_dir(&self.cgroup);
     }
+}
+
+/// A core, or the only one there is.
+fn core(wanted: usize) -> Result<usize> {
+    Ok(wanted.min(std::thread::available_parallelism()?.get() - 1))
 }
 
 /// Runs a program before all others on its core.

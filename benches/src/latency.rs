@@ -122,7 +122,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Cel
 }
 
 fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Result<Vec<Cell>> {
-    eprintln!("first packets: {services} Services x {} endpoints ...", plan.endpoints);
+    crate::say(format_args!("first packets: {services} Services x {} endpoints", plan.endpoints));
     let shape = |services| Shape { node_ports: true, ..Shape::new(services, plan.endpoints) };
     let largest = plan.services.iter().max() == Some(&services);
     let targets = Target::at(services, largest);
@@ -158,7 +158,11 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                 scope.spawn(move || {
                     let started = Instant::now();
                     let stage = subject.set_up(cluster, false).with_context(|| subject.name())?;
-                    eprintln!("  {}: ready after {:.1} s", subject.name(), started.elapsed().as_secs_f64());
+                    crate::say(format_args!(
+                        "  {}: ready after {:.1} s",
+                        subject.name(),
+                        started.elapsed().as_secs_f64()
+                    ));
                     Ok(stage)
                 })
             })
@@ -189,7 +193,7 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                 if row.subject.serves() {
                     row.stage.bed.flush_conntrack()?;
                 }
-                match row.stage.bed.load(Work::Connect(spec)) {
+                match row.stage.bed.load(target.from(), Work::Connect(spec)) {
                     Ok(latency) => results.push(latency),
                     Err(error) => failures.push(format!(
                         "first packets, {}, {target:?}, {} Services, repetition {run}: {error:#}",

@@ -25,7 +25,8 @@ mod subject;
 mod throughput;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -45,7 +46,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Measures, and writes results.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// The load tool: does what a file says (used by `run`).
     #[command(hide = true)]
     Load {
@@ -86,27 +87,27 @@ struct RunArgs {
     /// Parts to measure.
     #[arg(long, value_delimiter = ',', value_enum, default_values = ["latency", "throughput", "control", "growth"])]
     parts: Vec<Part>,
-    /// Numbers of Services for first packets.
-    #[arg(long, value_delimiter = ',', default_value = "1,10,100,1000,10000,30000")]
-    services: Vec<usize>,
-    /// Cold starts: Services x endpoints.
-    #[arg(long, value_delimiter = ',', default_value = "100x10,1000x10,10000x10,30000x10,45000x1,5000x50")]
-    shapes: Vec<String>,
-    /// Numbers of Services among which changes are measured.
-    #[arg(long, value_delimiter = ',', default_value = "1000,10000,30000")]
-    churn: Vec<usize>,
+    /// Numbers of Services for first packets. Default: 1,10,100,1000,10000,30000.
+    #[arg(long, value_delimiter = ',')]
+    services: Option<Vec<usize>>,
+    /// Cold starts: Services x endpoints. Default: 100x10,1000x10,10000x10,30000x10,45000x1,5000x50.
+    #[arg(long, value_delimiter = ',', value_parser = shape)]
+    shapes: Option<Vec<(usize, usize)>>,
+    /// Numbers of Services among which changes are measured. Default: 1000,10000,30000.
+    #[arg(long, value_delimiter = ',')]
+    churn: Option<Vec<usize>>,
     /// References are written for up to so many Services.
     #[arg(long, default_value_t = 10_000)]
     reference_limit: usize,
     /// Leaves out kube-proxy's layouts.
     #[arg(long)]
     no_references: bool,
-    /// Repetitions.
-    #[arg(long, default_value_t = 7)]
-    repetitions: u32,
-    /// Connections in a repetition.
-    #[arg(long, default_value_t = 20_000)]
-    connections: u32,
+    /// Repetitions of what goals are about. Default: 7.
+    #[arg(long)]
+    repetitions: Option<u32>,
+    /// Connections in a repetition. Default: 20,000.
+    #[arg(long)]
+    connections: Option<u32>,
     /// A kube-proxy binary to measure besides, in the same modes.
     #[arg(long, value_name = "PATH")]
     peer: Option<PathBuf>,
@@ -121,25 +122,61 @@ struct RunArgs {
     output: PathBuf,
 }
 
+/// Says what is being done, and since when.
+fn say(what: std::fmt::Arguments<'_>) {
+    static STARTED: OnceLock<Instant> = OnceLock::new();
+    let seconds = STARTED.get_or_init(Instant::now).elapsed().as_secs();
+    eprintln!("{:3}:{:02} {what}", seconds / 60, seconds % 60);
+}
+
 fn main() -> Result<()> {
     match Cli::parse().command {
-        Command::Run(args) => run(args),
+        Command::Run(args) => run(*args),
         Command::Load { file } => load::run(&file),
         Command::Change { mode, services, changes } => growth::work(&mode, services, changes),
     }
 }
 
-fn run(mut args: RunArgs) -> Result<()> {
+/// How thoroughly to measure where the command line does not say.
+struct Defaults {
+    services: &'static [usize],
+    shapes: &'static [(usize, usize)],
+    churn: &'static [usize],
+    growth: &'static [usize],
+    throughput: usize,
+    repetitions: u32,
+    connections: u32,
+    /// Of changes at one rate, and of bulk.
+    seconds: [f64; 2],
+}
+
+const THOROUGH: Defaults = Defaults {
+    services: &[1, 10, 100, 1_000, 10_000, 30_000],
+    shapes: &[(100, 10), (1_000, 10), (10_000, 10), (30_000, 10), (45_000, 1), (5_000, 50)],
+    churn: &[1_000, 10_000, 30_000],
+    growth: &[1_000, 30_000],
+    throughput: 1_000,
+    repetitions: 7,
+    connections: 20_000,
+    seconds: [5.0, 0.5],
+};
+
+const QUICK: Defaults = Defaults {
+    services: &[1, 100],
+    shapes: &[(100, 10), (1_000, 10)],
+    churn: &[100],
+    growth: &[100, 1_000],
+    throughput: 100,
+    repetitions: 2,
+    connections: 2_000,
+    seconds: [1.0, 0.1],
+};
+
+fn run(args: RunArgs) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
-    let mut duration = Duration::from_secs(5);
-    if args.quick {
-        args.services = vec![1, 100];
-        args.shapes = vec!["100x10".to_owned(), "1000x10".to_owned()];
-        args.churn = vec![100];
-        args.repetitions = 2;
-        args.connections = 2_000;
-        duration = Duration::from_secs(1);
-    }
+    let defaults = if args.quick { QUICK } else { THOROUGH };
+    let repetitions = args.repetitions.unwrap_or(defaults.repetitions);
+    let [changes, bulk] = defaults.seconds.map(Duration::from_secs_f64);
     let mode = |mode: &String| Program::Shunt { binary: args.shunt.clone(), mode: mode.clone() };
     let mut programs: Vec<Program> = args.modes.iter().map(mode).collect();
     if let Some(peer) = &args.peer {
@@ -158,10 +195,10 @@ fn run(mut args: RunArgs) -> Result<()> {
     if args.parts.contains(&Part::Latency) {
         report.latency = latency::measure(
             &latency::Plan {
-                services: args.services.clone(),
+                services: args.services.unwrap_or_else(|| defaults.services.to_vec()),
                 endpoints: 10,
-                connections: args.connections,
-                repetitions: args.repetitions,
+                connections: args.connections.unwrap_or(defaults.connections),
+                repetitions,
                 subjects: subjects.clone(),
                 reference_limit: args.reference_limit,
             },
@@ -171,33 +208,31 @@ fn run(mut args: RunArgs) -> Result<()> {
     if args.parts.contains(&Part::Throughput) {
         report.throughput = throughput::measure(
             &throughput::Plan {
-                services: if args.quick { 100 } else { 1_000 },
-                repetitions: args.repetitions.min(5),
-                duration: Duration::from_millis(500),
+                services: defaults.throughput,
+                repetitions: repetitions.min(5),
+                duration: bulk,
                 subjects,
             },
             &mut report.failures,
         )?;
     }
     if args.parts.contains(&Part::Control) {
-        let shapes = args.shapes.iter().map(|text| shape(text)).collect::<Result<_>>()?;
         report.control = control::measure(
             &control::Plan {
                 programs,
-                shapes,
+                shapes: args.shapes.unwrap_or_else(|| defaults.shapes.to_vec()),
                 repetitions: if args.quick { 1 } else { 2 },
-                churn: args.churn,
+                churn: args.churn.unwrap_or_else(|| defaults.churn.to_vec()),
                 rates: vec![1, 10, 100],
-                duration,
+                duration: changes,
             },
             &mut report.failures,
         )?;
     }
     if args.parts.contains(&Part::Growth) {
-        let sizes: &[usize] = if args.quick { &[100, 1_000] } else { &[1_000, 30_000] };
         // The other modes are not measured without a kernel.
         if args.modes.iter().any(|mode| mode == "nftables") {
-            report.growth = growth::measure("nftables", sizes)?;
+            report.growth = growth::measure("nftables", defaults.growth)?;
         }
     }
     report.write(&args.output)

@@ -56,7 +56,7 @@ impl Subject {
                 None
             }
             Self::Program(program) => {
-                let api = Api::start(&bed, &cluster.objects)?;
+                let api = Api::start(&bed, cluster)?;
                 let mut agent = Agent::start(&bed, &api, program)?;
                 if cluster.shape.udp {
                     // UDP has no handshake to wait for.

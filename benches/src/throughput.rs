@@ -33,6 +33,8 @@ pub(crate) struct Row {
     pub services: usize,
     /// Processor time of a forwarded UDP packet, ns: least of the repetitions.
     pub udp_cpu_ns: f64,
+    /// The same for packets to a node port, from outside, ns.
+    pub node_port_cpu_ns: f64,
     /// UDP packets a second: most of the repetitions.
     pub udp_per_second: f64,
     /// One TCP stream, Gbit/s: most of the repetitions.
@@ -54,8 +56,8 @@ const CONCURRENCY: usize = 32;
 
 /// Measures all subjects that can be set up; the others are named in `failures`.
 pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row>> {
-    eprintln!("throughput: {} Services x 10 endpoints ...", plan.services);
-    let udp = Cluster::new(Shape { udp: true, ..Shape::new(plan.services, 10) })?;
+    crate::say(format_args!("throughput: {} Services x 10 endpoints", plan.services));
+    let udp = Cluster::new(Shape { udp: true, node_ports: true, ..Shape::new(plan.services, 10) })?;
     let tcp = Cluster::new(Shape::new(plan.services, 10))?;
     let mut rows = Vec::new();
     let mut stages = Vec::new();
@@ -70,7 +72,11 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row
     }
     for run in 0..plan.repetitions {
         for ((serves, both), row) in stages.iter().zip(&mut rows) {
-            let targets = if *serves { [udp.frontends(), tcp.frontends()] } else { [udp.pods(), tcp.pods()] };
+            let targets = if *serves {
+                [udp.frontends(), udp.node_ports(), tcp.frontends()]
+            } else {
+                [udp.pods(), udp.pods(), tcp.pods()]
+            };
             if let Err(error) = both.repetition(plan, targets, run, row) {
                 failures.push(format!("throughput, {}, repetition {run}: {error:#}", row.subject));
             }
@@ -96,30 +102,32 @@ impl Both {
     fn repetition(
         &self,
         plan: &Plan,
-        targets: [Vec<SocketAddrV4>; 2],
+        targets: [Vec<SocketAddrV4>; 3],
         run: u32,
         row: &mut Row,
     ) -> Result<()> {
-        let [udp, tcp] = targets;
+        let [udp, node_ports, tcp] = targets;
         for stage in [&self.udp, &self.tcp] {
             stage.bed.flush_conntrack()?;
         }
-        let flood = flood(&self.udp.bed, &udp, run, plan.duration)?;
-        best(&mut row.udp_cpu_ns, flood.cpu_ns, f64::min);
-        best(&mut row.udp_per_second, flood.per_second, f64::max);
+        let packets = flood(&self.udp.bed, From::Pod, &udp, run, plan.duration)?;
+        best(&mut row.udp_cpu_ns, packets.cpu_ns, f64::min);
+        best(&mut row.udp_per_second, packets.per_second, f64::max);
+        let packets = flood(&self.udp.bed, From::Outside, &node_ports, run, plan.duration)?;
+        best(&mut row.node_port_cpu_ns, packets.cpu_ns, f64::min);
         let exchange = ExchangeSpec {
             targets: tcp.clone(),
             sources: From::Pod.sources(run),
             concurrency: CONCURRENCY,
             duration: plan.duration,
         };
-        let exchanges: Exchanges = self.tcp.bed.load(Work::Exchange(exchange))?;
+        let exchanges: Exchanges = self.tcp.bed.load(From::Pod, Work::Exchange(exchange))?;
         best(&mut row.exchanges_per_second, exchanges.per_second, f64::max);
         best(&mut row.exchange_cpu_us, exchanges.cpu_us, f64::min);
         for (flows, figure) in [(1, &mut row.stream_gbps), (8, &mut row.streams_gbps)] {
             let targets = tcp.iter().take(FLOWS).copied().collect();
             let spec = StreamSpec { targets, flows, duration: plan.duration };
-            let stream: Stream = self.tcp.bed.load(Work::Stream(spec))?;
+            let stream: Stream = self.tcp.bed.load(From::Pod, Work::Stream(spec))?;
             best(figure, stream.gigabits_per_second, f64::max);
         }
         Ok(())
@@ -131,8 +139,8 @@ fn best(known: &mut f64, found: f64, better: fn(f64, f64) -> f64) {
     *known = if *known == 0.0 { found } else { better(*known, found) };
 }
 
-fn flood(bed: &Bed, targets: &[SocketAddrV4], run: u32, duration: Duration) -> Result<Flood> {
-    let source = From::Pod.sources(0).addresses.first().copied().context("no source")?;
+fn flood(bed: &Bed, from: From, targets: &[SocketAddrV4], run: u32, duration: Duration) -> Result<Flood> {
+    let source = from.sources(0).addresses.first().copied().context("no source")?;
     let step = (targets.len() / FLOWS).max(1);
     let work = FloodSpec {
         targets: targets.iter().skip(run as usize % step).step_by(step).copied().collect(),
@@ -140,25 +148,29 @@ fn flood(bed: &Bed, targets: &[SocketAddrV4], run: u32, duration: Duration) -> R
         flows: FLOWS,
         duration,
     };
-    let before = sunk(bed)?;
-    let flood: Flood = bed.load(Work::Flood(work))?;
-    let arrived = (sunk(bed)? - before) as f64;
+    let before = arrived(bed)?;
+    let flood: Flood = bed.load(from, Work::Flood(work))?;
+    let arrived = (arrived(bed)? - before) as f64;
     ensure!(arrived >= flood.sent as f64 * ARRIVED, "of {} packets only {arrived} arrived", flood.sent);
     Ok(flood)
 }
 
-/// Lets the pods' link drop UDP as early as the kernel can without a program of ours, and count it: what
-/// lies behind the node costs next to nothing.
+/// Lets the pods' link drop UDP as early as the kernel can without a program of ours: what lies behind the
+/// node costs next to nothing.
 fn sink(bed: &Bed) -> Result<()> {
-    bed.pods()?.nft(
-        "table netdev bench {\n chain sink {\n  type filter hook ingress device \"eth0\" priority 0;\n  \
-         meta l4proto udp counter drop\n }\n}\n",
-    )
+    let table = "table netdev bench {\n chain sink {\n  type filter hook ingress device \"eth0\" priority 0;\n  \
+                 meta l4proto udp drop\n }\n}\n";
+    bed.pods()?.nft(table).or_else(|_| {
+        // A kernel without nf_tables, such as the guest's.
+        let rules = "*raw\n-A PREROUTING -p udp -j DROP\nCOMMIT\n";
+        bed.pods()?.exec("iptables-legacy-restore", ["--noflush"], rules).map(drop)
+    })
 }
 
-/// Packets that were dropped there so far.
-fn sunk(bed: &Bed) -> Result<u64> {
-    let text = bed.pods()?.exec("nft", ["list", "chain", "netdev", "bench", "sink"], "")?;
-    let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
-    words.next().context("no counter")?.parse().context("counter")
+/// Packets that the pods' link has received so far.
+fn arrived(bed: &Bed) -> Result<u64> {
+    let text = bed.pods()?.run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/dev")?))?;
+    let counters = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("no eth0")?;
+    // Bytes, then packets.
+    counters.split_whitespace().nth(1).context("no counter")?.parse().context("counter")
 }

@@ -144,7 +144,7 @@ impl<'b> Probes<'b> {
         for &per_second in &plan.rates {
             let changes = (plan.duration.as_secs_f64() * f64::from(per_second)).ceil() as u32;
             let before = agent.cpu()?;
-            let times = self.bed.client().run(|| run(api, &mut accepting, per_second, changes.max(5)))?;
+            let times = self.bed.as_pod(|| run(api, &mut accepting, per_second, changes.max(5)))?;
             let used = agent.cpu()?.saturating_sub(before);
             let at = |share: f64| times.value_at_quantile(share) as f64 / 1e3;
             rates.push(Rate {
@@ -154,7 +154,7 @@ impl<'b> Probes<'b> {
                 cpu_s_per_1000: used.as_secs_f64() * 1e3 / times.len() as f64,
             });
         }
-        let burst = self.bed.client().run(|| burst(api, &mut accepting, cluster))?;
+        let burst = self.bed.as_pod(|| burst(api, &mut accepting, cluster))?;
         std::thread::sleep(Duration::from_secs(1));
         let (idle, before) = (Instant::now(), run_time(agent.id())?);
         std::thread::sleep(Duration::from_secs(3));

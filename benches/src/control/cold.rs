@@ -43,7 +43,7 @@ pub(super) fn measure(program: &Program, cluster: &Cluster, repetitions: u32) ->
     // The first repetition meets cold memory; its time is only used for what the locks cost others.
     for repetition in 0..=repetitions {
         let bed = Bed::new(false, program.works_on_sockets())?;
-        let api = Api::start(&bed, &cluster.objects)?;
+        let api = Api::start(&bed, cluster)?;
         let locks = (repetition == 0).then(|| lock::Watch::start(&bed)).transpose()?;
         let mut agent = Agent::start(&bed, &api, program)?;
         let watch = memory::Watch::start(agent.id())?;

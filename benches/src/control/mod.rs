@@ -53,7 +53,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
         let cluster = Cluster::new(Shape::new(services, endpoints))?;
         for program in &plan.programs {
             let what = format!("{}, cold start with {services} x {endpoints}", program.name());
-            eprintln!("{what} ...");
+            crate::say(format_args!("{what}"));
             match cold::measure(program, &cluster, plan.repetitions) {
                 Ok(cold) => control.cold.push(cold),
                 Err(error) => failures.push(format!("{what}: {error:#}")),
@@ -64,7 +64,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
         let cluster = churn::with_probes(Cluster::new(Shape::new(services, 10))?);
         for program in &plan.programs {
             let what = format!("{}, changes among {services} Services", program.name());
-            eprintln!("{what} ...");
+            crate::say(format_args!("{what}"));
             if let Err(error) = changes(plan, program, &cluster, &mut control) {
                 failures.push(format!("{what}: {error:#}"));
             }
@@ -77,7 +77,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
 fn changes(plan: &Plan, program: &Program, cluster: &Cluster, control: &mut Control) -> Result<()> {
     let bed = Bed::new(false, program.works_on_sockets())?;
     let probes = churn::Probes::new(&bed)?;
-    let api = Api::start(&bed, &cluster.objects)?;
+    let api = Api::start(&bed, cluster)?;
     let mut agent = Agent::start(&bed, &api, program)?;
     agent.wait_until_served(&bed, &crate::subject::sample(&cluster.frontends()), PATIENCE)?;
     // Let it finish what a start brings besides.

@@ -105,6 +105,7 @@ fn throughput(report: &Report, out: &mut String) {
     let head = [
         "",
         "CPU of a UDP packet, ns",
+        "to a node port, ns",
         "UDP packets/s",
         "1 TCP stream, Gbit/s",
         "8 TCP streams, Gbit/s",
@@ -118,6 +119,7 @@ fn throughput(report: &Report, out: &mut String) {
             vec![
                 row.subject.clone(),
                 format!("{:.0}", row.udp_cpu_ns),
+                format!("{:.0}", row.node_port_cpu_ns),
                 format!("{:.0}", row.udp_per_second),
                 format!("{:.1}", row.stream_gbps),
                 format!("{:.1}", row.streams_gbps),
