@@ -1,20 +1,19 @@
-//! The only file that touches the kernel: the port, and the adapter that runs the tools.
+//! The only file that touches the kernel: the port, and the adapter that runs the tools of iptables and
+//! speaks to ipset by netlink.
 
-use std::fs::{File, OpenOptions};
+use std::error::Error;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use ipset_netlink::{Commands, IN_USE, Ipset};
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
+use xtables_tools::{Flavour, Namespace, Programs};
 
 use crate::fixed::Table;
-use crate::flavour::{self, Flavour, Programs};
 use crate::names;
-use crate::op::{Op, Tool, restore_text};
+use crate::op::{About, Op, restore_text};
 use crate::plan;
-use crate::process::{self, Namespace};
 use crate::sets::Kind;
 use crate::state::State;
 
@@ -36,9 +35,6 @@ pub trait Kernel {
     fn waited(&mut self) -> Duration;
 }
 
-/// Seconds for which the tool waits for the lock of the tables.
-const LOCK_TIMEOUT: &str = "10";
-const LOCK_FILE: &str = "/run/xtables.lock";
 const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";
 /// The legacy tool reads a whole table to show one chain of it, and only the nat table is large: it is looked
 /// at every so many times.
@@ -46,14 +42,17 @@ const NAT_LOOKS: u32 = 10;
 /// A set may be in use for a moment after the rules that looked at it are gone.
 const DESTROY_TRIES: u32 = 100;
 const DESTROY_PAUSE: Duration = Duration::from_millis(10);
+/// Bytes that are handed to ipset at once.
+const BATCH_BYTES: usize = 1 << 20;
 
-/// The kernel of a network namespace, by way of the tools.
+/// The kernel of a network namespace, by way of the tools of iptables and netlink of ipset.
 #[derive(Debug)]
 pub struct Tools {
     family: IpFamily,
     namespace: Namespace,
     programs: Option<Programs>,
-    ipset: Option<PathBuf>,
+    /// Or why there is none.
+    sets: Result<Ipset, ipset_netlink::Error>,
     /// There are rules of ours, as far as known.
     programmed: bool,
     looks: u32,
@@ -63,14 +62,16 @@ pub struct Tools {
 impl Tools {
     /// The kernel of the calling thread's network namespace, in this flavour or the one that the node uses.
     pub fn open(family: IpFamily, flavour: Option<Flavour>) -> Result<Self, KernelError> {
-        let namespace = Namespace::current().map_err(failed("open the network namespace"))?;
-        let flavour = flavour.or_else(|| flavour::detect(&namespace));
-        let programs = flavour.and_then(|flavour| Programs::find(&namespace, family, flavour));
+        let namespace = Namespace::current().map_err(|error| failed("open the network namespace", error))?;
+        let programs = match flavour {
+            Some(flavour) => Programs::find(&namespace, family, flavour),
+            None => Programs::of_node(&namespace, family),
+        };
         Ok(Self {
             family,
             namespace,
             programs,
-            ipset: process::find("ipset"),
+            sets: Ipset::open(),
             programmed: false,
             looks: 0,
             waited: Duration::ZERO,
@@ -92,7 +93,8 @@ impl Tools {
         for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
             let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
             let mut state = State::empty(self.family);
-            state.read_rules(&programs.save(&self.namespace).map_err(failed("read rules"))?);
+            let text = programs.save(&self.namespace).map_err(|error| failed("read rules", error))?;
+            state.read_rules(&text);
             let used = self.programs.replace(programs);
             let removed = self.carry_out(&plan::removal(&state));
             self.programs = used;
@@ -105,15 +107,13 @@ impl Tools {
         self.programs.as_ref().ok_or_else(|| io::Error::other("iptables is not installed"))
     }
 
-    fn ipset(&self, args: &[&str], input: &str) -> io::Result<String> {
-        let ipset = self.ipset.as_ref().ok_or_else(|| io::Error::other("ipset is not installed"))?;
-        self.namespace.run(ipset, args, input)
+    fn sets(&mut self) -> Result<&mut Ipset, String> {
+        self.sets.as_mut().map_err(|error| error.to_string())
     }
 
-    fn read(&self, programs: &Programs) -> io::Result<State> {
+    fn read_rules(&self) -> io::Result<State> {
         let mut state = State::empty(self.family);
-        state.read_rules(&programs.save(&self.namespace)?);
-        self.read_sets(&mut state)?;
+        state.read_rules(&self.programs()?.save(&self.namespace)?);
         if self.family == IpFamily::V4 {
             let routed = self.namespace.inside(|| std::fs::read_to_string(ROUTE_LOCALNET))?;
             state.loopback.routed = routed.trim() == "1";
@@ -121,39 +121,21 @@ impl Tools {
         Ok(state)
     }
 
-    fn read_sets(&self, state: &mut State) -> io::Result<()> {
-        state.read_sets(&self.ipset(&["list", "-terse"], "")?);
-        let names: Vec<_> =
-            state.sets.keys().filter(|n| Kind::of(self.family, n) != Some(Kind::Clients)).cloned().collect();
-        for name in names {
-            state.read_elements(&self.ipset(&["save", &name], "")?);
+    fn read_sets(&mut self, state: &mut State) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let family = self.family;
+        let sets = self.sets()?;
+        for declared in sets.declarations()? {
+            match Kind::of(family, &declared.name) {
+                None => {}
+                Some(Kind::Clients) => state.read_set(&declared),
+                Some(_) => sets.list(Some(&declared.name))?.iter().for_each(|listed| state.read_set(listed)),
+            }
         }
         Ok(())
     }
 
-    /// Waits until nobody holds the lock of the tables, so that the wait is known. The tool takes the lock
-    /// itself, and waits again if somebody was faster.
-    fn await_lock(&mut self, programs: &Programs) {
-        if programs.flavour == Flavour::Nft {
-            return;
-        }
-        let path = std::env::var_os("XTABLES_LOCKFILE").map_or_else(|| LOCK_FILE.into(), PathBuf::from);
-        let Ok(file) = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
-        else {
-            return;
-        };
-        let started = Instant::now();
-        if file.try_lock().is_err() {
-            wait_for(&file, started);
-            self.waited += started.elapsed();
-        }
-    }
-
     fn restore(&mut self, ops: &[Op]) -> io::Result<()> {
-        let programs = self.programs()?.clone();
-        self.await_lock(&programs);
-        let text = restore_text(ops);
-        self.namespace.run(&programs.restore, &["--noflush", "--wait", LOCK_TIMEOUT], &text)?;
+        self.waited += self.programs()?.restore(&self.namespace, &restore_text(ops))?;
         for op in ops {
             match op {
                 Op::SetChain(Table::Mangle, name, _) if &**name == names::CANARY => self.programmed = true,
@@ -164,42 +146,69 @@ impl Tools {
         Ok(())
     }
 
-    fn change_sets(&self, ops: &[Op]) -> io::Result<()> {
-        let mut lines: Vec<String> = ops.iter().map(ToString::to_string).collect();
-        for tries in 1.. {
-            let Err(error) = self.ipset(&["restore"], &(lines.join("\n") + "\n")) else { break };
-            let said = error.to_string();
-            if tries == DESTROY_TRIES || !said.contains("in use by a kernel component") {
-                return Err(error);
+    fn change_sets(&mut self, ops: &[Op]) -> Result<(), KernelError> {
+        let mut in_use = self.try_sets(&ops.iter().collect::<Vec<_>>())?;
+        for _ in 1..DESTROY_TRIES {
+            if in_use.is_empty() {
+                return Ok(());
             }
-            // What came before the line that failed is done.
-            let done =
-                said.split("Error in line ").nth(1).and_then(|rest| rest.split(':').next()?.parse().ok());
-            lines.drain(..done.map_or(0, |line: usize| line.saturating_sub(1).min(lines.len())));
             std::thread::sleep(DESTROY_PAUSE);
+            in_use = self.try_sets(&in_use)?;
         }
-        Ok(())
+        match in_use.first() {
+            Some(op) => Err(failed(op.to_string(), "the set is in use")),
+            None => Ok(()),
+        }
+    }
+
+    /// Carries out operations on sets. Answers those that would have destroyed a set that is in use.
+    fn try_sets<'a>(&mut self, ops: &[&'a Op]) -> Result<Vec<&'a Op>, KernelError> {
+        let mut in_use = Vec::new();
+        let mut rest = ops;
+        while !rest.is_empty() {
+            let mut commands = Commands::default();
+            let mut left = rest.iter();
+            while commands.bytes() < BATCH_BYTES
+                && let Some(op) = left.next()
+            {
+                encode(&mut commands, op);
+            }
+            let sent = rest;
+            rest = left.as_slice();
+            let sets = self.sets().map_err(|error| failed("change sets", error))?;
+            for refusal in sets.execute(&mut commands).map_err(|error| failed("change sets", error))? {
+                let Some(op) = sent.get(refusal.index) else { continue };
+                if !matches!(op, Op::DestroySet(_)) || refusal.errno != IN_USE {
+                    return Err(failed(op.to_string(), ipset_netlink::explain(&refusal)));
+                }
+                in_use.push(*op);
+            }
+        }
+        Ok(in_use)
     }
 
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError> {
-        for group in ops.chunk_by(|a, b| a.tool() == b.tool()) {
-            match group[0].tool() {
-                Tool::Ipset => self.change_sets(group).map_err(failed("change sets"))?,
-                Tool::Iptables => self.restore(group).map_err(failed("change rules"))?,
-                Tool::Sysctl => self.route_loopback()?,
+        for group in ops.chunk_by(|a, b| a.about() == b.about()) {
+            match group[0].about() {
+                About::Sets => self.change_sets(group)?,
+                About::Rules => self.restore(group).map_err(|error| failed("change rules", error))?,
+                About::Setting => self.route_loopback()?,
             }
         }
         Ok(())
     }
 
     /// Makes a set, and asks the tool whether it and the kernel know everything that our rules say.
-    fn try_rules(&self, programs: &Programs) -> io::Result<()> {
+    fn try_rules(&mut self, programs: &Programs) -> Result<(), Box<dyn Error + Send + Sync>> {
         let set = match self.family {
             IpFamily::V4 => "SHUNT-PROBE",
             IpFamily::V6 => "SHUNT-6-PROBE",
         };
-        let declaration = Kind::Clients.declaration(self.family);
-        self.ipset(&["-exist", "restore"], &format!("create {set} {declaration}\n"))?;
+        // One may be left by a process that was killed half-way; usually there is none.
+        let mut stale = Commands::default();
+        stale.destroy(set);
+        self.sets()?.execute(&mut stale)?;
+        self.change_sets(&[Op::CreateSet(self.family, set.into(), Kind::Clients)])?;
         let to = match self.family {
             IpFamily::V4 => "192.0.2.1:80",
             IpFamily::V6 => "[2001:db8::1]:80",
@@ -215,22 +224,24 @@ impl Tools {
              -A SHUNT-PROBE -j MARK --set-xmark 0x1/0x0\n\
              -A SHUNT-PROBE -j MASQUERADE --random-fully\nCOMMIT\n"
         );
-        let tried =
-            self.namespace.run(&programs.restore, &["--noflush", "--test", "--wait", LOCK_TIMEOUT], &text);
-        self.ipset(&["destroy", set], "")?;
-        tried.map(drop)
+        let tried = programs.test(&self.namespace, &text);
+        self.change_sets(&[Op::DestroySet(set.into())])?;
+        Ok(tried?)
     }
 }
 
-fn wait_for(file: &File, started: Instant) {
-    while started.elapsed() < Duration::from_secs(10) && file.try_lock().is_err() {
-        std::thread::sleep(Duration::from_millis(2));
+fn encode(commands: &mut Commands, op: &Op) {
+    match op {
+        Op::CreateSet(family, name, kind) => commands.create(&kind.declaration(*family, name)),
+        Op::DestroySet(name) => commands.destroy(name),
+        Op::AddElement(set, element) => commands.add(set, &element.entry().into()),
+        Op::DeleteElement(set, element) => commands.delete(set, &element.entry().into()),
+        _ => {}
     }
 }
 
-fn failed(what: &str) -> impl Fn(io::Error) -> KernelError {
-    let context = what.to_owned();
-    move |error| KernelError { context: context.clone(), source: error.into(), remedy: Remedy::Resync }
+fn failed(what: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> KernelError {
+    KernelError { context: what.into(), source: source.into(), remedy: Remedy::Resync }
 }
 
 impl Kernel for Tools {
@@ -240,19 +251,17 @@ impl Kernel for Tools {
             missing: missing.to_owned(),
             advice: advice.to_owned(),
         };
-        if self.ipset.is_none() {
-            return Err(missing("the program ipset is not installed", "install the package ipset"));
-        }
         let Some(programs) = self.programs.clone() else {
             return Err(missing(
                 "iptables (iptables-restore, iptables-save) is not installed, or not in the flavour asked for",
                 "install the package iptables",
             ));
         };
-        self.ipset(&["list", "-name"], "").map_err(|error| {
+        self.sets().map_err(|error| {
             missing(
-                &error.to_string(),
-                "ipset needs CAP_NET_ADMIN and a kernel with CONFIG_IP_SET and CONFIG_IP_SET_HASH_IP",
+                &error,
+                "sets need CAP_NET_ADMIN and a kernel with CONFIG_IP_SET, CONFIG_IP_SET_HASH_IP, IP_SET_HASH_IPPORT, \
+                 IP_SET_HASH_IPPORTIP and IP_SET_HASH_IPPORTNET",
             )
         })?;
         self.try_rules(&programs).map_err(|error| {
@@ -268,12 +277,12 @@ impl Kernel for Tools {
     fn route_loopback(&mut self) -> Result<(), KernelError> {
         self.namespace
             .inside(|| std::fs::write(ROUTE_LOCALNET, "1"))
-            .map_err(failed("set net.ipv4.conf.all.route_localnet"))
+            .map_err(|error| failed("set net.ipv4.conf.all.route_localnet", error))
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {
-        let programs = self.programs().map_err(failed("read rules"))?.clone();
-        let state = self.read(&programs).map_err(failed("read rules and sets"))?;
+        let mut state = self.read_rules().map_err(|error| failed("read rules", error))?;
+        self.read_sets(&mut state).map_err(|error| failed("read sets", error))?;
         self.programmed = state.chains.keys().any(|(_, name)| &**name == names::CANARY);
         Ok(state)
     }
@@ -284,9 +293,9 @@ impl Kernel for Tools {
 
     fn remove(&mut self) -> Result<(), KernelError> {
         self.remove_rules(|_| true)?;
-        if self.ipset.is_some() {
+        if self.sets.is_ok() {
             let mut state = State::empty(self.family);
-            state.read_sets(&self.ipset(&["list", "-terse"], "").map_err(failed("read sets"))?);
+            self.read_sets(&mut state).map_err(|error| failed("read sets", error))?;
             self.carry_out(&plan::removal(&state))?;
         }
         self.programmed = false;
@@ -298,12 +307,11 @@ impl Kernel for Tools {
             return Ok(true);
         }
         self.looks = self.looks.wrapping_add(1);
-        let programs = self.programs().map_err(failed("look for the canary"))?;
+        let programs = self.programs().map_err(|error| failed("look for the canary", error))?;
         let skip_nat = programs.flavour == Flavour::Legacy && !self.looks.is_multiple_of(NAT_LOOKS);
         for table in Table::ALL.into_iter().filter(|table| *table != Table::Nat || !skip_nat) {
-            let args = ["--wait", LOCK_TIMEOUT, "-t", table.name(), "-S", names::CANARY];
             // A chain that is gone makes the tool fail.
-            let there = self.namespace.run(&programs.iptables, &args, "");
+            let there = programs.list(&self.namespace, table.name(), names::CANARY);
             if !there.is_ok_and(|text| text.contains("-A ")) {
                 return Ok(false);
             }

@@ -13,7 +13,7 @@
 //! else's and stays as it is.
 //!
 //! Start reading at [`fixed`], then [`render`], [`tree`], then [`plan`]. [`kernel`] is the only file that
-//! touches the kernel; it does so through `iptables-restore`, `iptables-save` and `ipset`.
+//! touches the kernel; it does so through `iptables-restore`, `iptables-save` and ipset's netlink.
 
 #![forbid(unsafe_code)]
 
@@ -21,13 +21,11 @@ pub mod choice;
 #[cfg(any(test, feature = "testkit"))]
 pub mod fake;
 pub mod fixed;
-pub mod flavour;
 pub mod kernel;
 pub mod names;
 pub mod op;
 pub mod parse;
 pub mod plan;
-mod process;
 pub mod render;
 pub mod rule;
 pub mod sets;

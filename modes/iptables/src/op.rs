@@ -44,28 +44,28 @@ pub enum Op {
     RouteLoopback,
 }
 
-/// Which tool carries out an operation.
+/// What an operation is about. Those of one kind are carried out together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Tool {
-    /// `ipset restore`.
-    Ipset,
-    /// `iptables-restore`.
-    Iptables,
+pub enum About {
+    /// Sets, by netlink.
+    Sets,
+    /// Rules, by `iptables-restore`.
+    Rules,
     /// A setting of the kernel.
-    Sysctl,
+    Setting,
 }
 
 impl Op {
-    /// Which tool carries it out.
-    pub const fn tool(&self) -> Tool {
+    /// What it is about.
+    pub const fn about(&self) -> About {
         match self {
             Self::CreateSet(..) | Self::DestroySet(_) | Self::AddElement(..) | Self::DeleteElement(..) => {
-                Tool::Ipset
+                About::Sets
             }
             Self::SetChain(..) | Self::DeleteChain(..) | Self::SetHooks { .. } | Self::GuardLoopback(_) => {
-                Tool::Iptables
+                About::Rules
             }
-            Self::RouteLoopback => Tool::Sysctl,
+            Self::RouteLoopback => About::Setting,
         }
     }
 
@@ -84,7 +84,7 @@ impl fmt::Display for Op {
     /// What it does, in the words of `ipset` and `iptables`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::CreateSet(family, name, kind) => write!(f, "create {name} {}", kind.declaration(*family)),
+            Self::CreateSet(family, name, kind) => kind.declaration(*family, name).fmt(f),
             Self::DestroySet(name) => write!(f, "destroy {name}"),
             Self::AddElement(set, element) => write!(f, "add {set} {element}"),
             Self::DeleteElement(set, element) => write!(f, "del {set} {element}"),
@@ -189,7 +189,7 @@ fn advance_one(state: &mut State, op: &Op) {
         }
         Op::AddElement(set, element) => {
             if let Some(set) = state.sets.get_mut(set) {
-                set.elements.insert(element.clone());
+                set.elements.insert(*element);
             }
         }
         Op::DeleteElement(set, element) => {

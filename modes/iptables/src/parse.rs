@@ -1,66 +1,17 @@
-//! Reads what `iptables-save` prints. Both flavours print the same conditions, in orders of their own.
+//! Reads rules as `iptables-save` prints them. Both flavours print the same conditions, in orders of their own.
 
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use shunt_core::id::Protocol;
+use xtables_tools::words;
 
 use crate::names::Name;
 use crate::rule::{Key, Match, Rule, Side, States, Target, parse_chance};
 
-/// One line of `iptables-save` that means something.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Line<'a> {
-    /// `*nat`: what follows is about this table.
-    Table(&'a str),
-    /// `:CHAIN …`: there is this chain.
-    Chain(&'a str),
-    /// `-A CHAIN …`: a rule, in its own text.
-    Rule(&'a str, &'a str),
-}
-
-/// Reads a line; `None` for comments, `COMMIT`, and what is none of ours.
-pub fn line(text: &str) -> Option<Line<'_>> {
-    if let Some(table) = text.strip_prefix('*') {
-        return Some(Line::Table(table.trim()));
-    }
-    if let Some(chain) = text.strip_prefix(':') {
-        return Some(Line::Chain(chain.split(' ').next()?));
-    }
-    let (chain, rule) = text.strip_prefix("-A ")?.split_once(' ')?;
-    Some(Line::Rule(chain, rule))
-}
-
 /// Reads a rule. What our rules never say makes a rule with [`Target::Other`] and the whole text.
 pub fn rule(text: &str) -> Rule {
     read(&words(text)).unwrap_or_else(|| Rule::always(Target::Other(text.into())))
-}
-
-/// Splits a line into words; those with spaces are in quotes, with backslashes before quotes.
-fn words(text: &str) -> Vec<String> {
-    let mut words = Vec::new();
-    let (mut word, mut quoted, mut any) = (String::new(), false, false);
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '\\' if quoted => word.extend(chars.next()),
-            '"' => {
-                quoted = !quoted;
-                any = true;
-            }
-            ' ' if !quoted => {
-                if any || !word.is_empty() {
-                    words.push(std::mem::take(&mut word));
-                }
-                any = false;
-            }
-            c => word.push(c),
-        }
-    }
-    if any || !word.is_empty() {
-        words.push(word);
-    }
-    words
 }
 
 #[derive(Default)]

@@ -182,7 +182,7 @@ impl<'a> Planner<'a> {
             let Some(element) = Element::frontend(frontend) else { continue };
             if !desired.everything {
                 for set in [&reject, &drop, &guarded] {
-                    held.extend(observed.holds(set, &element).then(|| (set.clone(), element.clone())));
+                    held.extend(observed.holds(set, &element).then(|| (set.clone(), element)));
                 }
                 held.extend(sources_of(observed, &sources, frontend));
             }
@@ -207,21 +207,20 @@ impl<'a> Planner<'a> {
             .map(|(ip, wanted)| (&cluster_ips, Element::Address(*ip), *wanted))
             .chain(desired.hairpins.iter().map(|(e, wanted)| (&hairpin, Element::Hairpin(*e), *wanted)));
         for (set, element, is_wanted) in others {
-            held.extend(observed.holds(set, &element).then(|| (set.clone(), element.clone())));
+            held.extend(observed.holds(set, &element).then(|| (set.clone(), element)));
             if is_wanted {
                 drop_into(&mut wanted, set, &element);
             }
         }
         if desired.everything {
-            let all =
-                observed.sets.iter().flat_map(|(set, s)| s.elements.iter().map(|e| (set.clone(), e.clone())));
+            let all = observed.sets.iter().flat_map(|(set, s)| s.elements.iter().map(|e| (set.clone(), *e)));
             held.extend(all);
         }
         for (set, element) in wanted.difference(&held) {
-            self.before.push(Op::AddElement(set.clone(), element.clone()));
+            self.before.push(Op::AddElement(set.clone(), *element));
         }
         for (set, element) in held.difference(&wanted) {
-            self.after.push(Op::DeleteElement(set.clone(), element.clone()));
+            self.after.push(Op::DeleteElement(set.clone(), *element));
         }
     }
 
@@ -385,7 +384,7 @@ fn refusal(dispatch: &Dispatch) -> Option<Rule> {
 }
 
 fn drop_into(into: &mut BTreeSet<(Name, Element)>, set: &Name, element: &Element) {
-    into.insert((set.clone(), element.clone()));
+    into.insert((set.clone(), *element));
 }
 
 /// Chains are made in this order: what leads to others comes after them.
@@ -425,7 +424,7 @@ fn sources_of<'a>(
         Element::Source(a, protocol, port, _)
             if (Some(*a), *protocol, *port) == (wanted.address, wanted.protocol, wanted.port) =>
         {
-            Some((set.clone(), element.clone()))
+            Some((set.clone(), *element))
         }
         _ => None,
     })

@@ -1,13 +1,14 @@
-//! Sets of `ipset`: what the filter table asks, and which clients an endpoint has.
+//! Sets: what the filter table asks, and which clients an endpoint has.
 
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use ipset_netlink::{Entry, Family, Set};
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::{Frontend, LocalEndpoint};
 
-use crate::names::{self, Name};
+use crate::names;
 
 /// Most elements of a set. Memory is only taken for those that are there; what ipset assumes (65,536)
 /// is too little.
@@ -31,8 +32,6 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 5] = [Self::Addresses, Self::Frontends, Self::Sources, Self::Hairpins, Self::Clients];
-
     /// What a set of ours with this name holds; `None` for sets that are not ours.
     pub fn of(family: IpFamily, name: &str) -> Option<Self> {
         if name.starts_with(names::ENDPOINT) {
@@ -47,42 +46,38 @@ impl Kind {
         })
     }
 
-    const fn type_name(self) -> &'static str {
+    const fn type_of(self) -> ipset_netlink::Kind {
         match self {
-            Self::Addresses | Self::Clients => "hash:ip",
-            Self::Frontends => "hash:ip,port",
-            Self::Sources => "hash:ip,port,net",
-            Self::Hairpins => "hash:ip,port,ip",
+            Self::Addresses | Self::Clients => ipset_netlink::Kind::HashIp,
+            Self::Frontends => ipset_netlink::Kind::HashIpPort,
+            Self::Sources => ipset_netlink::Kind::HashIpPortNet,
+            Self::Hairpins => ipset_netlink::Kind::HashIpPortIp,
         }
     }
 
-    /// How ipset is told to make such a set.
-    pub fn declaration(self, family: IpFamily) -> String {
-        let family = match family {
-            IpFamily::V4 => "inet",
-            IpFamily::V6 => "inet6",
-        };
-        let timeout =
-            if self == Self::Clients { format!(" timeout {CLIENT_TIMEOUT}") } else { String::new() };
-        format!("{} family {family} maxelem {ELEMENTS_MAX}{timeout}", self.type_name())
+    /// How such a set is declared.
+    pub fn declaration(self, family: IpFamily, name: &str) -> Set {
+        Set {
+            name: name.to_owned(),
+            kind: self.type_of(),
+            family: Some(family_of(family)),
+            max_elements: ELEMENTS_MAX,
+            timeout: (self == Self::Clients).then_some(CLIENT_TIMEOUT),
+            marks: false,
+        }
     }
+}
 
-    /// The kind that is declared by these words of ipset, which may say more; `None` if none is.
-    pub fn declared(family: IpFamily, type_name: &str, header: &str) -> Option<Self> {
-        let said: Vec<&str> = header.split(' ').collect();
-        let says = |words: &[&str]| said.windows(words.len()).any(|w| w == words);
-        Self::ALL.into_iter().find(|kind| {
-            let declaration = kind.declaration(family);
-            let words: Vec<&str> = declaration.split(' ').collect();
-            words[0] == type_name
-                && words[1..].chunks(2).all(&says)
-                && says(&["timeout"]) == (*kind == Self::Clients)
-        })
+/// The family as sets know it.
+pub const fn family_of(family: IpFamily) -> Family {
+    match family {
+        IpFamily::V4 => Family::Inet,
+        IpFamily::V6 => Family::Inet6,
     }
 }
 
 /// An element of a set.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Element {
     /// An address.
     Address(IpAddr),
@@ -92,8 +87,8 @@ pub enum Element {
     Source(IpAddr, Protocol, u16, IpNet),
     /// An endpoint, from itself.
     Hairpin(LocalEndpoint),
-    /// Something that is not ours, as ipset prints it.
-    Stray(Name),
+    /// Something that is not ours.
+    Stray(Entry),
 }
 
 impl Element {
@@ -102,47 +97,47 @@ impl Element {
         Some(Self::Frontend(frontend.address?, frontend.protocol, frontend.port))
     }
 
-    /// Reads an element of a set of this kind.
-    pub fn parse(kind: Kind, text: &str) -> Self {
-        Self::read(kind, text).unwrap_or_else(|| Self::Stray(text.into()))
+    /// What an entry of a set of ours means.
+    pub fn of(entry: Entry) -> Self {
+        Self::known(entry).unwrap_or(Self::Stray(entry))
     }
 
-    fn read(kind: Kind, text: &str) -> Option<Self> {
-        let mut parts = text.split(',');
-        let address: IpAddr = parts.next()?.parse().ok()?;
-        if matches!(kind, Kind::Addresses | Kind::Clients) {
-            return parts.next().is_none().then_some(Self::Address(address));
-        }
-        let (protocol, port) = parts.next()?.split_once(':')?;
-        let (protocol, port) = (protocol.parse().ok()?, port.parse().ok()?);
-        let last = parts.next();
-        if parts.next().is_some() {
-            return None;
-        }
-        match (kind, last) {
-            (Kind::Frontends, None) => Some(Self::Frontend(address, protocol, port)),
-            (Kind::Sources, Some(range)) => {
-                let range =
-                    range.parse().ok().or_else(|| Some(IpNet::from(range.parse::<IpAddr>().ok()?)))?;
-                Some(Self::Source(address, protocol, port, range))
+    fn known(entry: Entry) -> Option<Self> {
+        Some(match entry {
+            Entry::Ip(address) => Self::Address(address),
+            Entry::IpPort(address, protocol, port) => {
+                Self::Frontend(address, Protocol::from_number(protocol)?, port)
             }
-            (Kind::Hairpins, Some(source)) if source.parse() == Ok(address) => {
-                Some(Self::Hairpin(LocalEndpoint { address, protocol, port }))
+            Entry::IpPortNet(address, protocol, port, net, prefix) => {
+                let range = IpNet::new(net, prefix).ok()?;
+                Self::Source(address, Protocol::from_number(protocol)?, port, range)
             }
-            _ => None,
+            Entry::IpPortIp(address, protocol, port, source) if source == address => {
+                let protocol = Protocol::from_number(protocol)?;
+                Self::Hairpin(LocalEndpoint { address, protocol, port })
+            }
+            _ => return None,
+        })
+    }
+
+    /// The entry of its set.
+    pub fn entry(&self) -> Entry {
+        match *self {
+            Self::Address(address) => Entry::Ip(address),
+            Self::Frontend(address, protocol, port) => Entry::IpPort(address, protocol.number(), port),
+            Self::Source(address, protocol, port, range) => {
+                Entry::IpPortNet(address, protocol.number(), port, range.addr(), range.prefix_len())
+            }
+            Self::Hairpin(e) => Entry::IpPortIp(e.address, e.protocol.number(), e.port, e.address),
+            Self::Stray(entry) => entry,
         }
     }
 }
 
+/// As ipset prints it.
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(address) => address.fmt(f),
-            Self::Frontend(address, protocol, port) => write!(f, "{address},{protocol}:{port}"),
-            Self::Source(address, protocol, port, range) => write!(f, "{address},{protocol}:{port},{range}"),
-            Self::Hairpin(e) => write!(f, "{0},{1}:{2},{0}", e.address, e.protocol, e.port),
-            Self::Stray(text) => f.write_str(text),
-        }
+        self.entry().fmt(f)
     }
 }
 
@@ -151,46 +146,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn declarations_are_recognised_in_what_ipset_prints() {
-        for family in IpFamily::ALL {
-            for kind in Kind::ALL {
-                let declaration = kind.declaration(family);
-                let (type_name, header) = declaration.split_once(' ').unwrap();
-                let printed = format!(
-                    "{} bucketsize 12 initval 0x1",
-                    header.replace("maxelem", "hashsize 1024 maxelem")
-                );
-                assert_eq!(Kind::declared(family, type_name, &printed), Some(kind), "{printed}");
-            }
-        }
-        let of = |header| Kind::declared(IpFamily::V4, "hash:ip", header);
-        assert_eq!(of("family inet hashsize 1024 maxelem 65536"), None);
-        assert_eq!(of("family inet hashsize 1024 maxelem 4194304 timeout 7"), None);
-        assert_eq!(of("family inet6 hashsize 1024 maxelem 4194304"), None);
-    }
-
-    #[test]
-    fn elements_are_read_as_they_are_printed() {
-        for (kind, text) in [
-            (Kind::Addresses, "10.0.0.1"),
-            (Kind::Frontends, "fd00::1,tcp:80"),
-            (Kind::Sources, "10.0.0.1,sctp:80,10.0.0.0/8"),
-            (Kind::Hairpins, "10.0.0.1,udp:53,10.0.0.1"),
+    fn elements_are_read_back_and_strange_ones_kept() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        for (entry, text) in [
+            (Entry::Ip(ip("10.0.0.1")), "10.0.0.1"),
+            (Entry::IpPort(ip("fd00::1"), 6, 80), "fd00::1,tcp:80"),
+            (Entry::IpPortNet(ip("10.0.0.1"), 132, 80, ip("10.0.0.0"), 8), "10.0.0.1,sctp:80,10.0.0.0/8"),
+            (Entry::IpPortIp(ip("10.0.0.1"), 17, 53, ip("10.0.0.1")), "10.0.0.1,udp:53,10.0.0.1"),
         ] {
-            let element = Element::parse(kind, text);
+            let element = Element::of(entry);
             assert!(!matches!(element, Element::Stray(_)));
-            assert_eq!(element.to_string(), text);
+            assert_eq!((element.entry(), element.to_string()), (entry, text.to_owned()));
         }
-        assert_eq!(
-            Element::parse(Kind::Sources, "10.0.0.1,tcp:80,10.0.0.7").to_string(),
-            "10.0.0.1,tcp:80,10.0.0.7/32"
-        );
-        for (kind, text) in [
-            (Kind::Frontends, "10.0.0.1"),
-            (Kind::Hairpins, "10.0.0.1,tcp:80,10.0.0.2"),
-            (Kind::Addresses, "x"),
+        for entry in [
+            Entry::IpPort(ip("10.0.0.1"), 136, 80),
+            Entry::IpPortIp(ip("10.0.0.1"), 6, 80, ip("10.0.0.2")),
+            Entry::IpPortNet(ip("10.0.0.1"), 6, 80, ip("10.0.0.0"), 77),
+            Entry::Port(80),
         ] {
-            assert_eq!(Element::parse(kind, text), Element::Stray(text.into()));
+            assert_eq!(Element::of(entry), Element::Stray(entry));
+            assert_eq!(Element::of(entry).entry(), entry);
         }
     }
 }

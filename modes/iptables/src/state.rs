@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use ipset_netlink::Listed;
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, Frontend};
+use xtables_tools::Line;
 
 use crate::fixed::{Builtin, Chains, Hooks, Table};
 use crate::names::{self, Name};
-use crate::parse::{self, Line};
+use crate::parse;
 use crate::rule::{Match, Rule};
-use crate::sets::{Element, Kind};
+use crate::sets::{Element, Kind, family_of};
 use crate::tree;
 
 /// A set.
@@ -83,7 +85,7 @@ impl State {
     pub fn read_rules(&mut self, text: &str) {
         let mut table = None;
         let anti_martian = crate::fixed::anti_martian();
-        for line in text.lines().filter_map(parse::line) {
+        for line in text.lines().filter_map(xtables_tools::line) {
             match line {
                 Line::Table(name) => table = Table::ALL.into_iter().find(|t| t.name() == name),
                 Line::Chain(chain) => {
@@ -122,42 +124,21 @@ impl State {
         }
     }
 
-    /// Takes in what `ipset list -terse` prints: which sets there are.
-    pub fn read_sets(&mut self, text: &str) {
-        let (mut name, mut type_name) = ("", "");
-        for line in text.lines() {
-            if let Some(found) = line.strip_prefix("Name: ") {
-                name = found;
-            } else if let Some(found) = line.strip_prefix("Type: ") {
-                type_name = found;
-            } else if let Some(header) = line.strip_prefix("Header: ")
-                && let Some(wanted) = Kind::of(self.family, name)
-            {
-                let of_family = match self.family {
-                    IpFamily::V4 => "family inet ",
-                    IpFamily::V6 => "family inet6 ",
-                };
-                // Sets of clients are named alike in both families.
-                if wanted == Kind::Clients && !format!("{header} ").contains(of_family) {
-                    continue;
-                }
-                let kind = Kind::declared(self.family, type_name, header).filter(|kind| *kind == wanted);
-                self.sets.insert(name.into(), Set { kind, elements: BTreeSet::new() });
-            }
+    /// Takes in a set that the kernel has.
+    pub fn read_set(&mut self, listed: &Listed) {
+        let Some(kind) = Kind::of(self.family, &listed.name) else { return };
+        // Sets of clients are named alike in both families.
+        if kind == Kind::Clients && listed.family != Some(family_of(self.family)) {
+            return;
         }
-    }
-
-    /// Takes in what `ipset save` prints of one set: what it holds.
-    pub fn read_elements(&mut self, text: &str) {
-        for line in text.lines() {
-            let Some((name, element)) = line.strip_prefix("add ").and_then(|rest| rest.split_once(' '))
-            else {
-                continue;
-            };
-            if let Some(Set { kind: Some(kind), elements }) = self.sets.get_mut(name) {
-                elements.insert(Element::parse(*kind, element));
-            }
-        }
+        let is_ours = listed.set.as_ref() == Some(&kind.declaration(self.family, &listed.name));
+        let set = if is_ours {
+            let elements = listed.elements.iter().map(|e| Element::of(e.entry)).collect();
+            Set { kind: Some(kind), elements }
+        } else {
+            Set { kind: None, elements: BTreeSet::new() }
+        };
+        self.sets.insert(listed.name.as_str().into(), set);
     }
 
     /// The chains that can be come by from a chain of the nat table, itself included.
@@ -261,7 +242,7 @@ impl fmt::Display for State {
         }
         for (name, set) in &self.sets {
             match set.kind {
-                Some(kind) => writeln!(f, "create {name} {}", kind.declaration(self.family))?,
+                Some(kind) => writeln!(f, "{}", kind.declaration(self.family, name))?,
                 None => writeln!(f, "# {name} is declared otherwise")?,
             }
             set.elements.iter().try_for_each(|element| writeln!(f, "add {name} {element}"))?;

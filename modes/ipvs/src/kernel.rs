@@ -2,25 +2,24 @@
 //! addresses by rtnetlink, rules by `iptables-restore` where the skeleton changes, settings by `/proc`.
 
 mod link;
-mod namespace;
 mod tables;
 mod tuning;
 
 use std::collections::BTreeMap;
+use std::io;
 
 use ipnet::IpNet;
 use ipset_netlink::{Element, Ipset};
-use ipvs_netlink::{Config, Ipvs, NetlinkError, Refusal, ServiceKey};
+use ipvs_netlink::{Config, Ipvs, NetlinkError, ServiceKey};
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
+use xtables_tools::{Namespace, Programs};
 
 use crate::drain::Drained;
 use crate::layout::{self, SetName};
 use crate::op::Op;
 use crate::state::{Server, State};
 use link::Links;
-use namespace::Namespace;
-use tables::Tool;
 
 /// Connections of drained destinations.
 pub type Connections = BTreeMap<Drained, u32>;
@@ -67,7 +66,8 @@ pub struct Linux {
     family: IpFamily,
     options: Options,
     namespace: Namespace,
-    tool: Option<Tool>,
+    /// They are the same as long as the process runs.
+    programs: Option<Programs>,
     links: Links,
     /// `None` where the kernel has none.
     ipvs: Option<Ipvs>,
@@ -105,16 +105,33 @@ impl Linux {
             family,
             options,
             namespace: Namespace::current().map_err(|e| retry("find the network namespace", e.into()))?,
-            tool: None,
+            programs: None,
             links: Links::open().map_err(|e| retry("open rtnetlink", e.into()))?,
             ipvs,
             sets,
         })
     }
 
-    fn tool(&mut self) -> Tool {
-        let (family, namespace) = (self.family, &self.namespace);
-        self.tool.get_or_insert_with(|| namespace.run(move || Tool::find(family))).clone()
+    /// The programs of iptables; `None` if they are not installed.
+    fn programs(&mut self) -> Option<Programs> {
+        if self.programs.is_none() {
+            self.programs = Programs::of_node(&self.namespace, self.family);
+        }
+        self.programs.clone()
+    }
+
+    fn with_rules<T>(
+        &mut self,
+        context: &str,
+        remedy: Remedy,
+        work: impl FnOnce(&Programs, &Namespace) -> io::Result<T>,
+    ) -> Result<T, KernelError> {
+        let programs = self.programs();
+        let done = match &programs {
+            Some(programs) => work(programs, &self.namespace),
+            None => Err(io::Error::other("iptables is not installed")),
+        };
+        done.map_err(|error| failed(context, error, remedy))
     }
 
     fn ipvs(&mut self) -> Result<&mut Ipvs, KernelError> {
@@ -189,7 +206,10 @@ impl Linux {
         Ok(kept(wanted.tcp, held.tcp)
             && kept(wanted.tcp_fin, held.tcp_fin)
             && kept(wanted.udp, held.udp)
-            && self.namespace.run(move || tuning::is_tuned(strict_arp)))
+            && self
+                .namespace
+                .inside(move || Ok(tuning::is_tuned(strict_arp)))
+                .map_err(|error| failed("read the kernel's settings", error, Remedy::Retry))?)
     }
 
     /// Carries out operations that are no messages.
@@ -202,10 +222,9 @@ impl Linux {
             }
             Op::ReplaceSet(family, set, elements) => self.replace_set(*family, *set, elements),
             Op::SetRules(family, was, rules) => {
-                let (tool, text) = (self.tool(), tables::restore_text(*family, was, rules));
-                self.namespace
-                    .run(move || tool.restore(&text))
-                    .map_err(|error| failed(op.to_string(), error, Remedy::Resync))
+                let text = tables::restore_text(*family, was, rules);
+                let restore = |programs: &Programs, namespace: &_| programs.restore(namespace, &text);
+                self.with_rules(&op.to_string(), Remedy::Resync, restore).map(drop)
             }
             _ => Ok(()),
         }
@@ -235,14 +254,10 @@ impl Linux {
         // One may be left by a process that was killed half-way; usually there is none.
         self.sets()?.execute(&mut stale).map_err(lost)?;
         match self.sets()?.execute(&mut commands).map_err(lost)?.first() {
-            Some(refusal) => Err(failed(context(), set_words(refusal), Remedy::Resync)),
+            Some(refusal) => Err(failed(context(), ipset_netlink::explain(refusal), Remedy::Resync)),
             None => Ok(()),
         }
     }
-}
-
-fn set_words(refusal: &Refusal) -> String {
-    ipset_netlink::explain(refusal.errno).map_or_else(|| refusal.to_string(), str::to_owned)
 }
 
 /// Operations of one kind that are sent together.
@@ -351,7 +366,7 @@ impl Linux {
             }
             let words = match op {
                 Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..) => {
-                    set_words(&refusal)
+                    ipset_netlink::explain(&refusal)
                 }
                 Op::AddServer(service) | Op::SetServer(service) if refusal.errno == 2 => {
                     format!("the kernel has no scheduler {0} (module ip_vs_{0})", service.scheduler)
@@ -381,26 +396,26 @@ impl Kernel for Linux {
                 "load the module (modprobe ip_set), use a kernel that has it, or choose another --mode",
             );
         }
-        if let Err(error) = self.namespace.run(tuning::check) {
+        if let Err(error) = self.namespace.inside(tuning::check) {
             return unsupported(
                 format!("IPVS without connection tracking ({error})"),
                 "the kernel needs CONFIG_IP_VS_NFCT, and /proc/sys must be writable",
             );
         }
         // Whether it works shows when the rules are read, before anything is written.
-        if tables::is_installed(self.family) {
+        if self.programs().is_some() {
             return Ok(());
         }
         unsupported(
-            format!("there is no {}-restore", crate::skeleton::tool(self.family)),
-            "install iptables; the kernel needs its tables and CONFIG_NETFILTER_XT_SET",
+            "iptables (iptables-restore, iptables-save) is not installed".to_owned(),
+            "install the package iptables; the kernel needs its tables and CONFIG_NETFILTER_XT_SET",
         )
     }
 
     fn tune(&mut self) -> Result<(), KernelError> {
         let strict_arp = self.options.strict_arp;
         self.namespace
-            .run(move || tuning::tune(strict_arp))
+            .inside(move || tuning::tune(strict_arp))
             .map_err(|error| failed("set the kernel's settings", error, Remedy::Retry))?;
         let timeouts = self.timeouts();
         if timeouts != Config::default() {
@@ -420,11 +435,8 @@ impl Kernel for Linux {
         state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
         state.servers = self.servers()?;
         self.read_sets(&mut state)?;
-        let tool = self.tool();
-        state.rules = self
-            .namespace
-            .run(move || tool.save(family))
-            .map_err(|error| failed("read the rules", error, Remedy::Retry))?;
+        let text = self.with_rules("read the rules", Remedy::Retry, Programs::save)?;
+        state.rules = crate::parse::parse(family, &text);
         state.forget_shared();
         Ok(state)
     }

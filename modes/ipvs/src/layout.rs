@@ -207,6 +207,7 @@ impl SetName {
             kind: self.kind(),
             family: (!bitmap).then_some(of),
             max_elements: if bitmap { 0 } else { MAX_ELEMENTS },
+            timeout: None,
             marks: self == Self::Fwmark,
         }
     }

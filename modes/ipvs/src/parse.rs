@@ -1,6 +1,7 @@
 //! Reads what `iptables-save` prints, as far as it concerns us.
 
 use shunt_core::id::{IpFamily, Protocol};
+use xtables_tools::{Line, words};
 
 use crate::layout::SetName;
 use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target};
@@ -11,70 +12,37 @@ use crate::skeleton::{is_ours, leads_to_us};
 pub fn parse(family: IpFamily, text: &str) -> Rules {
     let mut rules = Rules::default();
     let mut table = None;
-    for line in text.lines() {
-        if let Some(name) = line.strip_prefix('*') {
-            table = Table::ALL.into_iter().find(|t| t.name() == name.trim());
-            continue;
+    for line in text.lines().filter_map(xtables_tools::line) {
+        if let Line::Table(name) = line {
+            table = Table::ALL.into_iter().find(|t| t.name() == name);
         }
         let Some(table) = table else { continue };
-        if let Some(chain) = line.strip_prefix(':') {
-            let name = chain.split(' ').next().unwrap_or_default();
-            if is_ours(table, name) {
+        match line {
+            Line::Chain(name) if is_ours(table, name) => {
                 rules.chains.push(Chain { table, name: name.to_owned(), rules: Vec::new() });
             }
-            continue;
-        }
-        let words = words(line);
-        let [add, name, rest @ ..] = words.as_slice() else { continue };
-        if add != "-A" {
-            continue;
-        }
-        let list = if is_ours(table, name) {
-            &mut rules.chains
-        } else if leads_to_us(table, rest) {
-            &mut rules.hooks
-        } else {
-            continue;
-        };
-        let rule = rule(family, rest).unwrap_or_else(|| unknown(line));
-        match list.iter_mut().find(|c| c.table == table && c.name == *name) {
-            Some(chain) => chain.rules.push(rule),
-            None => list.push(Chain { table, name: name.clone(), rules: vec![rule] }),
+            Line::Rule(name, text) => {
+                let words = words(text);
+                let list = if is_ours(table, name) {
+                    &mut rules.chains
+                } else if leads_to_us(table, &words) {
+                    &mut rules.hooks
+                } else {
+                    continue;
+                };
+                let unknown = || Rule::new([], Target::Unknown(text.to_owned()));
+                let rule = rule(family, &words).unwrap_or_else(unknown);
+                match list.iter_mut().find(|c| c.table == table && c.name == name) {
+                    Some(chain) => chain.rules.push(rule),
+                    None => list.push(Chain { table, name: name.to_owned(), rules: vec![rule] }),
+                }
+            }
+            _ => {}
         }
     }
     rules.chains.sort();
     rules.hooks.sort();
     rules
-}
-
-fn unknown(line: &str) -> Rule {
-    let text = line.splitn(3, ' ').nth(2).unwrap_or_default();
-    Rule::new([], Target::Unknown(text.to_owned()))
-}
-
-/// Words at spaces; those in quotes may contain some.
-fn words(line: &str) -> Vec<String> {
-    let mut words = vec![String::new()];
-    let mut quoted = false;
-    let mut characters = line.chars();
-    while let Some(c) = characters.next() {
-        match c {
-            '"' => quoted = !quoted,
-            '\\' if quoted => {
-                if let (Some(word), Some(c)) = (words.last_mut(), characters.next()) {
-                    word.push(c);
-                }
-            }
-            ' ' if !quoted => words.push(String::new()),
-            c => {
-                if let Some(word) = words.last_mut() {
-                    word.push(c);
-                }
-            }
-        }
-    }
-    words.retain(|w| !w.is_empty());
-    words
 }
 
 struct Reader<'a> {

@@ -28,7 +28,7 @@ pub use shunt_mode_ipvs::kernel::Options as IpvsOptions;
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::kernel::Netlink;
 
-pub use shunt_mode_iptables::flavour::Flavour;
+pub use xtables_tools::Flavour;
 
 /// Modes from which `auto` takes the first that the kernel can run: first the one that
 /// costs least per connection and change and needs no privilege beyond `CAP_NET_ADMIN`.

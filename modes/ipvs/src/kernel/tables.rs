@@ -1,104 +1,10 @@
-//! Rules, by `iptables-save` and `iptables-restore`: read where everything is read, written where the
-//! skeleton changes, never when a Service does.
+//! What `iptables-restore` is told where the skeleton changes, never when a Service does.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
-use std::process::{Command, Stdio};
 
 use shunt_core::id::IpFamily;
 
-use crate::parse::parse;
 use crate::rules::{Chain, Rules, Table};
-use crate::skeleton::tool;
-
-/// Chains by which the kubelet says in which of the two flavours it writes its rules.
-const HINTS: [&str; 2] = [":KUBE-IPTABLES-HINT", ":KUBE-KUBELET-CANARY"];
-
-/// Whether the tools are there.
-pub(super) fn is_installed(family: IpFamily) -> bool {
-    let name = format!("{}-restore", tool(family));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(&name).exists())
-}
-
-/// Which tools to use: they are the same as long as the process runs.
-#[derive(Clone, Debug)]
-pub(super) struct Tool(String);
-
-impl Tool {
-    /// Finds them in the calling thread's network namespace.
-    pub(super) fn find(family: IpFamily) -> Self {
-        Self(flavour(family))
-    }
-
-    /// Our rules as they are.
-    pub(super) fn save(&self, family: IpFamily) -> io::Result<Rules> {
-        save(family, &self.0)
-    }
-
-    /// Makes rules so.
-    pub(super) fn restore(&self, text: &str) -> io::Result<()> {
-        restore(&self.0, text)
-    }
-}
-
-/// The flavour in which the kubelet left its hint, or the system's own.
-fn flavour(family: IpFamily) -> String {
-    let plain = tool(family);
-    // Looking at a table of the legacy flavour would make it.
-    let names = match family {
-        IpFamily::V4 => "/proc/net/ip_tables_names",
-        IpFamily::V6 => "/proc/net/ip6_tables_names",
-    };
-    let legacy = std::fs::read_to_string(names).is_ok_and(|names| names.lines().any(|n| n == "mangle"));
-    for flavour in ["nft", "legacy"] {
-        if flavour == "legacy" && !legacy {
-            continue;
-        }
-        let name = format!("{plain}-{flavour}");
-        let saved = Command::new(format!("{name}-save")).args(["-t", "mangle"]).output();
-        let hinted = saved.is_ok_and(|output| {
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            text.lines().any(|line| HINTS.iter().any(|hint| line.starts_with(hint)))
-        });
-        if hinted {
-            return name;
-        }
-    }
-    plain.to_owned()
-}
-
-fn failed(name: &str, output: &std::process::Output) -> io::Error {
-    let words = String::from_utf8_lossy(&output.stderr);
-    io::Error::other(format!("{name}: {}", words.trim()))
-}
-
-fn save(family: IpFamily, tool: &str) -> io::Result<Rules> {
-    let name = format!("{tool}-save");
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("{name}: {error}"));
-    let output = Command::new(&name).stdin(Stdio::null()).output().map_err(named)?;
-    if !output.status.success() {
-        return Err(failed(&name, &output));
-    }
-    Ok(parse(family, &String::from_utf8_lossy(&output.stdout)))
-}
-
-fn restore(tool: &str, text: &str) -> io::Result<()> {
-    let name = format!("{tool}-restore");
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("{name}: {error}"));
-    let mut child = Command::new(&name)
-        .args(["--noflush", "-w", "5"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(named)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(text.as_bytes()).map_err(named)?;
-    }
-    let output = child.wait_with_output().map_err(named)?;
-    if output.status.success() { Ok(()) } else { Err(failed(&name, &output)) }
-}
 
 /// What leads from one set of rules to another. Each table changes at once.
 pub(super) fn restore_text(family: IpFamily, was: &Rules, rules: &Rules) -> String {

@@ -6,11 +6,11 @@ use shunt_harness::lab::Namespace;
 use shunt_mode::{KernelError, Plan};
 use shunt_mode_iptables::Iptables;
 use shunt_mode_iptables::fake::FakeKernel;
-use shunt_mode_iptables::flavour::Flavour;
 use shunt_mode_iptables::kernel::Tools;
 use shunt_mode_iptables::op::Op;
 use shunt_mode_iptables::render::Desired;
 use shunt_mode_iptables::state::State;
+use xtables_tools::Flavour;
 
 use super::ModeUnderTest;
 

@@ -100,6 +100,8 @@ pub struct Set {
     pub family: Option<Family>,
     /// Most elements; 0 for [`Kind::BitmapPort`], which holds every port.
     pub max_elements: u32,
+    /// Seconds after which an element is forgotten that says nothing else; `None` where elements stay.
+    pub timeout: Option<u32>,
     /// Whether elements may have a mark for packets.
     pub marks: bool,
 }
@@ -124,6 +126,9 @@ impl Set {
                 w.attribute(HASH_SIZE | BIG_ENDIAN, &1024_u32.to_be_bytes());
                 w.attribute(MAX_ELEMENTS | BIG_ENDIAN, &self.max_elements.to_be_bytes());
             }
+            if let Some(seconds) = self.timeout {
+                w.attribute(TIMEOUT | BIG_ENDIAN, &seconds.to_be_bytes());
+            }
             if self.marks {
                 w.attribute(CADT_FLAGS | BIG_ENDIAN, &WITH_SKBINFO.to_be_bytes());
             }
@@ -144,6 +149,9 @@ impl fmt::Display for Set {
         if self.kind != Kind::BitmapPort {
             write!(f, " hashsize 1024 maxelem {}", self.max_elements)?;
         }
+        if let Some(seconds) = self.timeout {
+            write!(f, " timeout {seconds}")?;
+        }
         if self.marks { f.write_str(" skbinfo") } else { Ok(()) }
     }
 }
@@ -153,6 +161,8 @@ impl fmt::Display for Set {
 pub(crate) struct Declared {
     /// The declaration; `None` for types and options that are not known.
     pub(crate) set: Option<Set>,
+    /// Family of the addresses, whatever the type.
+    pub(crate) family: Option<Family>,
     /// Rules and sets that refer to it.
     pub(crate) references: u32,
 }
@@ -172,7 +182,6 @@ pub(crate) fn decode(name: &str, attributes: &[u8]) -> Option<Declared> {
     let port = |kind| Attributes::find(data, kind).and_then(be16);
     let known = |kind: &Kind| {
         kind.name() == kind_name
-            && number(TIMEOUT).is_none()
             && flags & !WITH_SKBINFO == 0
             && (*kind != Kind::BitmapPort || (port(PORT_FROM), port(PORT_TO)) == (Some(0), Some(u16::MAX)))
     };
@@ -181,7 +190,8 @@ pub(crate) fn decode(name: &str, attributes: &[u8]) -> Option<Declared> {
         kind,
         family: family.filter(|_| kind != Kind::BitmapPort),
         max_elements: number(MAX_ELEMENTS).unwrap_or_default(),
+        timeout: number(TIMEOUT),
         marks: flags & WITH_SKBINFO != 0,
     });
-    Some(Declared { set, references: number(REFERENCES).unwrap_or_default() })
+    Some(Declared { set, family, references: number(REFERENCES).unwrap_or_default() })
 }

@@ -1,4 +1,4 @@
-//! Runs the tools, in the network namespace that the mode was opened in.
+//! Network namespaces, and programs in them.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -15,17 +15,17 @@ const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// A network namespace.
 #[derive(Debug)]
-pub(crate) struct Namespace(File);
+pub struct Namespace(File);
 
 impl Namespace {
     /// The calling thread's.
-    pub(crate) fn current() -> io::Result<Self> {
+    pub fn current() -> io::Result<Self> {
         File::open(OWN_NAMESPACE).map(Self)
     }
 
     /// Does something on a thread that is in the namespace. Entering another one than the caller's needs
     /// `CAP_SYS_ADMIN`, which only tests have.
-    pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         let (here, there) = (std::fs::metadata(OWN_NAMESPACE)?, self.0.metadata()?);
         if (here.dev(), here.ino()) == (there.dev(), there.ino()) {
             return work();
@@ -40,7 +40,7 @@ impl Namespace {
     }
 
     /// Runs a program to its end, feeding it `input`. An error also says what the program said.
-    pub(crate) fn run(&self, program: &Path, args: &[&str], input: &str) -> io::Result<String> {
+    pub fn run(&self, program: &Path, args: &[&str], input: &str) -> io::Result<String> {
         let output = self.inside(|| output_of(program, args, input))?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());

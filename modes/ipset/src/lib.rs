@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The types are those that service proxies use: `hash:ip`, `hash:ip,port`, `hash:ip,port,ip`,
-//! `hash:ip,port,net`, `hash:net` and `bitmap:port`, with `skbinfo` where a set maps to packet marks.
+//! `hash:ip,port,net`, `hash:net` and `bitmap:port`, with `skbinfo` where a set maps to packet marks and
+//! `timeout` where elements are forgotten.
 //! Sets of other types are listed without their elements. Commands are sent in batches; the kernel
 //! carries out each on its own.
 
@@ -23,13 +24,22 @@ pub use netlink_requests::{Error as NetlinkError, Refusal};
 pub use set::{Family, Kind, Set};
 pub use socket::{Error, Ipset, Listed};
 
+/// The error number of a set that cannot be deleted because rules refer to it. It may still be one for a
+/// moment after the last such rule is gone.
+pub const IN_USE: i32 = 4100;
+
+/// Why the kernel refused a command, in words.
+pub fn explain(refusal: &Refusal) -> String {
+    meaning(refusal.errno).map_or_else(|| refusal.to_string(), str::to_owned)
+}
+
 /// What the kernel's own error numbers of ipset mean, beyond those of `errno(3)`.
-pub fn explain(errno: i32) -> Option<&'static str> {
+fn meaning(errno: i32) -> Option<&'static str> {
     Some(match errno {
         4097 => "protocol error",
         4098 => "no such set type, or one of another revision",
         4099 => "too many sets",
-        4100 => "the set is in use",
+        IN_USE => "the set is in use",
         4101 => "a set with this name exists already",
         4102 => "sets of different types",
         4103 => "the element is already there, or not there",

@@ -5,8 +5,11 @@ use netlink_requests::{Attributes, Error as NetlinkError, Refusal, Socket, text}
 
 use crate::commands::{Commands, HEADER, LIST_MESSAGE, start};
 use crate::element::{self, Element};
-use crate::set::{self, DATA, NAME, Set};
+use crate::set::{self, BIG_ENDIAN, DATA, Family, NAME, Set};
 
+/// `IPSET_ATTR_FLAGS` of a list, and `IPSET_FLAG_LIST_HEADER`: without elements.
+const FLAGS: u16 = 6;
+const WITHOUT_ELEMENTS: u32 = 1 << 2;
 /// `IPSET_ATTR_ADT`: a list of elements.
 const ELEMENTS: u16 = 8;
 const ENOENT: i32 = 2;
@@ -38,7 +41,9 @@ pub struct Listed {
     pub name: String,
     /// Its declaration; `None` for types and options that are not known here.
     pub set: Option<Set>,
-    /// Its elements, in no order; none where the declaration is not known.
+    /// Family of its addresses, also where the declaration is not known; `None` if it has none.
+    pub family: Option<Family>,
+    /// Its elements, in no order; none where the declaration is not known, or was all that was asked for.
     pub elements: Vec<Element>,
     /// Rules and sets that refer to it.
     pub references: u32,
@@ -76,6 +81,15 @@ impl Ipset {
 
     /// All sets, or the one of a name; none if there is no such set.
     pub fn list(&mut self, name: Option<&str>) -> Result<Vec<Listed>, Error> {
+        self.dump(name, 0)
+    }
+
+    /// All sets, without their elements.
+    pub fn declarations(&mut self) -> Result<Vec<Listed>, Error> {
+        self.dump(None, WITHOUT_ELEMENTS)
+    }
+
+    fn dump(&mut self, name: Option<&str>, flags: u32) -> Result<Vec<Listed>, Error> {
         const WHAT: &str = "list sets";
         for _ in 0..DUMP_ATTEMPTS {
             let mut listed = Vec::new();
@@ -85,6 +99,9 @@ impl Ipset {
                     start(w);
                     if let Some(name) = name {
                         w.string(NAME, name);
+                    }
+                    if flags != 0 {
+                        w.attribute(FLAGS | BIG_ENDIAN, &flags.to_be_bytes());
                     }
                 },
                 |payload| {
@@ -111,6 +128,7 @@ pub(crate) fn take_in(attributes: &[u8], listed: &mut Vec<Listed>) -> Result<(),
         listed.push(Listed {
             name: name.to_owned(),
             set: declared.set,
+            family: declared.family,
             elements: Vec::new(),
             references: declared.references,
         });

@@ -27,6 +27,7 @@ fn set(name: &str, kind: Kind, family: Family) -> Set {
         kind,
         family: (!bitmap).then_some(family),
         max_elements: if bitmap { 0 } else { 1 << 20 },
+        timeout: None,
         marks: false,
     }
 }
@@ -126,6 +127,23 @@ fn marks_are_kept_and_replaced() {
     assert_eq!(ipset.list(Some("marks")).unwrap().remove(0).elements, []);
 }
 
+fn elements_are_forgotten_where_the_set_says_so() {
+    let mut ipset = open();
+    let set = Set { timeout: Some(10_800), ..set("clients", Kind::HashIp, Family::Inet6) };
+    let mut commands = Commands::default();
+    commands.create(&set);
+    commands.add("clients", &Entry::Ip(ip("fd00::1")).into());
+    assert_eq!(ipset.execute(&mut commands).unwrap(), []);
+    assert!(saved().contains(&set.to_string()), "{:?}", saved());
+    let listed = ipset.list(Some("clients")).unwrap().remove(0);
+    assert_eq!(listed.set.as_ref(), Some(&set));
+    assert_eq!(listed.elements, [Entry::Ip(ip("fd00::1")).into()]);
+    let declared = ipset.declarations().unwrap();
+    assert_eq!(declared.len(), 1);
+    assert_eq!((&declared[0].set, declared[0].family), (&Some(set), Some(Family::Inet6)));
+    assert_eq!(declared[0].elements, []);
+}
+
 fn sets_change_places_and_refusals_are_named() {
     let mut ipset = open();
     let [one, two] = ["one", "two"].map(|name| set(name, Kind::HashIp, Family::Inet));
@@ -177,6 +195,7 @@ macro_rules! in_guest {
 in_guest!(
     sets_of_every_kind_are_read_back_as_made,
     marks_are_kept_and_replaced,
+    elements_are_forgotten_where_the_set_says_so,
     sets_change_places_and_refusals_are_named,
     large_sets_are_listed_whole,
 );

@@ -1,0 +1,19 @@
+//! The tools of iptables: which of the two flavours a node uses, and how they are run.
+//!
+//! ```text
+//!   Programs::of_node ──> save ──text──> lines ──> words
+//!         │ └───────────> restore <──text── who uses this
+//!         └─────────────> list
+//! ```
+//!
+//! What the rules mean is not known here. Everything happens in the [`Namespace`] that it is told.
+
+#![forbid(unsafe_code)]
+
+mod namespace;
+mod programs;
+mod save;
+
+pub use namespace::Namespace;
+pub use programs::{Flavour, Programs, choose};
+pub use save::{Line, line, words};
