@@ -2,10 +2,11 @@
 //! addresses by rtnetlink, rules by `iptables-restore` where the skeleton changes, settings by `/proc`.
 
 mod link;
+mod schedulers;
 mod tables;
 mod tuning;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use ipnet::IpNet;
@@ -18,6 +19,7 @@ use xtables_tools::{Namespace, Programs};
 use crate::drain::Drained;
 use crate::layout::{self, SetName};
 use crate::op::Op;
+use crate::scheduler;
 use crate::state::{Server, State};
 use link::Links;
 
@@ -57,6 +59,7 @@ pub struct Options {
 
 /// Bytes that are handed to the kernel at once.
 const BATCH_BYTES: usize = 1 << 20;
+const ENOENT: i32 = 2;
 const EINVAL: i32 = 22;
 const EADDRNOTAVAIL: i32 = 99;
 
@@ -73,6 +76,8 @@ pub struct Linux {
     ipvs: Option<Ipvs>,
     /// `None` where the kernel has none.
     sets: Option<Ipset>,
+    /// Schedulers that the kernel has refused.
+    refused: BTreeSet<String>,
 }
 
 fn failed(
@@ -109,6 +114,7 @@ impl Linux {
             links: Links::open().map_err(|e| retry("open rtnetlink", e.into()))?,
             ipvs,
             sets,
+            refused: BTreeSet::new(),
         })
     }
 
@@ -172,6 +178,14 @@ impl Linux {
             servers.insert(key, Server { service: entry.service, destinations });
         }
         Ok(servers)
+    }
+
+    fn lacking(&mut self) -> Result<BTreeSet<String>, KernelError> {
+        let lost = |error: ipvs_netlink::Error| failed("look for schedulers", error, Remedy::Retry);
+        let (family, refused) = (self.family, std::mem::take(&mut self.refused));
+        let lacking = schedulers::lacking(self.ipvs()?, family, &refused).map_err(lost)?;
+        self.refused.clone_from(&lacking);
+        Ok(lacking)
     }
 
     fn read_sets(&mut self, state: &mut State) -> Result<(), KernelError> {
@@ -355,6 +369,7 @@ impl Linux {
             }
             Batch::Addresses(mut batch) => self.links.execute(&mut batch).map_err(|e| unknown(e.into()))?,
         };
+        let mut first = None;
         for refusal in refusals {
             let Some(op) = ops.get(refusal.index) else { continue };
             let strange = matches!(op, Op::AddDestination(..) | Op::AddAddress(_))
@@ -368,14 +383,16 @@ impl Linux {
                 Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..) => {
                     ipset_netlink::explain(&refusal)
                 }
-                Op::AddServer(service) | Op::SetServer(service) if refusal.errno == 2 => {
-                    format!("the kernel has no scheduler {0} (module ip_vs_{0})", service.scheduler)
+                // The next plan does without it.
+                Op::AddServer(service) | Op::SetServer(service) if refusal.errno == ENOENT => {
+                    self.refused.insert(service.scheduler.clone());
+                    scheduler::missing(&service.scheduler)
                 }
                 _ => refusal.to_string(),
             };
-            return Err(failed(op.to_string(), words, Remedy::Resync));
+            first.get_or_insert_with(|| failed(op.to_string(), words, Remedy::Resync));
         }
-        Ok(())
+        first.map_or(Ok(()), Err)
     }
 }
 
@@ -394,6 +411,13 @@ impl Kernel for Linux {
             return unsupported(
                 "the kernel has no ipset (CONFIG_IP_SET, module ip_set)".to_owned(),
                 "load the module (modprobe ip_set), use a kernel that has it, or choose another --mode",
+            );
+        }
+        let family = self.family;
+        if let Some(Ok(false)) = self.ipvs.as_mut().map(|i| schedulers::has(i, family, scheduler::DEFAULT)) {
+            return unsupported(
+                scheduler::missing(scheduler::DEFAULT),
+                "load the module (modprobe ip_vs_rr), or use a kernel with CONFIG_IP_VS_RR",
             );
         }
         if let Err(error) = self.namespace.inside(tuning::check) {
@@ -434,6 +458,7 @@ impl Kernel for Linux {
         let of_family = |a: &std::net::IpAddr| IpFamily::of(*a) == family;
         state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
         state.servers = self.servers()?;
+        state.lacking = self.lacking()?;
         self.read_sets(&mut state)?;
         let text = self.with_rules("read the rules", Remedy::Retry, Programs::save)?;
         state.rules = crate::parse::parse(family, &text);

@@ -102,6 +102,8 @@ pub enum SetName {
     NodePortSctp,
     /// Those of them whose traffic from outside goes to local endpoints.
     NodePortLocalSctp,
+    /// Ports on which the agent tells load balancers of local endpoints.
+    HealthCheckNodePort,
     /// All addresses on the dummy link.
     IpvsIps,
     /// Addresses on which node ports answer.
@@ -116,7 +118,7 @@ pub enum SetName {
 
 impl SetName {
     /// All sets.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::LoopBack,
         Self::ClusterIp,
         Self::ExternalIp,
@@ -132,6 +134,7 @@ impl SetName {
         Self::NodePortLocalUdp,
         Self::NodePortSctp,
         Self::NodePortLocalSctp,
+        Self::HealthCheckNodePort,
         Self::IpvsIps,
         Self::NodePortIps,
         Self::Fwmark,
@@ -156,6 +159,7 @@ impl SetName {
             Self::NodePortLocalUdp => "NODE-PORT-LOCAL-UDP",
             Self::NodePortSctp => "NODE-PORT-SCTP-HASH",
             Self::NodePortLocalSctp => "NODE-PORT-LOCAL-SCTP-HASH",
+            Self::HealthCheckNodePort => "HEALTH-CHECK-NODE-PORT",
             Self::IpvsIps => "IPVS-IPS",
             Self::NodePortIps => "NODE-PORT-IPS",
             Self::Fwmark => "FWMARK",
@@ -186,9 +190,11 @@ impl SetName {
         match self {
             Self::LoopBack | Self::LoadBalancerSourceIp => Kind::HashIpPortIp,
             Self::LoadBalancerSourceCidr => Kind::HashIpPortNet,
-            Self::NodePortTcp | Self::NodePortLocalTcp | Self::NodePortUdp | Self::NodePortLocalUdp => {
-                Kind::BitmapPort
-            }
+            Self::NodePortTcp
+            | Self::NodePortLocalTcp
+            | Self::NodePortUdp
+            | Self::NodePortLocalUdp
+            | Self::HealthCheckNodePort => Kind::BitmapPort,
             Self::IpvsIps | Self::NodePortIps => Kind::HashIp,
             Self::ServiceCidr => Kind::HashNet,
             _ => Kind::HashIpPort,

@@ -26,6 +26,7 @@ pub mod parse;
 pub mod plan;
 pub mod render;
 pub mod rules;
+pub mod scheduler;
 pub mod skeleton;
 pub mod state;
 pub mod trace;

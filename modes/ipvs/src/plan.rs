@@ -18,6 +18,7 @@ use crate::layout::{self, Place, SetName};
 use crate::op::Op;
 use crate::render::{Desired, Wanted};
 use crate::rules::Rules;
+use crate::scheduler;
 use crate::skeleton::skeleton;
 use crate::state::State;
 
@@ -82,9 +83,10 @@ const fn phases(set: SetName) -> (Phase, Phase) {
         | SetName::NodePortLocalTcp
         | SetName::NodePortLocalUdp
         | SetName::NodePortLocalSctp => (Phase::AddPlaces, Phase::AddGuards),
-        SetName::ExternalIpLocal | SetName::ClusterIp | SetName::ServiceCidr => {
-            (Phase::AddPlaces, Phase::DeletePlaces)
-        }
+        SetName::ExternalIpLocal
+        | SetName::ClusterIp
+        | SetName::ServiceCidr
+        | SetName::HealthCheckNodePort => (Phase::AddPlaces, Phase::DeletePlaces),
         SetName::Fwmark => (Phase::AddMarks, Phase::DeleteMarks),
         SetName::NoLocal => (Phase::AddDrops, Phase::DeleteDrops),
         SetName::IpvsIps => (Phase::AddVips, Phase::DeleteVips),
@@ -121,6 +123,7 @@ pub fn plan_within(observed: &State, desired: &Desired, most: usize) -> Plan<Op>
         next_mark: 1,
         marks_kept: BTreeSet::new(),
         marks_gone: BTreeSet::new(),
+        problems: BTreeSet::new(),
     };
     if desired.active {
         planner.prepare();
@@ -132,7 +135,7 @@ pub fn plan_within(observed: &State, desired: &Desired, most: usize) -> Plan<Op>
     }
     let mut ops = planner.ops;
     ops.sort_by_key(|(phase, _)| *phase);
-    let mut plan = Plan::default();
+    let mut plan = Plan { problems: planner.problems.into_iter().collect(), ..Plan::default() };
     let mut ops = ops.into_iter().map(|(_, op)| op).peekable();
     while ops.peek().is_some() {
         plan.push(ops.by_ref().take(most.max(1)).collect());
@@ -153,6 +156,8 @@ struct Planner<'a> {
     marks_kept: BTreeSet<ServiceKey>,
     /// Those that places have no more.
     marks_gone: BTreeSet<ServiceKey>,
+    /// What cannot be had.
+    problems: BTreeSet<String>,
 }
 
 impl Planner<'_> {
@@ -281,7 +286,7 @@ impl Planner<'_> {
         let key = place.key();
         match wanted {
             Some(wanted) => {
-                self.server(&wanted.service, &wanted.destinations, Phase::Servers);
+                self.server(wanted, &wanted.service, &wanted.destinations, Phase::Servers);
             }
             None if self.observed.servers.contains_key(&key) => {
                 self.push(Phase::DeleteServers, Op::DeleteServer(key));
@@ -346,7 +351,7 @@ impl Planner<'_> {
         for key in self.mark_keys(value) {
             self.marks_kept.insert(key);
             let service = Service { key, ..wanted.inside_service() };
-            self.server(&service, destinations, Phase::MarkServers);
+            self.server(wanted, &service, destinations, Phase::MarkServers);
         }
         if held.is_none_or(|m| (m.value, m.mask) != (value, u32::MAX)) {
             let mark = Some(Mark { value, mask: u32::MAX });
@@ -385,10 +390,27 @@ impl Planner<'_> {
         self.next_mark
     }
 
+    /// The service with a scheduler that the kernel has.
+    fn scheduled(&mut self, of: &Wanted, service: &Service) -> Service {
+        let available = scheduler::available(service, &self.observed.lacking);
+        if available.scheduler != service.scheduler {
+            let asked = if service.scheduler == of.service.scheduler {
+                "metadata.annotations[kube-router.io/service.scheduler] or ipvs.scheduler"
+            } else {
+                "spec.sessionAffinity with spec.externalTrafficPolicy"
+            };
+            let missing = scheduler::missing(&service.scheduler);
+            let (owner, instead) = (&of.owner, &available.scheduler);
+            self.problems.insert(format!("{owner}: {missing}, which {asked} asks for: {instead} instead"));
+        }
+        available
+    }
+
     /// A virtual server and its destinations. Those that are not wanted any more are drained; whoever
     /// looks after them deletes them once their connections have ended.
-    fn server(&mut self, service: &Service, wanted: &BTreeSet<SocketAddr>, phase: Phase) {
+    fn server(&mut self, of: &Wanted, service: &Service, wanted: &BTreeSet<SocketAddr>, phase: Phase) {
         let key = service.key;
+        let service = &self.scheduled(of, service);
         let held = self.observed.servers.get(&key);
         match held {
             None => self.push(phase, Op::AddServer(service.clone())),
@@ -431,6 +453,9 @@ impl Planner<'_> {
             self.element(all, Entry::Port(*port), wanted.is_some());
             self.element(local, Entry::Port(*port), *wanted == Some(true));
         }
+        for (port, should) in &desired.health_checks {
+            self.element(SetName::HealthCheckNodePort, Entry::Port(*port), *should);
+        }
         for (endpoint, should) in &desired.loopbacks {
             self.element(SetName::LoopBack, loopback(endpoint), *should);
         }
@@ -447,8 +472,10 @@ impl Planner<'_> {
         };
         let vips = desired.addresses.iter().filter(|(_, should)| **should);
         let loopbacks = desired.loopbacks.iter().filter(|(_, should)| **should);
-        let whole: [(SetName, BTreeSet<Entry>); 6] = [
+        let health_checks = desired.health_checks.iter().filter(|(_, should)| **should);
+        let whole: [(SetName, BTreeSet<Entry>); 7] = [
             (SetName::IpvsIps, vips.map(|(a, _)| Entry::Ip(*a)).collect()),
+            (SetName::HealthCheckNodePort, health_checks.map(|(port, _)| Entry::Port(*port)).collect()),
             (SetName::LoopBack, loopbacks.map(|(e, _)| loopback(e)).collect()),
             (SetName::NodePortTcp, ports(Protocol::Tcp, false)),
             (SetName::NodePortLocalTcp, ports(Protocol::Tcp, true)),

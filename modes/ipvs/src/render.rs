@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ipvs_netlink::{Flags, Persistence, Service};
-use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::id::{IpFamily, Protocol, ServicePortName};
 use shunt_core::node::LocalDetector;
 use shunt_core::service::TrafficPolicy;
 use shunt_core::table::{
@@ -15,16 +15,13 @@ use shunt_core::table::{
 };
 
 use crate::layout::{Place, SetName};
-
-/// The scheduler of Services that name none.
-const SCHEDULER: &str = "rr";
-
-/// Maglev hashing of the source address.
-const AFFINE_SCHEDULER: &str = "mh";
+use crate::scheduler;
 
 /// What should be at a place.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Wanted {
+    /// The Service port, for messages.
+    pub owner: ServicePortName,
     /// The virtual server by address.
     pub service: Service,
     /// Its destinations.
@@ -46,7 +43,7 @@ impl Wanted {
     pub fn inside_service(&self) -> Service {
         let mut service = self.service.clone();
         if service.persistence.take().is_some() {
-            service.scheduler = String::from(AFFINE_SCHEDULER);
+            service.scheduler = String::from(scheduler::AFFINE);
             service.flags.scheduler = [true, false, false];
         }
         service
@@ -71,6 +68,8 @@ pub struct Desired {
     /// TCP and UDP node ports in question: `Some(true)` for those whose traffic from outside goes to
     /// local endpoints.
     pub node_ports: BTreeMap<(Protocol, u16), Option<bool>>,
+    /// Health check node ports in question, and whether they should be open.
+    pub health_checks: BTreeMap<u16, bool>,
     /// Addresses in question, and whether they should be on the dummy link.
     pub addresses: BTreeMap<IpAddr, bool>,
     /// Local endpoints in question, and whether they should be there.
@@ -91,6 +90,7 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
         service_cidrs: table.service_cidrs().iter().flat_map(|range| settable(*range)).collect(),
         places: BTreeMap::new(),
         node_ports: BTreeMap::new(),
+        health_checks: BTreeMap::new(),
         addresses: BTreeMap::new(),
         loopbacks: BTreeMap::new(),
     };
@@ -118,10 +118,13 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
     if everything {
         table.cluster_ips().for_each(|ip| desired.address(table, ip));
         desired.loopbacks.extend(table.local_endpoints().map(|e| (e, true)));
+        desired.health_checks.extend(table.health_check_node_ports().map(|(port, _)| (port, true)));
     } else {
         change.cluster_ips.iter().for_each(|ip| desired.address(table, *ip));
         let touched = change.local_endpoints.iter();
         desired.loopbacks.extend(touched.map(|e| (*e, table.is_local_endpoint(e))));
+        let touched = change.health_check_node_ports.iter();
+        desired.health_checks.extend(touched.map(|port| (*port, table.is_health_check_node_port(*port))));
     }
     desired
 }
@@ -255,9 +258,9 @@ fn wanted(place: &Place, port: &PortEntry, entry: &FrontendEntry, node: &NodeFac
     if entry.source_ranges.is_some() {
         sets.insert(SetName::LoadBalancerFw);
     }
-    let scheduler = port.scheduler.as_ref();
-    let mut service = Service::new(place.key(), scheduler.map_or(SCHEDULER, |s| &*s.name));
-    let [first, second, third] = scheduler.map(|s| s.flags).unwrap_or_default();
+    let asked = port.scheduler.as_ref();
+    let mut service = Service::new(place.key(), asked.map_or(scheduler::DEFAULT, |s| &*s.name));
+    let [first, second, third] = asked.map(|s| s.flags).unwrap_or_default();
     // With mh the port counts as well as the address, as kube-proxy has it.
     let scheduler_flags = [first, second || service.scheduler == "mh", third];
     service.flags = Flags { one_packet: false, scheduler: scheduler_flags };
@@ -265,5 +268,6 @@ fn wanted(place: &Place, port: &PortEntry, entry: &FrontendEntry, node: &NodeFac
         timeout: u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1),
         prefix: if place.address.is_ipv4() { 32 } else { 128 },
     });
-    Wanted { service, destinations, inside, sets, guard: entry.source_ranges.clone() }
+    let owner = port.name.clone();
+    Wanted { owner, service, destinations, inside, sets, guard: entry.source_ranges.clone() }
 }

@@ -4,6 +4,7 @@
 //!   mangle  KUBE-PROXY-FIREWALL: source ranges, drops, marks for the second virtual server of a place
 //!   nat     KUBE-SERVICES: which packets get the masquerade bit
 //!   filter  KUBE-IPVS-FILTER: no other port of a VIP is open
+//!   filter  KUBE-NODE-PORT: health check node ports are open whatever the node's own rules say
 //!   (IPVS)
 //!   mangle  KUBE-IPVS-UNMARK: marks end here
 //!   nat     KUBE-POSTROUTING: packets with the masquerade bit, and hairpins, get another source
@@ -110,8 +111,12 @@ fn chain(rules: &mut Rules, table: Table, name: &str, list: Vec<Rule>) {
     rules.chains.push(Chain { table, name: name.to_owned(), rules: list });
 }
 
+/// Adds a rule to those that a chain of the kernel's begins with.
 fn hook(rules: &mut Rules, table: Table, name: &str, rule: Rule) {
-    rules.hooks.push(Chain { table, name: name.to_owned(), rules: vec![rule] });
+    match rules.hooks.iter_mut().find(|c| c.table == table && c.name == name) {
+        Some(chain) => chain.rules.push(rule),
+        None => rules.hooks.push(Chain { table, name: name.to_owned(), rules: vec![rule] }),
+    }
 }
 
 fn filter(node: &NodeFacts, rules: &mut Rules) {
@@ -131,12 +136,25 @@ fn filter(node: &NodeFacts, rules: &mut Rules) {
     list.push(Rule::new([Match::Protocol(RuleProtocol::Icmp)], Target::Return));
     list.push(Rule::new([Match::New, Match::Set(SetName::IpvsIps, "dst", true)], Target::Reject));
     chain(rules, Table::Filter, IPVS_FILTER, list);
+    // A node whose own firewall is closed must still answer load balancers.
+    let health_checks = Rule::new(
+        [
+            Match::Protocol(RuleProtocol::Transport(Protocol::Tcp)),
+            comment("Kubernetes health check node port"),
+            Match::Set(SetName::HealthCheckNodePort, "dst", true),
+        ],
+        Target::Accept,
+    );
+    chain(rules, Table::Filter, NODE_PORT, vec![health_checks]);
     let forward = [comment("kubernetes forwarding rules")];
     hook(rules, Table::Filter, "FORWARD", Rule::new(forward, jump(FORWARD)));
     for name in ["INPUT", "OUTPUT"] {
         let access = [comment("kubernetes ipvs access filter")];
         hook(rules, Table::Filter, name, Rule::new(access, jump(IPVS_FILTER)));
     }
+    // After the filter of VIPs, where the node's own ports are closed.
+    let health = [comment("kubernetes health check rules")];
+    hook(rules, Table::Filter, "INPUT", Rule::new(health, jump(NODE_PORT)));
 }
 
 fn mangle(node: &NodeFacts, rules: &mut Rules) {

@@ -38,6 +38,8 @@ pub struct State {
     pub family: IpFamily,
     /// Whether the kernel's settings for IPVS are as the mode needs them.
     pub tuned: bool,
+    /// Schedulers that the kernel was asked for and does not have.
+    pub lacking: BTreeSet<String>,
     /// Whether the dummy link exists.
     pub link: bool,
     /// Addresses on the dummy link.
@@ -58,6 +60,7 @@ impl State {
         Self {
             family,
             tuned: false,
+            lacking: BTreeSet::new(),
             link: false,
             addresses: BTreeSet::new(),
             servers: BTreeMap::new(),
@@ -153,6 +156,9 @@ impl State {
                     .any(|e| e.address == *address && e.port == *port && e.protocol.number() == *protocol),
                 (_, Entry::Ip(address)) => wanted(address),
                 (_, Entry::Net(..)) => false,
+                (SetName::HealthCheckNodePort, Entry::Port(port)) => {
+                    only.health_check_node_ports.contains(port)
+                }
                 (set, Entry::Port(port)) => only.frontends.iter().any(|f| {
                     f.address.is_none() && f.port == *port && SetName::node_ports(f.protocol).contains(set)
                 }),

@@ -650,6 +650,11 @@ impl ForwardingTable {
         self.local_endpoints.keys().copied()
     }
 
+    /// Whether some Service has this health check node port.
+    pub fn is_health_check_node_port(&self, port: u16) -> bool {
+        self.health_check_node_ports.contains_key(&port)
+    }
+
     /// Health check node ports in order, each with the Service that has it, the first by name.
     pub fn health_check_node_ports(&self) -> impl Iterator<Item = (u16, &NamespacedName)> {
         self.health_check_node_ports.iter().filter_map(|(port, names)| Some((*port, names.first()?)))

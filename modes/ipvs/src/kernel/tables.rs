@@ -26,21 +26,14 @@ pub(super) fn restore_text(family: IpFamily, was: &Rules, rules: &Rules) -> Stri
         for chain in new.iter().chain(gone.iter().copied()) {
             let _ = writeln!(text, ":{} - [0:0]", chain.name);
         }
-        let lacks = |list: &[Chain], chain: &str, rule| {
-            !list.iter().any(|c| c.name == chain && c.rules.contains(rule))
-        };
-        for hook in &old_hooks {
-            let mut seen = Vec::new();
+        for hook in old_hooks.iter().filter(|hook| !new_hooks.contains(hook)) {
             for rule in &hook.rules {
-                // The same rule twice is one too many.
-                if seen.contains(&rule) || lacks(&new_hooks, &hook.name, rule) {
-                    let _ = writeln!(text, "-D {} {}", hook.name, rule.text(family));
-                }
-                seen.push(rule);
+                let _ = writeln!(text, "-D {} {}", hook.name, rule.text(family));
             }
         }
-        for hook in &new_hooks {
-            for rule in hook.rules.iter().filter(|rule| lacks(&old_hooks, &hook.name, rule)) {
+        for hook in new_hooks.iter().filter(|hook| !old_hooks.contains(hook)) {
+            // Each comes before the one that was put there last.
+            for rule in hook.rules.iter().rev() {
                 let _ = writeln!(text, "-I {} {}", hook.name, rule.text(family));
             }
         }
