@@ -18,6 +18,7 @@ use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
 use crate::drain::Drained;
 use crate::layout::{self, SetName};
 use crate::op::Op;
+use crate::rules::Rules;
 use crate::scheduler;
 use crate::state::{Server, State};
 use link::Links;
@@ -37,6 +38,8 @@ pub trait Kernel {
     fn carry_out(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError>;
     /// Counts the connections of the destinations of some virtual servers; those without may be left out.
     fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError>;
+    /// Whether what a flush takes away is still there: virtual servers, the link, rules.
+    fn intact(&mut self) -> Result<bool, KernelError>;
     /// Removes everything that is ours.
     fn remove_everything(&mut self) -> Result<(), KernelError>;
 }
@@ -76,6 +79,27 @@ pub struct Linux {
     sets: Option<Ipset>,
     /// Schedulers that the kernel has refused.
     refused: BTreeSet<String>,
+    held: Held,
+}
+
+/// What is believed to be there, as far as it is looked for often.
+#[derive(Debug, Default)]
+struct Held {
+    link: bool,
+    servers: usize,
+    rules: Rules,
+}
+
+impl Held {
+    fn advance(&mut self, op: &Op) {
+        match op {
+            Op::AddLink => self.link = true,
+            Op::AddServer(_) => self.servers += 1,
+            Op::DeleteServer(_) => self.servers = self.servers.saturating_sub(1),
+            Op::SetRules(_, _, rules) => self.rules.clone_from(rules),
+            _ => {}
+        }
+    }
 }
 
 fn failed(
@@ -113,6 +137,7 @@ impl Linux {
             ipvs,
             sets,
             refused: BTreeSet::new(),
+            held: Held::default(),
         })
     }
 
@@ -159,6 +184,13 @@ impl Linux {
             servers.insert(key, Server { service: entry.service, destinations });
         }
         Ok(servers)
+    }
+
+    /// Our rules as they are.
+    fn saved(&mut self) -> Result<Rules, KernelError> {
+        let (tool, family) = (self.tool(), self.family);
+        let lost = |error: std::io::Error| failed("read the rules", error, Remedy::Retry);
+        self.namespace.run(move || tool.save(family)).map_err(lost)
     }
 
     fn lacking(&mut self) -> Result<BTreeSet<String>, KernelError> {
@@ -436,18 +468,15 @@ impl Kernel for Linux {
         let mut state = State::empty(self.family);
         state.tuned = self.is_tuned()?;
         let lost = |error: NetlinkError| failed("list addresses", error, Remedy::Retry);
-        state.link = self.links.index().map_err(lost)?.is_some();
+        state.link = self.links.exists().map_err(lost)?;
         let family = self.family;
         let of_family = |a: &std::net::IpAddr| IpFamily::of(*a) == family;
         state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
         state.servers = self.servers()?;
         state.lacking = self.lacking()?;
         self.read_sets(&mut state)?;
-        let tool = self.tool();
-        state.rules = self
-            .namespace
-            .run(move || tool.save(family))
-            .map_err(|error| failed("read the rules", error, Remedy::Retry))?;
+        state.rules = self.saved()?;
+        self.held = Held { link: state.link, servers: state.servers.len(), rules: state.rules.clone() };
         state.forget_shared();
         Ok(state)
     }
@@ -473,7 +502,23 @@ impl Kernel for Linux {
                 None => self.carry_out_alone(op)?,
             }
         }
-        self.send(open, &ops)
+        self.send(open, &ops)?;
+        transaction.ops.iter().for_each(|op| self.held.advance(op));
+        Ok(())
+    }
+
+    fn intact(&mut self) -> Result<bool, KernelError> {
+        let lost = |error: NetlinkError| failed("look for the dummy link", error, Remedy::Retry);
+        // It may be the other family's only.
+        if self.held.link && !self.links.exists().map_err(lost)? {
+            return Ok(false);
+        }
+        let lost = |error: ipvs_netlink::Error| failed("count virtual servers", error, Remedy::Retry);
+        let listed = self.ipvs()?.services().map_err(lost)?;
+        if listed.iter().filter(|entry| self.is_ours(&entry.service.key)).count() != self.held.servers {
+            return Ok(false);
+        }
+        Ok(self.saved()? == self.held.rules)
     }
 
     fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError> {
@@ -500,7 +545,7 @@ impl Kernel for Linux {
             ops.extend(state.servers.keys().map(|key| Op::DeleteServer(*key)));
         }
         if !state.rules.is_empty() {
-            ops.push(Op::SetRules(self.family, state.rules.clone(), crate::rules::Rules::default()));
+            ops.push(Op::SetRules(self.family, state.rules.clone(), Rules::default()));
         }
         ops.extend(state.sets.keys().map(|set| Op::DestroySet(self.family, *set)));
         self.carry_out(&Transaction { ops })?;

@@ -93,6 +93,7 @@ fn tuned() {
         node.exec("ipvsadm", ["-A", "-t", server, "-s", "rr"], "").unwrap();
     }
 
+    node.set_sysctl("net/ipv4/ip_forward", "0").unwrap();
     let exclude_cidrs = vec!["9.9.9.0/24".parse().unwrap()];
     web.restart(Options {
         exclude_cidrs,
@@ -105,12 +106,35 @@ fn tuned() {
     let node = web.lab.node();
     assert_eq!(sysctl(node, "net/ipv4/conf/all/arp_ignore"), "1");
     assert_eq!(sysctl(node, "net/ipv4/conf/all/arp_announce"), "2");
+    assert_eq!(sysctl(node, "net/ipv4/ip_forward"), "1");
     let timeouts = node.exec("ipvsadm", ["-l", "--timeout"], "").unwrap();
     assert_eq!(timeouts.trim(), format!("Timeout (tcp tcpfin udp): 1000 {tcp_fin} 77"));
     let servers = node.exec("ipvsadm", ["-Sn"], "").unwrap();
     assert!(servers.contains("9.9.9.1:80"), "excluded: {servers}");
     assert!(!servers.contains("9.9.8.1:80"), "nobody wants it: {servers}");
     assert!(servers.contains("10.96.0.1:80"));
+}
+
+fn watched() {
+    let mut web = Web::new();
+    assert!(web.kernel.backend.intact().unwrap());
+    for damage in [
+        "ipvsadm -C",
+        "ipvsadm -A -t 9.9.9.9:80 -s rr",
+        "iptables -t nat -F KUBE-SERVICES",
+        "iptables -F INPUT",
+        "ip link del kube-ipvs0",
+    ] {
+        web.lab.node().exec("sh", ["-c", damage], "").unwrap();
+        assert!(!web.kernel.backend.intact().unwrap(), "{damage}");
+        web.kernel.mirror = web.kernel.backend.observe().unwrap();
+        web.kernel.sync(web.cluster.table(FAMILY), &Change::everything()).unwrap();
+        assert!(web.kernel.backend.intact().unwrap(), "after {damage}");
+    }
+    web.pods(&[3]);
+    web.edit(|service| service.ports.truncate(1));
+    web.sync();
+    assert!(web.kernel.backend.intact().unwrap(), "our own changes are no damage");
 }
 
 fn scheduled() {
@@ -241,6 +265,7 @@ in_guest!(
     ports_of_the_node_are_closed_on_vips: closed,
     health_check_ports_are_open_on_a_closed_node: health_checked,
     settings_of_the_kernel_and_servers_of_others: tuned,
+    what_is_flushed_is_noticed: watched,
     every_scheduler_serves_or_is_named: scheduled,
     source_ports_are_used_again_while_endpoints_change: reused,
 );

@@ -3,12 +3,14 @@
 use std::fs;
 use std::io;
 
-/// What `net.ipv4.vs` must say: connections are tracked, so that they can be masqueraded; packets of
-/// connections whose destination is gone, and clients who are remembered for a drained one, go to another.
-const ALWAYS: [(&str, &str); 3] = [
+/// What must be so: connections are tracked, so that they can be masqueraded; packets of connections whose
+/// destination is gone, and clients who are remembered for a drained one, go to another; answers of pods are
+/// passed on.
+const ALWAYS: [(&str, &str); 4] = [
     ("net/ipv4/vs/conntrack", "1"),
     ("net/ipv4/vs/expire_nodest_conn", "1"),
     ("net/ipv4/vs/expire_quiescent_template", "1"),
+    ("net/ipv4/ip_forward", "1"),
 ];
 
 /// Answer ARP only for addresses of the asked interface, and ask with them.
