@@ -1,6 +1,7 @@
 //! The only part that touches the kernel: virtual servers and sets by netlink, the dummy link and its
 //! addresses by rtnetlink, rules by `iptables-restore` where the skeleton changes, settings by `/proc`.
 
+mod batch;
 mod link;
 mod namespace;
 mod schedulers;
@@ -21,6 +22,7 @@ use crate::op::Op;
 use crate::rules::Rules;
 use crate::scheduler;
 use crate::state::{Server, State};
+use batch::Batch;
 use link::Links;
 use namespace::Namespace;
 use tables::Tool;
@@ -61,9 +63,6 @@ pub struct Options {
 
 /// Bytes that are handed to the kernel at once.
 const BATCH_BYTES: usize = 1 << 20;
-const ENOENT: i32 = 2;
-const EINVAL: i32 = 22;
-const EADDRNOTAVAIL: i32 = 99;
 
 /// The kernel of the network namespace in which it was opened.
 #[derive(Debug)]
@@ -302,128 +301,6 @@ fn set_words(refusal: &Refusal) -> String {
     ipset_netlink::explain(refusal.errno).map_or_else(|| refusal.to_string(), str::to_owned)
 }
 
-/// Operations of one kind that are sent together.
-#[derive(Debug)]
-enum Batch {
-    Servers(ipvs_netlink::Commands),
-    Sets(ipset_netlink::Commands),
-    Addresses(netlink_requests::Batch),
-}
-
-impl Batch {
-    /// Whether an operation is of its kind.
-    const fn takes(&self, op: &Op) -> bool {
-        match self {
-            Self::Servers(_) => is_of_servers(op),
-            Self::Sets(_) => is_of_sets(op),
-            Self::Addresses(_) => is_of_addresses(op),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Servers(commands) => commands.bytes(),
-            Self::Sets(commands) => commands.bytes(),
-            Self::Addresses(batch) => batch.bytes(),
-        }
-    }
-}
-
-impl Linux {
-    /// The batch for an operation: the open one if it is of its kind. `None` for those that are no
-    /// messages.
-    fn batch_for(&mut self, op: &Op, open: Option<Batch>) -> Result<Option<Batch>, KernelError> {
-        if open.as_ref().is_some_and(|batch| batch.takes(op)) {
-            return Ok(open);
-        }
-        Ok(if is_of_servers(op) {
-            Some(Batch::Servers(self.ipvs()?.commands()))
-        } else if is_of_sets(op) {
-            Some(Batch::Sets(ipset_netlink::Commands::default()))
-        } else if is_of_addresses(op) {
-            Some(Batch::Addresses(netlink_requests::Batch::default()))
-        } else {
-            None
-        })
-    }
-
-    fn encode(&mut self, batch: &mut Batch, op: &Op) -> Result<(), KernelError> {
-        match (batch, op) {
-            (Batch::Servers(commands), Op::AddServer(service)) => commands.add_service(service),
-            (Batch::Servers(commands), Op::SetServer(service)) => commands.set_service(service),
-            (Batch::Servers(commands), Op::DeleteServer(key)) => commands.delete_service(key),
-            (Batch::Servers(commands), Op::AddDestination(key, destination)) => {
-                commands.add_destination(key, destination);
-            }
-            (Batch::Servers(commands), Op::SetDestination(key, destination)) => {
-                commands.set_destination(key, destination);
-            }
-            (Batch::Servers(commands), Op::DeleteDestination(key, address)) => {
-                commands.delete_destination(key, *address);
-            }
-            (Batch::Sets(commands), Op::CreateSet(family, set)) => {
-                commands.create(&set.declaration(*family));
-            }
-            (Batch::Sets(commands), Op::DestroySet(family, set)) => commands.destroy(&set.name(*family)),
-            (Batch::Sets(commands), Op::AddElement(family, set, element)) => {
-                commands.add(&set.name(*family), element);
-            }
-            (Batch::Sets(commands), Op::DeleteElement(family, set, entry)) => {
-                commands.delete(&set.name(*family), &(*entry).into());
-            }
-            (Batch::Addresses(batch), Op::AddAddress(address) | Op::DeleteAddress(address)) => {
-                let lost = |error: NetlinkError| failed("find the dummy link", error, Remedy::Resync);
-                let index = self.links.index().map_err(lost)?;
-                let index = index.ok_or_else(|| failed(op.to_string(), "no such link", Remedy::Resync))?;
-                link::address(batch, index, *address, matches!(op, Op::AddAddress(_)));
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Sends a batch; `ops` are its operations.
-    fn send(&mut self, batch: Option<Batch>, ops: &[&Op]) -> Result<(), KernelError> {
-        let Some(batch) = batch else { return Ok(()) };
-        let unknown = |error: Box<dyn std::error::Error + Send + Sync>| {
-            failed("talk to the kernel", error, Remedy::Retry)
-        };
-        let refusals = match batch {
-            Batch::Servers(mut commands) => {
-                self.ipvs()?.execute(&mut commands).map_err(|e| unknown(e.into()))?
-            }
-            Batch::Sets(mut commands) => {
-                self.sets()?.execute(&mut commands).map_err(|e| unknown(e.into()))?
-            }
-            Batch::Addresses(mut batch) => self.links.execute(&mut batch).map_err(|e| unknown(e.into()))?,
-        };
-        let mut first = None;
-        for refusal in refusals {
-            let Some(op) = ops.get(refusal.index) else { continue };
-            let strange = matches!(op, Op::AddDestination(..) | Op::AddAddress(_))
-                && [EINVAL, EADDRNOTAVAIL].contains(&refusal.errno);
-            if strange {
-                // One address that nobody can use must not hold up everything else.
-                tracing::warn!("{op}: {refusal}: left out");
-                continue;
-            }
-            let words = match op {
-                Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..) => {
-                    set_words(&refusal)
-                }
-                // The next plan does without it.
-                Op::AddServer(service) | Op::SetServer(service) if refusal.errno == ENOENT => {
-                    self.refused.insert(service.scheduler.clone());
-                    scheduler::missing(&service.scheduler)
-                }
-                _ => refusal.to_string(),
-            };
-            first.get_or_insert_with(|| failed(op.to_string(), words, Remedy::Resync));
-        }
-        first.map_or(Ok(()), Err)
-    }
-}
-
 impl Kernel for Linux {
     fn probe(&mut self) -> Result<(), Unsupported> {
         let unsupported = |missing: String, advice: &str| {
@@ -552,24 +429,4 @@ impl Kernel for Linux {
         let lost = |error: NetlinkError| failed("delete the dummy link", error, Remedy::Retry);
         self.links.delete_if_empty().map_err(lost)
     }
-}
-
-const fn is_of_servers(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::AddServer(_)
-            | Op::SetServer(_)
-            | Op::DeleteServer(_)
-            | Op::AddDestination(..)
-            | Op::SetDestination(..)
-            | Op::DeleteDestination(..)
-    )
-}
-
-const fn is_of_addresses(op: &Op) -> bool {
-    matches!(op, Op::AddAddress(_) | Op::DeleteAddress(_))
-}
-
-const fn is_of_sets(op: &Op) -> bool {
-    matches!(op, Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..))
 }
