@@ -81,6 +81,10 @@ impl Kernel for FakeKernel {
         Ok(of.map(|(at, count)| (*at, *count)).collect())
     }
 
+    fn intact(&mut self) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+
     fn remove_everything(&mut self) -> Result<(), KernelError> {
         self.state = State::empty(self.state.family);
         Ok(())

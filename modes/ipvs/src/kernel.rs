@@ -1,6 +1,7 @@
 //! The only part that touches the kernel: virtual servers and sets by netlink, the dummy link and its
 //! addresses by rtnetlink, rules by `iptables-restore` where the skeleton changes, settings by `/proc`.
 
+mod batch;
 mod link;
 mod schedulers;
 mod tables;
@@ -19,8 +20,10 @@ use xtables_tools::{Namespace, Programs};
 use crate::drain::Drained;
 use crate::layout::{self, SetName};
 use crate::op::Op;
+use crate::rules::Rules;
 use crate::scheduler;
 use crate::state::{Server, State};
+use batch::Batch;
 use link::Links;
 
 /// Connections of drained destinations.
@@ -38,6 +41,8 @@ pub trait Kernel {
     fn carry_out(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError>;
     /// Counts the connections of the destinations of some virtual servers; those without may be left out.
     fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError>;
+    /// Whether what a flush takes away is still there: virtual servers, the link, rules.
+    fn intact(&mut self) -> Result<bool, KernelError>;
     /// Removes everything that is ours.
     fn remove_everything(&mut self) -> Result<(), KernelError>;
 }
@@ -59,9 +64,6 @@ pub struct Options {
 
 /// Bytes that are handed to the kernel at once.
 const BATCH_BYTES: usize = 1 << 20;
-const ENOENT: i32 = 2;
-const EINVAL: i32 = 22;
-const EADDRNOTAVAIL: i32 = 99;
 
 /// The kernel of the network namespace in which it was opened.
 #[derive(Debug)]
@@ -78,6 +80,27 @@ pub struct Linux {
     sets: Option<Ipset>,
     /// Schedulers that the kernel has refused.
     refused: BTreeSet<String>,
+    held: Held,
+}
+
+/// What is believed to be there, as far as it is looked for often.
+#[derive(Debug, Default)]
+struct Held {
+    link: bool,
+    servers: usize,
+    rules: Rules,
+}
+
+impl Held {
+    fn advance(&mut self, op: &Op) {
+        match op {
+            Op::AddLink => self.link = true,
+            Op::AddServer(_) => self.servers += 1,
+            Op::DeleteServer(_) => self.servers = self.servers.saturating_sub(1),
+            Op::SetRules(_, _, rules) => self.rules.clone_from(rules),
+            _ => {}
+        }
+    }
 }
 
 fn failed(
@@ -115,6 +138,7 @@ impl Linux {
             ipvs,
             sets,
             refused: BTreeSet::new(),
+            held: Held::default(),
         })
     }
 
@@ -178,6 +202,12 @@ impl Linux {
             servers.insert(key, Server { service: entry.service, destinations });
         }
         Ok(servers)
+    }
+
+    /// Our rules as they are.
+    fn saved(&mut self) -> Result<Rules, KernelError> {
+        let text = self.with_rules("read the rules", Remedy::Retry, Programs::save)?;
+        Ok(crate::parse::parse(self.family, &text))
     }
 
     fn lacking(&mut self) -> Result<BTreeSet<String>, KernelError> {
@@ -274,128 +304,6 @@ impl Linux {
     }
 }
 
-/// Operations of one kind that are sent together.
-#[derive(Debug)]
-enum Batch {
-    Servers(ipvs_netlink::Commands),
-    Sets(ipset_netlink::Commands),
-    Addresses(netlink_requests::Batch),
-}
-
-impl Batch {
-    /// Whether an operation is of its kind.
-    const fn takes(&self, op: &Op) -> bool {
-        match self {
-            Self::Servers(_) => is_of_servers(op),
-            Self::Sets(_) => is_of_sets(op),
-            Self::Addresses(_) => is_of_addresses(op),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Servers(commands) => commands.bytes(),
-            Self::Sets(commands) => commands.bytes(),
-            Self::Addresses(batch) => batch.bytes(),
-        }
-    }
-}
-
-impl Linux {
-    /// The batch for an operation: the open one if it is of its kind. `None` for those that are no
-    /// messages.
-    fn batch_for(&mut self, op: &Op, open: Option<Batch>) -> Result<Option<Batch>, KernelError> {
-        if open.as_ref().is_some_and(|batch| batch.takes(op)) {
-            return Ok(open);
-        }
-        Ok(if is_of_servers(op) {
-            Some(Batch::Servers(self.ipvs()?.commands()))
-        } else if is_of_sets(op) {
-            Some(Batch::Sets(ipset_netlink::Commands::default()))
-        } else if is_of_addresses(op) {
-            Some(Batch::Addresses(netlink_requests::Batch::default()))
-        } else {
-            None
-        })
-    }
-
-    fn encode(&mut self, batch: &mut Batch, op: &Op) -> Result<(), KernelError> {
-        match (batch, op) {
-            (Batch::Servers(commands), Op::AddServer(service)) => commands.add_service(service),
-            (Batch::Servers(commands), Op::SetServer(service)) => commands.set_service(service),
-            (Batch::Servers(commands), Op::DeleteServer(key)) => commands.delete_service(key),
-            (Batch::Servers(commands), Op::AddDestination(key, destination)) => {
-                commands.add_destination(key, destination);
-            }
-            (Batch::Servers(commands), Op::SetDestination(key, destination)) => {
-                commands.set_destination(key, destination);
-            }
-            (Batch::Servers(commands), Op::DeleteDestination(key, address)) => {
-                commands.delete_destination(key, *address);
-            }
-            (Batch::Sets(commands), Op::CreateSet(family, set)) => {
-                commands.create(&set.declaration(*family));
-            }
-            (Batch::Sets(commands), Op::DestroySet(family, set)) => commands.destroy(&set.name(*family)),
-            (Batch::Sets(commands), Op::AddElement(family, set, element)) => {
-                commands.add(&set.name(*family), element);
-            }
-            (Batch::Sets(commands), Op::DeleteElement(family, set, entry)) => {
-                commands.delete(&set.name(*family), &(*entry).into());
-            }
-            (Batch::Addresses(batch), Op::AddAddress(address) | Op::DeleteAddress(address)) => {
-                let lost = |error: NetlinkError| failed("find the dummy link", error, Remedy::Resync);
-                let index = self.links.index().map_err(lost)?;
-                let index = index.ok_or_else(|| failed(op.to_string(), "no such link", Remedy::Resync))?;
-                link::address(batch, index, *address, matches!(op, Op::AddAddress(_)));
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Sends a batch; `ops` are its operations.
-    fn send(&mut self, batch: Option<Batch>, ops: &[&Op]) -> Result<(), KernelError> {
-        let Some(batch) = batch else { return Ok(()) };
-        let unknown = |error: Box<dyn std::error::Error + Send + Sync>| {
-            failed("talk to the kernel", error, Remedy::Retry)
-        };
-        let refusals = match batch {
-            Batch::Servers(mut commands) => {
-                self.ipvs()?.execute(&mut commands).map_err(|e| unknown(e.into()))?
-            }
-            Batch::Sets(mut commands) => {
-                self.sets()?.execute(&mut commands).map_err(|e| unknown(e.into()))?
-            }
-            Batch::Addresses(mut batch) => self.links.execute(&mut batch).map_err(|e| unknown(e.into()))?,
-        };
-        let mut first = None;
-        for refusal in refusals {
-            let Some(op) = ops.get(refusal.index) else { continue };
-            let strange = matches!(op, Op::AddDestination(..) | Op::AddAddress(_))
-                && [EINVAL, EADDRNOTAVAIL].contains(&refusal.errno);
-            if strange {
-                // One address that nobody can use must not hold up everything else.
-                tracing::warn!("{op}: {refusal}: left out");
-                continue;
-            }
-            let words = match op {
-                Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..) => {
-                    ipset_netlink::explain(&refusal)
-                }
-                // The next plan does without it.
-                Op::AddServer(service) | Op::SetServer(service) if refusal.errno == ENOENT => {
-                    self.refused.insert(service.scheduler.clone());
-                    scheduler::missing(&service.scheduler)
-                }
-                _ => refusal.to_string(),
-            };
-            first.get_or_insert_with(|| failed(op.to_string(), words, Remedy::Resync));
-        }
-        first.map_or(Ok(()), Err)
-    }
-}
-
 impl Kernel for Linux {
     fn probe(&mut self) -> Result<(), Unsupported> {
         let unsupported = |missing: String, advice: &str| {
@@ -453,15 +361,15 @@ impl Kernel for Linux {
         let mut state = State::empty(self.family);
         state.tuned = self.is_tuned()?;
         let lost = |error: NetlinkError| failed("list addresses", error, Remedy::Retry);
-        state.link = self.links.index().map_err(lost)?.is_some();
+        state.link = self.links.exists().map_err(lost)?;
         let family = self.family;
         let of_family = |a: &std::net::IpAddr| IpFamily::of(*a) == family;
         state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
         state.servers = self.servers()?;
         state.lacking = self.lacking()?;
         self.read_sets(&mut state)?;
-        let text = self.with_rules("read the rules", Remedy::Retry, Programs::save)?;
-        state.rules = crate::parse::parse(family, &text);
+        state.rules = self.saved()?;
+        self.held = Held { link: state.link, servers: state.servers.len(), rules: state.rules.clone() };
         state.forget_shared();
         Ok(state)
     }
@@ -487,7 +395,23 @@ impl Kernel for Linux {
                 None => self.carry_out_alone(op)?,
             }
         }
-        self.send(open, &ops)
+        self.send(open, &ops)?;
+        transaction.ops.iter().for_each(|op| self.held.advance(op));
+        Ok(())
+    }
+
+    fn intact(&mut self) -> Result<bool, KernelError> {
+        let lost = |error: NetlinkError| failed("look for the dummy link", error, Remedy::Retry);
+        // It may be the other family's only.
+        if self.held.link && !self.links.exists().map_err(lost)? {
+            return Ok(false);
+        }
+        let lost = |error: ipvs_netlink::Error| failed("count virtual servers", error, Remedy::Retry);
+        let listed = self.ipvs()?.services().map_err(lost)?;
+        if listed.iter().filter(|entry| self.is_ours(&entry.service.key)).count() != self.held.servers {
+            return Ok(false);
+        }
+        Ok(self.saved()? == self.held.rules)
     }
 
     fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError> {
@@ -514,31 +438,11 @@ impl Kernel for Linux {
             ops.extend(state.servers.keys().map(|key| Op::DeleteServer(*key)));
         }
         if !state.rules.is_empty() {
-            ops.push(Op::SetRules(self.family, state.rules.clone(), crate::rules::Rules::default()));
+            ops.push(Op::SetRules(self.family, state.rules.clone(), Rules::default()));
         }
         ops.extend(state.sets.keys().map(|set| Op::DestroySet(self.family, *set)));
         self.carry_out(&Transaction { ops })?;
         let lost = |error: NetlinkError| failed("delete the dummy link", error, Remedy::Retry);
         self.links.delete_if_empty().map_err(lost)
     }
-}
-
-const fn is_of_servers(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::AddServer(_)
-            | Op::SetServer(_)
-            | Op::DeleteServer(_)
-            | Op::AddDestination(..)
-            | Op::SetDestination(..)
-            | Op::DeleteDestination(..)
-    )
-}
-
-const fn is_of_addresses(op: &Op) -> bool {
-    matches!(op, Op::AddAddress(_) | Op::DeleteAddress(_))
-}
-
-const fn is_of_sets(op: &Op) -> bool {
-    matches!(op, Op::CreateSet(..) | Op::DestroySet(..) | Op::AddElement(..) | Op::DeleteElement(..))
 }

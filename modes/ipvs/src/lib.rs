@@ -125,6 +125,10 @@ impl<K: Kernel + Send> Backend for Ipvs<K> {
         Ok(self.drains.plan(&drained, &connections, now))
     }
 
+    fn intact(&mut self) -> Result<bool, KernelError> {
+        self.kernel.intact()
+    }
+
     fn cleanup(&mut self) -> Result<(), KernelError> {
         self.kernel.remove_everything()
     }

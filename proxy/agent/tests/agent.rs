@@ -342,26 +342,6 @@ fn offline(arguments: &[&str]) -> Result<Output> {
 }
 
 #[test]
-fn a_kernel_that_lacks_what_a_mode_needs_is_named() -> Result<()> {
-    // On a kernel that has IPVS the agent would run.
-    if !require_kernel() || Path::new("/proc/net/ip_vs").exists() {
-        return Ok(());
-    }
-    let lab = Lab::builder().build()?;
-    let mut command = Command::new(SHUNT);
-    command.args(["run", "--mode", "ipvs", "--hostname-override", "n", "--manifests"]).arg(examples());
-    let mut agent = lab.node().spawn(&command)?;
-    let status = agent.wait(LONG)?;
-    let said = agent.to_string();
-    assert_eq!(status.code(), Some(1), "{said}");
-    assert!(
-        said.contains("shunt: ipvs mode cannot run here: the kernel has no IPVS (CONFIG_IP_VS"),
-        "{said}"
-    );
-    Ok(())
-}
-
-#[test]
 fn examples_compile_offline() -> Result<()> {
     let examples = examples();
     let examples = examples.to_str().context("path")?;

@@ -1,5 +1,5 @@
-//! Pods are replaced and the agent is restarted, while connections come in at 200 a second (100 in a guest): none of
-//! them is refused, reset or lost, and those that last go on.
+//! Pods are replaced and the agent is restarted, while connections come in at 200 a second: none of them is refused,
+//! reset or lost, and those that last go on.
 
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -35,12 +35,8 @@ fn patience() -> Duration {
     Duration::from_secs(if inside() { 30 } else { 5 })
 }
 
-/// Connections a second. One costs a guest's only CPU some milliseconds, and the agent needs it, too.
-/// `SHUNT_RATE` says otherwise.
-fn rate() -> u32 {
-    let given = std::env::var("SHUNT_RATE").ok().and_then(|rate| rate.parse().ok());
-    given.unwrap_or(if inside() { 100 } else { 200 })
-}
+/// Connections a second.
+const RATE: u32 = 200;
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
@@ -180,7 +176,7 @@ impl Cluster {
             (self.lab.node(), vip[0], 20),
         ]
         .into_iter()
-        .map(|(from, to, percent)| storm(from, to, rate() * percent / 100))
+        .map(|(from, to, percent)| storm(from, to, RATE * percent / 100))
         .collect()
     }
 
@@ -262,7 +258,7 @@ fn judge(storms: Vec<Storm>, took: Duration) -> Result<()> {
     println!("{attempted} connections in {took:?}");
     ensure!(failures.is_empty(), "{} of {attempted} connections failed: {failures:?}", failures.len());
     ensure!(
-        u128::from(attempted) * 1000 > u128::from(rate() * 9 / 10) * took.as_millis(),
+        u128::from(attempted) * 1000 > u128::from(RATE * 9 / 10) * took.as_millis(),
         "only {attempted} connections in {took:?}"
     );
     ensure!(reached.len() == PODS, "only {reached:?} answered");

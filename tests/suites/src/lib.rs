@@ -24,6 +24,7 @@ pub mod mode;
 pub mod objects;
 pub mod random;
 pub mod town;
+pub mod web;
 
 /// Makes tests for every mode: each test is a function with the mode as its type parameter. Those after
 /// `in kernel:` use the real kernel; of a mode that the machine's own kernel may lack

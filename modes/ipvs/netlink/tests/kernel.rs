@@ -4,8 +4,9 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use ipvs_netlink::{
     Config, Destination, Flags, Forwarding, Ipvs, Persistence, Protocol, Service, ServiceKey,
@@ -69,6 +70,15 @@ fn services_of_every_kind_are_read_back_as_made() {
     let mut one_packet = Service::new(key("10.96.0.14", Protocol::Udp, 53), "rr");
     one_packet.flags = Flags { one_packet: true, ..Flags::default() };
     wanted.push(one_packet);
+    for flag in 0..3 {
+        let mut service = Service::new(key("10.96.0.15", Protocol::Tcp, 200 + flag), "wrr");
+        service.flags.scheduler[usize::from(flag)] = true;
+        wanted.push(service);
+    }
+    let mut calls = Service::new(key("10.96.0.16", Protocol::Udp, 5060), "rr");
+    calls.persistence = Some(Persistence { timeout: 60, prefix: 32 });
+    calls.persistence_engine = Some(String::from("sip"));
+    wanted.push(calls);
 
     let mut commands = ipvs.commands();
     for service in &wanted {
@@ -127,7 +137,10 @@ fn destinations_keep_what_they_are_given() {
     route.forwarding = Forwarding::Route;
     let mut tunnel = Destination::new(socket("10.0.0.4:80"), 1);
     tunnel.forwarding = Forwarding::Tunnel;
-    let of_v4 = [Destination::new(socket("10.0.0.1:8080"), 1), thresholds, route, tunnel];
+    // Only a tunnel leads to the other family.
+    let mut other_family = Destination::new(socket("[fd00::4]:80"), 1);
+    other_family.forwarding = Forwarding::Tunnel;
+    let of_v4 = [Destination::new(socket("10.0.0.1:8080"), 1), thresholds, route, tunnel, other_family];
     for d in &of_v4 {
         commands.add_destination(&v4, d);
     }
@@ -152,12 +165,65 @@ fn destinations_keep_what_they_are_given() {
     let mut commands = ipvs.commands();
     commands.set_destination(&v4, &drained);
     commands.delete_destination(&v4, of_v4[1].address);
+    let mut changed = Destination { weight: u32::from(u16::MAX), ..of_v4[2] };
+    changed.forwarding = Forwarding::Masquerade;
+    changed.upper_threshold = 7;
+    commands.set_destination(&v4, &changed);
     assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
-    assert_eq!(read(&mut ipvs, &v4), [drained, of_v4[2], of_v4[3]].into());
+    assert_eq!(read(&mut ipvs, &v4), [drained, changed, of_v4[3], of_v4[4]].into());
     let entry = ipvs.destinations(&v4).unwrap().remove(0);
     assert_eq!((entry.active, entry.inactive, entry.persistent, entry.stats.connections), (0, 0, 0, 0));
     // A service that is not there has none.
     assert_eq!(ipvs.destinations(&key("10.96.0.99", Protocol::Tcp, 80)).unwrap(), []);
+}
+
+fn what_is_carried_is_counted() {
+    let mut ipvs = open();
+    let address = "10.96.0.10";
+    assert!(Command::new("ip").args(["address", "add", address, "dev", "lo"]).status().unwrap().success());
+    let mut service = Service::new(key(address, Protocol::Udp, 5353), "rr");
+    service.persistence = Some(Persistence { timeout: 60, prefix: 24 });
+    let mut commands = ipvs.commands();
+    commands.add_service(&service);
+    // What is for the node itself is not translated.
+    let mut local = Destination::new(socket("127.0.0.1:5353"), 1);
+    local.forwarding = Forwarding::Local;
+    commands.add_destination(&service.key, &local);
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    assert_eq!(ipvs.destinations(&service.key).unwrap().remove(0).destination, local);
+
+    let server = UdpSocket::bind((address, 5353)).unwrap();
+    let client = UdpSocket::bind((address, 0)).unwrap();
+    for _ in 0..3 {
+        client.send_to(&[0; 100], (address, 5353)).unwrap();
+        server.recv_from(&mut [0; 200]).unwrap();
+    }
+    // The kernel adds its counters up every two seconds.
+    let wait_for = |ipvs: &mut Ipvs, connections: u64| {
+        let deadline = Instant::now() + Duration::from_mins(1);
+        loop {
+            let of_service = ipvs.services().unwrap().remove(0).stats;
+            let entry = ipvs.destinations(&service.key).unwrap().remove(0);
+            if [of_service, entry.stats].iter().all(|stats| stats.connections == connections) {
+                return (of_service, entry);
+            }
+            assert!(Instant::now() < deadline, "{of_service:?} {entry:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let (of_service, entry) = wait_for(&mut ipvs, 1);
+    for stats in [of_service, entry.stats] {
+        // With the headers of IP and UDP.
+        assert_eq!((stats.packets_in, stats.bytes_in), (3, 3 * (20 + 8 + 100)), "{stats:?}");
+    }
+    assert_eq!((entry.active, entry.inactive, entry.persistent), (0, 1, 1));
+
+    let mut commands = ipvs.commands();
+    commands.zero(Some(&service.key));
+    commands.zero(None);
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    let (of_service, entry) = wait_for(&mut ipvs, 0);
+    assert_eq!((of_service.packets_in, entry.stats.bytes_in, entry.inactive), (0, 0, 1));
 }
 
 fn a_service_is_changed_in_place() {
@@ -209,6 +275,18 @@ fn thousands_of_services_are_made_and_listed_at_once() {
     for port in [1, 777, SERVICES] {
         assert_eq!(ipvs.destinations(&key("10.96.0.10", Protocol::Tcp, port)).unwrap().len(), 3);
     }
+    // More destinations than one message of a dump holds.
+    let large = key("10.96.0.11", Protocol::Tcp, 80);
+    let mut commands = ipvs.commands();
+    commands.add_service(&Service::new(large, "rr"));
+    for n in 0..SERVICES {
+        let [high, low] = n.to_be_bytes();
+        commands.add_destination(&large, &Destination::new((IpAddr::from([10, 1, high, low]), 80).into(), 1));
+    }
+    assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+    let listed: BTreeSet<SocketAddr> =
+        ipvs.destinations(&large).unwrap().into_iter().map(|e| e.destination.address).collect();
+    assert_eq!(listed.len(), usize::from(SERVICES));
 }
 
 /// Each in a guest of its own.
@@ -226,6 +304,7 @@ in_guest!(
     services_of_every_kind_are_read_back_as_made,
     a_refused_command_is_named_and_the_others_are_in_force,
     destinations_keep_what_they_are_given,
+    what_is_carried_is_counted,
     a_service_is_changed_in_place,
     timeouts_are_set_and_zero_leaves_them_alone,
     thousands_of_services_are_made_and_listed_at_once,

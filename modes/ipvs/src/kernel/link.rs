@@ -51,7 +51,7 @@ impl Links {
         Ok(Self { socket: Socket::open(NETLINK_ROUTE)?, index: None })
     }
 
-    /// The number of our link; `None` if there is none. Asked anew each time everything is read.
+    /// The number of our link; `None` if there is none.
     fn find(&mut self) -> Result<Option<u32>, Error> {
         let mut found = None;
         self.socket.dump(
@@ -66,6 +66,12 @@ impl Links {
             },
         )?;
         Ok(found)
+    }
+
+    /// Whether our link is there: looks anew.
+    pub(super) fn exists(&mut self) -> Result<bool, Error> {
+        self.index = self.find()?;
+        Ok(self.index.is_some())
     }
 
     /// The number of our link, as last seen.

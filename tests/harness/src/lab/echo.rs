@@ -38,14 +38,14 @@ pub enum Proto {
 }
 
 impl Proto {
-    /// A socket of the calling thread's namespace that can reach, or listen on, such an address.
+    /// A socket of the calling thread's namespace, which does not block, that can reach, or listen on, such an address.
     pub(super) fn socket(self, address: SocketAddr) -> io::Result<Socket> {
         let (kind, protocol) = match self {
             Self::Tcp => (Type::STREAM, None),
             Self::Udp => (Type::DGRAM, None),
             Self::Sctp => (Type::RAW, Some(sctp::PROTOCOL.into())),
         };
-        Socket::new(Domain::for_address(address), kind, protocol)
+        Socket::new(Domain::for_address(address), kind.nonblocking(), protocol)
     }
 }
 
@@ -172,7 +172,6 @@ async fn serve(mut requests: UnboundedReceiver<Request>, names: Arc<Names>) {
 
 fn open(proto: Proto, address: SocketAddr, names: &Arc<Names>) -> Result<Server> {
     let socket = proto.socket(address)?;
-    socket.set_nonblocking(true)?;
     // A raw socket is of one family anyway, and the kernel takes no such wish for it.
     if address.is_ipv6() && proto != Proto::Sctp {
         socket.set_only_v6(true)?;
@@ -233,14 +232,14 @@ async fn accept(listener: TcpListener, mut closed: oneshot::Receiver<()>, names:
     }
 }
 
-async fn converse(stream: TcpStream, peer: SocketAddr, names: &Names) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+async fn converse(mut stream: TcpStream, peer: SocketAddr, names: &Names) -> io::Result<()> {
     let answer = names.line(stream.local_addr()?, peer);
-    let (reader, mut writer) = stream.into_split();
+    let (reader, mut writer) = stream.split();
     let mut reader = BufReader::with_capacity(1 << 16, reader);
     let mut line = String::new();
     while reader.read_line(&mut line).await? > 0 {
         if line == "echo\n" {
+            writer.as_ref().set_nodelay(true)?;
             tokio::io::copy_buf(&mut reader, &mut writer).await?;
             break;
         }

@@ -1,7 +1,5 @@
-//! Traffic that lasts: storms of new connections, long transfers, connections kept open.
+//! Connections that last: long transfers, and such as are kept open.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -13,90 +11,11 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::echo::parse_line;
 use super::namespace::Namespace;
-use super::probe::{Answer, Outcome, Probe, ask, bind};
+use super::probe::{Answer, Probe, bind};
 
 /// Nothing on one machine stalls this long unless it is broken.
 const STALLED: Duration = Duration::from_secs(5);
 const CHUNK: usize = 16 * 1024;
-
-/// New connections at a steady rate, whether or not the earlier ones succeed.
-#[derive(Clone, Debug)]
-pub struct StormSpec {
-    /// What each connection asks, and how long it may take.
-    pub probe: Probe,
-    /// Connections a second.
-    pub rate: u32,
-    /// For how long; [`Storm::stop`] ends it earlier.
-    pub duration: Duration,
-}
-
-/// A storm under way.
-#[derive(Debug)]
-pub struct Storm {
-    stop: Arc<AtomicBool>,
-    attempted: Arc<AtomicU64>,
-    thread: JoinHandle<Result<StormReport>>,
-}
-
-/// What a storm saw.
-#[derive(Clone, Debug, Default)]
-pub struct StormReport {
-    /// Connections tried.
-    pub attempted: u64,
-    /// How many answers each pod gave.
-    pub replies: BTreeMap<String, u64>,
-    /// Connections that failed: when they began since the storm did, and how they ended.
-    pub failures: Vec<(Duration, Outcome)>,
-    /// How long each answered connection took, shortest first.
-    pub latencies: Vec<Duration>,
-}
-
-impl StormReport {
-    /// The latency that this share (0.0 to 1.0) of the answered connections did not exceed.
-    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)] // Fewer than 2^52 connections.
-    pub fn percentile(&self, share: f64) -> Option<Duration> {
-        let last = self.latencies.len().checked_sub(1)?;
-        let position = (last as f64 * share.clamp(0.0, 1.0)).round() as usize;
-        self.latencies.get(position).copied()
-    }
-}
-
-impl fmt::Display for StormReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} connections, {} failed, answered by {:?}",
-            self.attempted,
-            self.failures.len(),
-            self.replies
-        )?;
-        if let (Some(half), Some(most)) = (self.percentile(0.5), self.percentile(0.99)) {
-            write!(f, ", p50 {half:?}, p99 {most:?}")?;
-        }
-        if let Some((at, outcome)) = self.failures.first() {
-            write!(f, ", first failure after {at:?}: {outcome}")?;
-        }
-        Ok(())
-    }
-}
-
-impl Storm {
-    /// How many connections have been tried so far.
-    pub fn attempted(&self) -> u64 {
-        self.attempted.load(Ordering::Relaxed)
-    }
-
-    /// Opens no more connections, waits for the last ones, and reports.
-    pub fn stop(self) -> Result<StormReport> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.join()
-    }
-
-    /// Waits for the storm to end by itself, and reports.
-    pub fn join(self) -> Result<StormReport> {
-        self.thread.join().map_err(|_| anyhow!("the storm's thread panicked"))?
-    }
-}
 
 /// A long TCP transfer to an echo server, which returns every byte.
 #[derive(Clone, Debug)]
@@ -185,18 +104,6 @@ impl Namespace {
         Ok(Conversation { reader: BufReader::new(self.connect(probe)?) })
     }
 
-    /// Starts opening new connections from this namespace.
-    pub fn storm(&self, spec: StormSpec) -> Result<Storm> {
-        ensure!(spec.rate > 0, "a storm needs a rate");
-        let (stop, attempted) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let (stopped, counter) = (Arc::clone(&stop), Arc::clone(&attempted));
-        let thread = self.thread(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(run_storm(&spec, &stopped, &counter))
-        })?;
-        Ok(Storm { stop, attempted, thread })
-    }
-
     /// Starts a long transfer from this namespace; it is connected on return.
     pub fn transfer(&self, spec: &TransferSpec) -> Result<Transfer> {
         let stream = self.connect(&spec.probe)?;
@@ -212,46 +119,6 @@ impl Namespace {
         })?;
         Ok(Transfer { stop, received, thread })
     }
-}
-
-async fn run_storm(spec: &StormSpec, stop: &AtomicBool, attempted: &AtomicU64) -> Result<StormReport> {
-    let begin = Instant::now();
-    let mut ticks = tokio::time::interval(Duration::from_secs(1) / spec.rate);
-    let mut connections = tokio::task::JoinSet::new();
-    let mut report = StormReport::default();
-    while begin.elapsed() < spec.duration && !stop.load(Ordering::Relaxed) {
-        // A late tick is made up for at once: the rate holds on average.
-        ticks.tick().await;
-        let probe = spec.probe.clone();
-        attempted.fetch_add(1, Ordering::Relaxed);
-        connections.spawn(async move {
-            let at = begin.elapsed();
-            let outcome = ask(&probe).await;
-            (at, begin.elapsed().saturating_sub(at), outcome)
-        });
-        while let Some(done) = connections.try_join_next() {
-            record(&mut report, done?)?;
-        }
-    }
-    while let Some(done) = connections.join_next().await {
-        record(&mut report, done?)?;
-    }
-    report.failures.sort_by_key(|(at, _)| *at);
-    report.latencies.sort_unstable();
-    Ok(report)
-}
-
-fn record(report: &mut StormReport, done: (Duration, Duration, Result<Outcome>)) -> Result<()> {
-    let (at, took, outcome) = done;
-    report.attempted += 1;
-    match outcome? {
-        Outcome::Reply(answer) => {
-            *report.replies.entry(answer.pod).or_default() += 1;
-            report.latencies.push(took);
-        }
-        failure => report.failures.push((at, failure)),
-    }
-    Ok(())
 }
 
 fn run_transfer(

@@ -25,15 +25,17 @@ mod netlink;
 pub mod place;
 mod probe;
 mod sctp;
+mod storm;
 mod topology;
 
 use std::sync::OnceLock;
 
 pub use child::ChildGuard;
 pub use echo::Proto;
-pub use load::{Conversation, Storm, StormReport, StormSpec, Transfer, TransferReport, TransferSpec};
+pub use load::{Conversation, Transfer, TransferReport, TransferSpec};
 pub use namespace::Namespace;
 pub use probe::{Answer, Icmp, Outcome, Probe};
+pub use storm::{Storm, StormReport, StormSpec};
 pub use topology::{Lab, LabBuilder};
 
 /// Whether this process may build labs; says what is missing when it may not.

@@ -212,7 +212,7 @@ impl Namespace {
     }
 }
 
-/// Makes a socket of the calling thread's namespace, bound as the probe wants it, not connected.
+/// Makes a socket of the calling thread's namespace, bound as the probe wants it, not connected; it does not block.
 pub(super) fn bind(probe: &Probe) -> Result<Socket> {
     let socket = probe.proto.socket(probe.dst).context("socket")?;
     // Otherwise the kernel reports only some ICMP errors, some of them late, and not whence they came.
@@ -243,7 +243,6 @@ pub(super) fn bind(probe: &Probe) -> Result<Socket> {
 /// Asks once. To be called inside a runtime on a thread inside the namespace.
 pub(super) async fn ask(probe: &Probe) -> Result<Outcome> {
     let socket = bind(probe)?;
-    socket.set_nonblocking(true)?;
     // A second descriptor of the same socket, to look at its error queue afterwards.
     let errors = socket.try_clone()?;
     let conversation = async {
@@ -326,7 +325,7 @@ async fn send(socket: &UdpSocket, packet: &[u8]) -> io::Result<()> {
 }
 
 /// The ICMP error in a socket's error queue.
-fn icmp_error(socket: &Socket) -> Option<Icmp> {
+pub(super) fn icmp_error(socket: &impl AsFd) -> Option<Icmp> {
     let mut payload = [0; 512];
     let mut buffer = [IoSliceMut::new(&mut payload)];
     let mut space = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6);
