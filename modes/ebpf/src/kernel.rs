@@ -216,6 +216,10 @@ impl Bpf {
     /// Attaches the programs to the cgroup and to the devices that there are.
     fn attach(&mut self) -> Result<(), KernelError> {
         self.look_at_devices()?;
+        if self.devices.by_index.values().any(|device| !device.ethernet) {
+            attach::load_headerless(&self.pins, &self.options.object, &self.options.sizes())
+                .map_err(of_attach)?;
+        }
         let cgroup = match &self.options.cgroup_root {
             Some(path) => path.clone(),
             None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,

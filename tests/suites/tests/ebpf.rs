@@ -20,6 +20,7 @@ use shunt_core::service::{Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_core::table::Change;
 use shunt_core::walk::{Outcome, Packet};
+use shunt_ebpf_tests::tun::Tun;
 use shunt_harness::cases;
 use shunt_harness::lab::{Lab, Probe, StormSpec, require_kernel};
 use shunt_mode::{Backend, Transaction, rendered};
@@ -233,6 +234,23 @@ fn new_devices_are_served() {
     kernel.backend.refresh().unwrap();
     assert_eq!(links(), before + 4);
     lab.node().exec("ip", ["link", "delete", "veth7"], "").unwrap();
+    kernel.backend.refresh().unwrap();
+    assert_eq!(links(), before);
+    // The first device without Ethernet headers brings programs of its own, and the next build brings others.
+    let headerless = |options: &Options| tags(options).get("ingress_l3").copied();
+    assert_eq!(headerless(&options), None);
+    let tun = lab.node().run(|| Tun::create("tun0")).unwrap();
+    kernel.backend.refresh().unwrap();
+    assert_eq!(links(), before + 2);
+    let held = headerless(&options);
+    assert!(held.is_some());
+    let other = Cow::Owned(other_build(&options.object));
+    let other = Arc::new(Options { object: other, ..Options::clone(&options) });
+    start(&lab, &other).sync(cluster.table(V4), &Change::everything()).unwrap();
+    assert!(headerless(&options).is_some() && headerless(&options) != held);
+    start(&lab, &options).sync(cluster.table(V4), &Change::everything()).unwrap();
+    assert_eq!(headerless(&options), held);
+    drop(tun);
     kernel.backend.refresh().unwrap();
     assert_eq!(links(), before);
     // An address that comes is known as the node's.

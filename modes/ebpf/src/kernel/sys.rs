@@ -18,6 +18,7 @@ const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `bpf(2)` with a part of `union bpf_attr`.
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
@@ -58,6 +59,15 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     }
     let mut attr = Attr { link: link.as_raw_fd(), program: program.as_raw_fd(), flags: 0, old_program: 0 };
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Takes a link off what it is at, at once. One that was taken off already, because its device is gone, stays so.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: i32,
+    }
+    bpf(BPF_LINK_DETACH, &mut Attr { link: link.as_raw_fd() }).map(drop)
 }
 
 /// The cookie of the calling thread's network namespace (`SO_NETNS_COOKIE`).
