@@ -31,8 +31,8 @@
 //! |---|---|---|---|
 //! | `config` | array, 1 | 0 → [`Config`] | agent |
 //! | `frontends` | hash, 65,536 | [`FrontendKey`] → [`Frontend`] | agent |
-//! | `slots` | array, 1,048,576 | number → endpoint id (`u32`) | agent |
-//! | `endpoints` | array, 262,144 | endpoint id → [`Endpoint`] | agent |
+//! | `slots` | array to be mapped, 1,048,576 | number → endpoint id (`u32`) | agent |
+//! | `endpoints` | array to be mapped, 262,144 | endpoint id → [`Endpoint`] | agent |
 //! | `addresses` | hash, 131,072 | [`Address`] → bits of [`address_flags`] (`u32`) | agent |
 //! | `ranges` | LPM, 65,536 | prefix length, [`RangeKey`] → `u32` (1) | agent |
 //! | `interfaces` | hash, 16,384 | ifindex (`u32`) → [`Interface`] | agent, as devices come and go |
@@ -40,7 +40,7 @@
 //! | `maglev` | hash of arrays, 4,096 | [`Group::id`] (`u32`) → array of one [`MaglevTable`] | agent |
 //! | `affinity` | LRU hash, 65,536 | [`AffinityKey`] → [`Affinity`] | programs |
 //! | `sockets` | LRU hash, 131,072 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
-//! | `flows` | LRU hash, 262,144 | [`FlowKey`] → [`Flow`] | programs (tc) |
+//! | `flows` | LRU hash, 262,144 | [`FlowKey`] → [`Flow`] | programs (tc; for sockets that are bound, socket hooks) |
 //! | `fragments` | LRU hash, 8,192 | [`FragmentKey`] → [`Fragment`] | programs (tc) |
 //! | `service_stats` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`ServiceBlock`] | programs |
 //! | `endpoint_stats` | per-CPU array, 512 | endpoint id / [`ENDPOINT_BLOCK`] → [`EndpointBlock`] | programs |

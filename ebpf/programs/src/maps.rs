@@ -1,5 +1,6 @@
 //! All maps, with their default sizes. The agent may load them with others.
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use shunt_ebpf_abi::{
@@ -8,6 +9,9 @@ use shunt_ebpf_abi::{
     SocketRecord, size,
 };
 
+/// The agent reads these as memory: asked for one by one, a million elements take the kernel a third of a second.
+const MAPPABLE: usize = BPF_F_MMAPABLE as usize;
+
 #[btf_map(name = "config")]
 pub(crate) static CONFIG: Array<Config, 1> = Array::new();
 
@@ -15,10 +19,10 @@ pub(crate) static CONFIG: Array<Config, 1> = Array::new();
 pub(crate) static FRONTENDS: HashMap<FrontendKey, Frontend, { size::FRONTENDS as usize }> = HashMap::new();
 
 #[btf_map(name = "slots")]
-pub(crate) static SLOTS: Array<u32, { size::SLOTS as usize }> = Array::new();
+pub(crate) static SLOTS: Array<u32, { size::SLOTS as usize }, MAPPABLE> = Array::new();
 
 #[btf_map(name = "endpoints")]
-pub(crate) static ENDPOINTS: Array<Endpoint, { size::ENDPOINTS as usize }> = Array::new();
+pub(crate) static ENDPOINTS: Array<Endpoint, { size::ENDPOINTS as usize }, MAPPABLE> = Array::new();
 
 #[btf_map(name = "addresses")]
 pub(crate) static ADDRESSES: HashMap<Address, u32, { size::ADDRESSES as usize }> = HashMap::new();

@@ -16,6 +16,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
@@ -224,6 +226,10 @@ impl Bpf {
     /// Attaches the programs to the cgroup and to the devices that there are.
     fn attach(&mut self) -> Result<(), KernelError> {
         self.look_at_devices()?;
+        if self.devices.by_index.values().any(|device| !device.ethernet) {
+            attach::load_headerless(&self.pins, &self.options.object, &self.options.sizes())
+                .map_err(of_attach)?;
+        }
         let cgroup = match &self.options.cgroup_root {
             Some(path) => path.clone(),
             None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
@@ -260,6 +266,7 @@ impl Bpf {
 
 impl Kernel for Bpf {
     fn probe(&mut self) -> Result<(), Unsupported> {
+        const HOOKS: ProgramType = ProgramType::CgroupSockAddr;
         let cannot = |missing: String, advice: &str| {
             Err(Unsupported { mode: Mode::Ebpf, missing, advice: advice.to_owned() })
         };
@@ -291,13 +298,19 @@ impl Kernel for Bpf {
                 );
             }
         }
-        match aya::sys::is_program_supported(aya::programs::ProgramType::CgroupSockAddr) {
-            Ok(true) => Ok(()),
-            Ok(false) => cannot(
+        // The youngest helper that the programs call.
+        let helper = is_helper_supported(HOOKS, BpfHelper::BPF_FUNC_set_retval);
+        match (is_program_supported(HOOKS), helper) {
+            (Ok(true), Ok(true)) => Ok(()),
+            (Ok(true), Ok(false)) => cannot(
+                "the kernel has no helper bpf_set_retval for programs at cgroups".to_owned(),
+                "it needs Linux 5.18",
+            ),
+            (Ok(false), _) => cannot(
                 "the kernel has no BPF programs at cgroups".to_owned(),
                 "it needs CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF",
             ),
-            Err(error) => cannot(
+            (Err(error), _) | (_, Err(error)) => cannot(
                 format!("BPF programs may not be loaded ({error})"),
                 "the process needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (or CAP_SYS_ADMIN), and the kernel CONFIG_BPF_SYSCALL",
             ),

@@ -196,6 +196,11 @@ impl Step {
         settings::config(&self.configuration, mode)
     }
 
+    /// One of its packets with what should become of it, for people.
+    pub fn describe(&self, packet: &CasePacket) -> String {
+        format!("{} {}: {}, expected {}", self.folder.display(), packet.name, packet.packet, packet.expect)
+    }
+
     /// The events that lead here from the step before, in the order of an API server that is asked
     /// about one kind after the other.
     pub fn events_since(&self, before: Option<&Self>) -> Vec<Event> {

@@ -11,6 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use object::{Object as _, ObjectSection as _, SectionKind};
 use shunt_core::compile::Context;
 use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
@@ -20,6 +22,7 @@ use shunt_core::service::{Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_core::table::Change;
 use shunt_core::walk::{Outcome, Packet};
+use shunt_ebpf_tests::tun::Tun;
 use shunt_harness::cases;
 use shunt_harness::lab::{Lab, Probe, StormSpec, require_kernel};
 use shunt_mode::{Backend, Transaction, rendered};
@@ -235,6 +238,23 @@ fn new_devices_are_served() {
     lab.node().exec("ip", ["link", "delete", "veth7"], "").unwrap();
     kernel.backend.refresh().unwrap();
     assert_eq!(links(), before);
+    // The first device without Ethernet headers brings programs of its own, and the next build brings others.
+    let headerless = |options: &Options| tags(options).get("ingress_l3").copied();
+    assert_eq!(headerless(&options), None);
+    let tun = lab.node().run(|| Tun::create("tun0")).unwrap();
+    kernel.backend.refresh().unwrap();
+    assert_eq!(links(), before + 2);
+    let held = headerless(&options);
+    assert!(held.is_some());
+    let other = Cow::Owned(other_build(&options.object));
+    let other = Arc::new(Options { object: other, ..Options::clone(&options) });
+    start(&lab, &other).sync(cluster.table(V4), &Change::everything()).unwrap();
+    assert!(headerless(&options).is_some() && headerless(&options) != held);
+    start(&lab, &options).sync(cluster.table(V4), &Change::everything()).unwrap();
+    assert_eq!(headerless(&options), held);
+    drop(tun);
+    kernel.backend.refresh().unwrap();
+    assert_eq!(links(), before);
     // An address that comes is known as the node's.
     lab.add_node_address([192, 168, 0, 9].into()).unwrap();
     kernel.backend.refresh().unwrap();
@@ -284,11 +304,12 @@ fn what_does_not_fit_is_named_and_left_out_as_a_whole() {
     assert_eq!(served, [0, 0, 2, 2, 2, 0], "{problems:?}");
 }
 
-/// Time that the calling thread has spent on a processor: on a busy machine the only time that says
-/// something.
+/// Time that the process has spent on processors: on a busy machine the only time that says something, if no other
+/// test runs.
 fn processor_time() -> Duration {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    let micros = |time: TimeVal| Duration::from_micros(time.num_microseconds().unsigned_abs());
+    micros(usage.user_time()) + micros(usage.system_time())
 }
 
 /// What 10,000 Services with 10 endpoints each cost the kernel. The limits are far above what is measured
@@ -317,7 +338,7 @@ fn scale() {
     let mut lap = |what: &str| {
         let now = (Instant::now(), processor_time());
         let (wall, processor) = (now.0 - started.0, now.1.saturating_sub(started.1));
-        println!("{what}: {wall:?}, of it on a processor {processor:?}");
+        println!("{what}: {wall:?}, on processors {processor:?}");
         started = (Instant::now(), processor_time());
         processor
     };

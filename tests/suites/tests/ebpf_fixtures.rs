@@ -163,13 +163,7 @@ fn run_case(case: &Case) -> Result<(usize, Vec<String>)> {
             packets += 1;
             let affinity = run.cluster.has_affinity(&packet.packet);
             if let Err(error) = lab.node().run(|| node.check(packet, affinity)) {
-                failures.push(format!(
-                    "{} {}: {}, expected {}: {error:#}",
-                    step.folder.display(),
-                    packet.name,
-                    packet.packet,
-                    packet.expect
-                ));
+                failures.push(format!("{}: {error:#}", step.describe(packet)));
             }
         }
     }

@@ -67,7 +67,7 @@ fn run_case(case: &Case, packets: &AtomicUsize) -> Result<Vec<String>> {
                 }
             }
             if let Err(error) = town.send(&packet, affinity) {
-                failures.push(format!("{} {}: {error:#}", step.folder.display(), packet.name));
+                failures.push(format!("{}: {error:#}", step.describe(&packet)));
             }
         }
     }

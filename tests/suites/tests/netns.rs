@@ -92,13 +92,7 @@ fn run_case<M: ModeUnderTest>(case: &Case, report: &Report) -> Result<()> {
             }
             report.packets.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = sent {
-                report.failed(format!(
-                    "{} {}: {}, expected {}: {error:#}",
-                    step.folder.display(),
-                    packet.name,
-                    packet.packet,
-                    packet.expect
-                ));
+                report.failed(format!("{}: {error:#}", step.describe(packet)));
             }
         }
     }

@@ -72,6 +72,10 @@ impl Pins {
 
     /// Removes everything; links first, so that no program runs without its maps.
     pub(super) fn remove(&self) -> io::Result<()> {
+        // Without its file a link ends some time later.
+        for name in self.link_names()? {
+            sys::detach_link(sys::open_pinned(&self.links().join(name))?.as_fd())?;
+        }
         for folder in [self.links(), self.programs(), self.maps()] {
             for name in names(&folder)? {
                 std::fs::remove_file(folder.join(name))?;
@@ -105,10 +109,40 @@ fn remove_folder(folder: &Path) -> io::Result<()> {
 /// Sizes of maps by name.
 pub(super) type MapSizes = BTreeMap<&'static str, u32>;
 
-/// Loads the object over the maps that are pinned, pins those that are not, and loads and pins all
-/// programs, in place of those pinned before.
+/// Loads the object over the maps that are pinned, pins those that are not, and loads and pins its programs, in
+/// place of those pinned before; those of [`load_headerless`] when they are asked for.
 pub(super) fn load(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<(), AttachError> {
     pins.make()?;
+    let mut object = open_object(pins, object, sizes)?;
+    let size = sizes.get(map::FRONTENDS).copied().unwrap_or(shunt_ebpf_abi::size::FRONTENDS);
+    super::maps::pin_names(&pins.maps(), size).map_err(io_at(map::NAMES))?;
+    for name in HEADERLESS {
+        let path = pins.programs().join(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(AttachError::Io(path.display().to_string(), error));
+            }
+            _ => {}
+        }
+    }
+    load_programs(pins, &mut object, |name| !HEADERLESS.contains(&name))
+}
+
+/// Loads and pins the programs for devices without Ethernet headers, unless that was done since [`load`]. The verifier
+/// takes as long for them as for all others, and many nodes have no such device.
+pub(super) fn load_headerless(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<(), AttachError> {
+    let pinned = names(&pins.programs()).map_err(io_at(pins.programs().display().to_string()))?;
+    if HEADERLESS.iter().all(|name| pinned.contains(*name)) {
+        return Ok(());
+    }
+    load_programs(pins, &mut open_object(pins, object, sizes)?, |name| HEADERLESS.contains(&name))
+}
+
+/// Programs for devices without Ethernet headers.
+const HEADERLESS: [&str; 2] = ["ingress_l3", "egress_l3"];
+
+/// Opens the object over the maps that are pinned; pins those that are not.
+fn open_object(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<Ebpf, AttachError> {
     let mut loader = EbpfLoader::new();
     for (name, size) in sizes {
         loader.map_max_entries(name, *size);
@@ -116,10 +150,7 @@ pub(super) fn load(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<(), A
     for name in OBJECT_MAPS {
         loader.map_pin_path(name, pins.maps().join(name));
     }
-    let mut object = loader.load(object)?;
-    let size = sizes.get(map::FRONTENDS).copied().unwrap_or(shunt_ebpf_abi::size::FRONTENDS);
-    super::maps::pin_names(&pins.maps(), size).map_err(io_at(map::NAMES))?;
-    load_programs(pins, &mut object)
+    Ok(loader.load(object)?)
 }
 
 /// Maps of the object.
@@ -143,10 +174,10 @@ const OBJECT_MAPS: [&str; 15] = [
 
 /// Loads and pins programs, all at the same time: nearly all of the time is the verifier's, which looks at a program on
 /// the CPU that asks.
-fn load_programs(pins: &Pins, object: &mut Ebpf) -> Result<(), AttachError> {
+fn load_programs(pins: &Pins, object: &mut Ebpf, which: impl Fn(&str) -> bool) -> Result<(), AttachError> {
     thread::scope(|scope| {
-        let loads =
-            object.programs_mut().map(|(name, program)| scope.spawn(|| load_program(pins, name, program)));
+        let programs = object.programs_mut().filter(|(name, _)| which(name));
+        let loads = programs.map(|(name, program)| scope.spawn(|| load_program(pins, name, program)));
         // All are begun before the first is waited for.
         let loads: Vec<_> = loads.collect();
         loads.into_iter().try_for_each(|load| {

@@ -264,14 +264,14 @@ impl Maps {
             })
             .map_err(at(map::NAMES))?;
         self.slots
-            .read(|number, id| {
+            .read_array(|number, id| {
                 if id != 0 {
                     state.set_slot(number, id);
                 }
             })
             .map_err(at(map::SLOTS))?;
         self.endpoints
-            .read(|id, endpoint| {
+            .read_array(|id, endpoint| {
                 if endpoint != Endpoint::default() {
                     state.set_endpoint(id, endpoint);
                 }

@@ -1,5 +1,5 @@
-//! System calls that aya does not offer: elements of maps in batches, and another program under a link
-//! that stays. The only unsafe code of the mode.
+//! System calls that aya does not offer: elements of maps in batches or as memory, and another program under a
+//! link that stays. The only unsafe code of the mode.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -18,6 +18,7 @@ const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `bpf(2)` with a part of `union bpf_attr`.
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
@@ -58,6 +59,15 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     }
     let mut attr = Attr { link: link.as_raw_fd(), program: program.as_raw_fd(), flags: 0, old_program: 0 };
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Takes a link off what it is at, at once. One that was taken off already, because its device is gone, stays so.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: i32,
+    }
+    bpf(BPF_LINK_DETACH, &mut Attr { link: link.as_raw_fd() }).map(drop)
 }
 
 /// The cookie of the calling thread's network namespace (`SO_NETNS_COOKIE`).
@@ -189,5 +199,67 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
                 return Ok(());
             }
         }
+    }
+}
+
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+
+/// Bytes of an array that are mapped at a time: what is mapped counts as the process's memory.
+const WINDOW: usize = 1 << 20;
+
+impl<V: Pod + Default> Table<u32, V> {
+    /// From one element to the next.
+    const STRIDE: usize = {
+        let stride = size_of::<V>().next_multiple_of(8);
+        assert!(WINDOW.is_multiple_of(stride));
+        stride
+    };
+
+    /// [`Table::read`] of an array, as memory where the map was made for that.
+    pub(super) fn read_array(&self, mut each: impl FnMut(u32, V)) -> io::Result<()> {
+        let info = self.map.info().map_err(io::Error::other)?;
+        if info.map_flags() & BPF_F_MMAPABLE == 0 {
+            return self.read(each);
+        }
+        let per_window = (WINDOW / Self::STRIDE) as u32;
+        for first in (0..info.max_entries()).step_by(per_window as usize) {
+            let count = per_window.min(info.max_entries() - first);
+            let window =
+                Window::map(&self.map, first as usize * Self::STRIDE, count as usize * Self::STRIDE)?;
+            for n in 0..count {
+                // SAFETY: the element lies in the window, which is aligned to pages, and any bits are a value of the
+                // type. Nobody but an agent writes it.
+                let value = unsafe { window.start.add(n as usize * Self::STRIDE).cast::<V>().read() };
+                each(first + n, value);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A part of an array as memory that can be read.
+struct Window {
+    start: *const u8,
+    len: usize,
+}
+
+impl Window {
+    fn map(map: &MapData, offset: usize, len: usize) -> io::Result<Self> {
+        let fd = map.fd().as_fd().as_raw_fd();
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: a new mapping touches no memory of ours.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, fd, offset) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { start: start.cast_const().cast(), len })
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this length, and nothing refers to it any more.
+        unsafe { libc::munmap(self.start.cast_mut().cast(), self.len) };
     }
 }

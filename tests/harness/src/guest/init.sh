@@ -47,6 +47,8 @@ for tool in iptables ip6tables; do
 done
 ip link set lo up || fail "set lo up"
 modprobe -a ipv6 nf_conntrack ip_vs || fail "this kernel has no IPVS"
+# Its device file comes with the module, and the module with the file.
+modprobe -q tun
 
 # Slow as a guest is, many connections of a test are open at the same time.
 ulimit -n 65536
