@@ -115,15 +115,39 @@ impl Cluster {
 
     /// Starts kube-proxy as kubeadm does, with the mounts that it has, in a mount namespace of its own.
     pub(crate) fn start(&self, more: &[&str]) -> Result<ChildGuard> {
+        self.start_with("", "", more)
+    }
+
+    /// Starts it as a DaemonSet of ours does: with no capability but some, on a read-only file system, /proc/sys
+    /// included, which a container has so that is not privileged. `mounts` is what is mounted besides.
+    pub(crate) fn start_confined(
+        &self,
+        capabilities: &[String],
+        mounts: &str,
+        more: &[&str],
+    ) -> Result<ChildGuard> {
+        const READ_ONLY: &str = "touch /run/xtables.lock
+            for writable in /run/shunt /run/xtables.lock /proc/sys; do
+                mount --bind $writable $writable
+            done
+            for read_only in /proc/sys /run /; do mount -o remount,bind,ro $read_only; done";
+        let kept: String = capabilities.iter().map(|c| format!(",+{}", c.to_lowercase())).collect();
+        let confine = format!("setpriv --bounding-set -all{kept} --inh-caps -all --no-new-privs");
+        self.start_with(&format!("{mounts}\n{READ_ONLY}"), &confine, more)
+    }
+
+    fn start_with(&self, mounts: &str, confine: &str, more: &[&str]) -> Result<ChildGuard> {
         const MOUNTS: &str = "set -e
             mount -t tmpfs tmpfs /var/lib; mount -t tmpfs tmpfs /run
             mkdir -p /var/lib/kube-proxy /run/secrets/kubernetes.io/serviceaccount /run/shunt
             mount --bind \"$1\" /var/lib/kube-proxy
             cp \"$1/token\" \"$1/ca.crt\" /run/secrets/kubernetes.io/serviceaccount
-            program=$2; shift 2
-            exec \"$program\" --config=/var/lib/kube-proxy/config.conf --hostname-override=worker-1 \"$@\"";
+            program=$2; shift 2";
+        const RUN: &str = "\"$program\" --config=/var/lib/kube-proxy/config.conf \\
+            --hostname-override=worker-1 \"$@\"";
+        let script = format!("{MOUNTS}\n{mounts}\nexec {confine} {RUN}");
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", MOUNTS, "sh"]);
+        command.args(["--mount", "--propagation", "private", "sh", "-c", &script, "sh"]);
         command.arg(self.folder.path()).arg(self.path("kube-proxy")).args(more);
         self.lab.node().spawn(&command)
     }
