@@ -31,6 +31,8 @@ pub trait Kernel {
     fn probe(&mut self) -> Result<(), Unsupported>;
     /// Writes the kernel's settings for the mode.
     fn tune(&mut self) -> Result<(), KernelError>;
+    /// Has the tools load the modules of their tables, which they may not do later without `CAP_SYS_MODULE`.
+    fn load_tables(&mut self) -> Result<(), KernelError>;
     /// Reads what is ours, and nothing else.
     fn observe(&mut self) -> Result<State, KernelError>;
     /// Carries out operations one after the other.
@@ -408,6 +410,14 @@ impl Kernel for Linux {
             self.ipvs()?.set_config(&timeouts).map_err(lost)?;
         }
         Ok(())
+    }
+
+    fn load_tables(&mut self) -> Result<(), KernelError> {
+        let text = crate::rules::Table::ALL.map(|table| format!("*{}\nCOMMIT\n", table.name())).concat();
+        let tool = self.tool();
+        self.namespace
+            .run(move || tool.restore(&text))
+            .map_err(|error| failed("load the tables' modules", error, Remedy::Retry))
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

@@ -62,13 +62,17 @@ pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Se
 }
 
 /// `--init-only`: sets every sysctl that the node and the mode need, so that the agent itself needs no
-/// writable /proc/sys. The mode need not be able to run here: its tools may be in another image.
+/// writable /proc/sys, and tries the mode, so that its tools load their modules.
 fn prepare(settings: &Settings, node_name: &str) -> Result<()> {
     sysctl::configure(&Sysctls::default(), &settings.conntrack);
     let context = Context::new(node_name, settings.config.clone());
     for family in IpFamily::ALL {
         let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
         driver.prepare(&context.facts(family))?;
+        if let Err(error) = driver.probe() {
+            // A kernel without one family serves the other; the agent itself says when none works.
+            tracing::warn!(%family, "{error}");
+        }
     }
     tracing::info!(mode = %settings.mode, "the node is prepared");
     Ok(())

@@ -131,8 +131,11 @@ impl Cluster {
                 mount --bind $writable $writable
             done
             for read_only in /proc/sys /run /; do mount -o remount,bind,ro $read_only; done";
-        let kept: String = capabilities.iter().map(|c| format!(",+{}", c.to_lowercase())).collect();
-        let confine = format!("setpriv --bounding-set -all{kept} --inh-caps -all --no-new-privs");
+        let kept = ["-all".to_owned()]
+            .into_iter()
+            .chain(capabilities.iter().map(|c| format!("+{}", c.to_lowercase())));
+        let kept = kept.collect::<Vec<_>>().join(",");
+        let confine = format!("setpriv --bounding-set {kept} --inh-caps -all --no-new-privs");
         self.start_with(&format!("{mounts}\n{READ_ONLY}"), &confine, more)
     }
 

@@ -68,7 +68,6 @@ fn init_only_sets_sysctls_and_no_rules() -> Result<()> {
     for (mode, addresses, routed) in [
         ("nftables", "[all]", "0"),
         ("iptables", "[primary]", "0"),
-        // The tools of the mode may be in another image.
         ("iptables", "[primary, localhost]", "1"),
     ] {
         cluster.write_files(&with(mode, addresses))?;

@@ -110,7 +110,7 @@ fn a_node_is_taken_over_from_kube_proxy_without_a_break() -> Result<()> {
 }
 
 /// What kube-proxy 1.36 in iptables mode has for the Service of this test, and rules of others.
-const KUBE_PROXY_IPTABLES: &str = r#"*filter
+pub(crate) const KUBE_PROXY_IPTABLES: &str = r#"*filter
 :KUBE-SERVICES - [0:0]
 :KUBE-EXTERNAL-SERVICES - [0:0]
 :KUBE-NODEPORTS - [0:0]
@@ -159,7 +159,7 @@ COMMIT
 "#;
 
 /// Chains of kube-proxy, or of a mode with its names, in a flavour of iptables.
-fn kube_chains(cluster: &Cluster, flavour: &str) -> Result<usize> {
+pub(crate) fn kube_chains(cluster: &Cluster, flavour: &str) -> Result<usize> {
     let saved = cluster.lab.node().exec(&format!("iptables-{flavour}-save"), [""; 0], "")?;
     Ok(saved.lines().filter(|line| line.starts_with(":KUBE-")).count())
 }
