@@ -33,6 +33,8 @@ use crate::metrics::Metrics;
 use crate::servers;
 use crate::settings::Settings;
 
+/// kube-proxy says that of itself (KEP-5495), and who watches for the event does so for the way back.
+const IPVS_DEPRECATION: &str = "kube-proxy's ipvs mode is deprecated: off by default in Kubernetes 1.40, removed in 1.43. Shunt keeps the mode; kube-proxy cannot take this node back in it then";
 /// Events that may wait to be sent; more are dropped.
 const EVENTS_MAX: usize = 64;
 /// Updates that may wait between source and loop: enough for a burst, little enough for memory.
@@ -139,13 +141,21 @@ async fn run_async(
     let (failed_tx, mut failed) = mpsc::channel(1);
     let kube_proxy = &configuration.kube_proxy;
     let servers = servers::start(&settings, kube_proxy, &health, &metrics, registry, &events, &failed_tx);
-    let _ = events.try_send(Notice {
-        regarding: Regarding::Node,
-        event_type: EventType::Normal,
-        reason: "Starting",
-        action: "StartKubeProxy",
-        note: String::new(),
-    });
+    let say = |event_type, reason, note: &str| {
+        // There is room: nothing was sent yet.
+        let _ = events.try_send(Notice {
+            regarding: Regarding::Node,
+            event_type,
+            reason,
+            action: "StartKubeProxy",
+            note: note.to_owned(),
+        });
+    };
+    say(EventType::Normal, "Starting", "");
+    if settings.mode == Mode::Ipvs {
+        tracing::info!("{IPVS_DEPRECATION}");
+        say(EventType::Warning, "IPVSDeprecation", IPVS_DEPRECATION);
+    }
     let account = Account::new(metrics, health, events, node_name.clone());
     let (reconfigured_tx, mut reconfigured) = mpsc::channel(1);
     let configuration_watch = tokio::spawn(config::watch(args.clone(), configuration, reconfigured_tx));

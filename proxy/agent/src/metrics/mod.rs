@@ -4,6 +4,7 @@
 //! The run loop writes, a scrape reads; neither waits for the other.
 
 mod process;
+pub(crate) mod slis;
 pub(crate) mod text;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -169,7 +169,11 @@ impl Cluster {
     }
 
     pub(crate) fn get(&self, address: &str, path: &str) -> Result<Answer> {
-        get(self.lab.node(), address, path)
+        self.ask("GET", address, path)
+    }
+
+    pub(crate) fn ask(&self, method: &str, address: &str, path: &str) -> Result<Answer> {
+        ask(self.lab.node(), method, address, path)
     }
 
     pub(crate) fn metrics(&self) -> Result<String> {
@@ -217,12 +221,12 @@ pub(crate) struct Answer {
     pub body: String,
 }
 
-pub(crate) fn get(namespace: &Namespace, address: &str, path: &str) -> Result<Answer> {
+fn ask(namespace: &Namespace, method: &str, address: &str, path: &str) -> Result<Answer> {
     let address: SocketAddr = address.parse()?;
     let text = namespace.run(|| {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)

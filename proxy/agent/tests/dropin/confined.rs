@@ -47,6 +47,9 @@ fn serves(mode: &str, mounts: &str, more: &[&str]) -> Result<()> {
     cluster.reach("10.96.0.10:80", &["pod-b"])?;
     cluster.wait("healthy", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.status == 200))?;
     cluster.wait("in sync", |c| Ok(c.metrics()?.contains("kubeproxy_sync_proxy_rules_duration_seconds")))?;
+    let deprecated =
+        cluster.server.events().iter().any(|e| e["reason"] == "IPVSDeprecation" && e["type"] == "Warning");
+    ensure!(deprecated == (mode == "ipvs"), "the event IPVSDeprecation");
     ensure!(agent.stop()?.success(), "{agent}");
     let log = agent.stderr();
     let complaints: Vec<&str> = log

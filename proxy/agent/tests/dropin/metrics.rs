@@ -24,6 +24,7 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
     };
     plain("/proxyMode", "nftables")?;
     plain("/healthz", "ok")?;
+    slis(cluster)?;
     let configz: Value = serde_json::from_str(&cluster.get(at, "/configz")?.body)?;
     let config = &configz["kubeproxy.config.k8s.io"];
     assert_eq!(config["kind"], "KubeProxyConfiguration");
@@ -102,6 +103,23 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
     assert_eq!(programming.split(' ').count(), 81);
     dashboards(&metrics);
     promtool(&metrics)
+}
+
+/// Results of checks appear when they are asked for, and can be reset.
+fn slis(cluster: &Cluster) -> Result<()> {
+    let at = "127.0.0.1:10249";
+    let delete = || cluster.ask("DELETE", at, "/metrics/slis");
+    assert_eq!(delete()?.body, "metrics reset\n");
+    let page = || Ok::<_, anyhow::Error>(cluster.get(at, "/metrics/slis")?.body);
+    assert!(!page()?.contains("ping"), "{}", page()?);
+    for _ in 0..2 {
+        assert_eq!(cluster.get(at, "/healthz")?.status, 200);
+    }
+    let text = page()?;
+    assert_eq!(sample(&text, "kubernetes_healthcheck{name=\"ping\",type=\"healthz\"}"), Some(1.0), "{text}");
+    let all = "kubernetes_healthchecks_total{name=\"ping\",type=\"healthz\",status=\"success\"}";
+    assert_eq!(sample(&text, all), Some(2.0), "{text}");
+    promtool(&text)
 }
 
 /// Every metric that dashboard and alerts ask for is there.

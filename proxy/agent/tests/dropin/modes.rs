@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use shunt_harness::lab::{Probe, StormSpec, Transfer, TransferSpec, place, require_kernel};
+use shunt_harness::lab::{Outcome, Probe, StormSpec, Transfer, TransferSpec, place, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM};
 
@@ -102,11 +102,17 @@ fn every_mode_gives_way_to_every_other_under_load() -> Result<()> {
         }
         goes_on(&long, &format!("{what}: a connection from before"))?;
     }
+    let crossings = TOUR.windows(2).filter(|pair| pair.contains(&EBPF)).count();
+    let mut failures = Vec::new();
     for storm in storms {
         let report = storm.stop()?;
         println!("{report}");
-        ensure!(report.attempted > 500 && report.failures.is_empty(), "{report}");
+        ensure!(report.attempted > 500, "{report}");
+        failures.extend(report.failures);
     }
+    // Nothing is refused or reset. What is in the middle of its handshake while eBPF comes or goes is lost.
+    ensure!(failures.iter().all(|(_, outcome)| matches!(outcome, Outcome::Timeout)), "{failures:?}");
+    ensure!(failures.len() <= 3 * crossings, "{failures:?}");
     long.stop()?;
     ensure!(agent.stop()?.success(), "{agent}");
     Ok(())
