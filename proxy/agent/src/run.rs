@@ -15,7 +15,7 @@ use shunt_mode::sync::{Periods, Step, SyncLoop};
 use shunt_node::health::Health;
 use shunt_node::sysctl::{self, Sysctls};
 use shunt_watch::{
-    EventType, KubeOptions, Notice, Regarding, Update, send_events, watch_kube, watch_manifests,
+    EventType, KubeOptions, Notice, Observer, Regarding, Update, send_events, watch_kube, watch_manifests,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -133,10 +133,11 @@ async fn run_async(
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (updates_tx, mut updates) = mpsc::channel(UPDATES_MAX);
-    let source = start_source(args, &settings, &node_name, updates_tx);
-    let (events, notices) = mpsc::channel(EVENTS_MAX);
-    let sender = start_events(args, &settings, &node_name, notices);
     let (metrics, registry) = Metrics::new(settings.mode);
+    let options = kube_options(args, &settings, &node_name, &metrics);
+    let source = start_source(args, options.clone(), updates_tx);
+    let (events, notices) = mpsc::channel(EVENTS_MAX);
+    let sender = start_events(args, options, notices);
     let health = Health::new(2 * settings.sync_period);
     let (failed_tx, mut failed) = mpsc::channel(1);
     let kube_proxy = &configuration.kube_proxy;
@@ -244,34 +245,34 @@ async fn run_async(
 
 type Source = tokio::task::JoinHandle<std::result::Result<(), shunt_watch::WatchError>>;
 
-fn start_source(args: &RunArgs, settings: &Settings, node_name: &str, tx: mpsc::Sender<Update>) -> Source {
+fn start_source(args: &RunArgs, options: KubeOptions, tx: mpsc::Sender<Update>) -> Source {
     if let Some(path) = &args.manifests {
-        tokio::spawn(watch_manifests(path.clone(), node_name.to_owned(), tx))
+        tokio::spawn(watch_manifests(path.clone(), options.node_name, tx))
     } else {
-        tokio::spawn(watch_kube(kube_options(args, settings, node_name), tx))
+        tokio::spawn(watch_kube(options, tx))
     }
 }
 
 /// Sends events, if there is an API server to send them to.
 fn start_events(
     args: &RunArgs,
-    settings: &Settings,
-    node_name: &str,
+    options: KubeOptions,
     notices: mpsc::Receiver<Notice>,
 ) -> tokio::task::JoinHandle<()> {
-    let options = args.manifests.is_none().then(|| kube_options(args, settings, node_name));
+    let is_there = args.manifests.is_none();
     tokio::spawn(async move {
-        let Some(options) = options else { return };
-        if let Err(error) = send_events(options, notices).await {
+        if is_there && let Err(error) = send_events(options, notices).await {
             tracing::warn!("no events will be sent: {error}");
         }
     })
 }
 
-fn kube_options(args: &RunArgs, settings: &Settings, node_name: &str) -> KubeOptions {
+fn kube_options(args: &RunArgs, settings: &Settings, node_name: &str, metrics: &Metrics) -> KubeOptions {
     let mut options = KubeOptions::new(node_name);
     options.kubeconfig.clone_from(&settings.kubeconfig);
     options.master.clone_from(&args.master);
+    let metrics = metrics.clone();
+    options.observer = Some(Observer::new(move |answered| metrics.answered(answered)));
     options
 }
 

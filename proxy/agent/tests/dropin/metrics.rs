@@ -78,6 +78,12 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
         let value = sample(&metrics, name).with_context(|| format!("{name}: {metrics}"))?;
         assert!(value >= least, "{name}: {value}");
     }
+    let host = cluster.server.url();
+    let host = host.trim_start_matches("https://").trim_end_matches('/');
+    let listed = format!("rest_client_requests_total{{code=\"200\",method=\"GET\",host=\"{host}\"}}");
+    assert!(sample(&metrics, &listed).is_some_and(|n| n >= 3.0), "{listed}: {metrics}");
+    let took = format!("rest_client_request_duration_seconds_count{{verb=\"POST\",host=\"{host}\"}}");
+    assert!(sample(&metrics, &took).is_some_and(|n| n >= 1.0), "{took}: {metrics}");
     assert!(metrics.contains("kubernetes_build_info{major=\"1\",minor=\"36\""), "{metrics}");
     let buckets = |name: &str| {
         let prefix = format!("{name}_bucket{{le=\"");
