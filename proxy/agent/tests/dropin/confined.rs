@@ -7,6 +7,7 @@ use shunt_harness::guest::test_in_guest;
 use shunt_harness::lab::{place, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM, LONG};
+use crate::metrics::{promtool, sample};
 use crate::takeover::{KUBE_PROXY_IPTABLES, kube_chains};
 
 /// The capabilities in a mode's overlay, or in the base that it does not change.
@@ -46,7 +47,14 @@ fn serves(mode: &str, mounts: &str, more: &[&str]) -> Result<()> {
     cluster.endpoints(&["10.244.1.12"]);
     cluster.reach("10.96.0.10:80", &["pod-b"])?;
     cluster.wait("healthy", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.status == 200))?;
-    cluster.wait("in sync", |c| Ok(c.metrics()?.contains("kubeproxy_sync_proxy_rules_duration_seconds")))?;
+    let metrics = cluster.metrics()?;
+    for of_mode in [
+        "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}".to_owned(),
+        format!("shunt_info{{version=\"{}\",mode=\"{mode}\"}}", env!("CARGO_PKG_VERSION")),
+    ] {
+        ensure!(sample(&metrics, &of_mode).is_some_and(|n| n >= 1.0), "{of_mode}: {metrics}");
+    }
+    promtool(&metrics)?;
     let deprecated =
         cluster.server.events().iter().any(|e| e["reason"] == "IPVSDeprecation" && e["type"] == "Warning");
     ensure!(deprecated == (mode == "ipvs"), "the event IPVSDeprecation");

@@ -10,7 +10,7 @@ use shunt_harness::lab::{Probe, TransferSpec, require_kernel};
 use crate::cluster::{Cluster, KUBEADM};
 
 /// The value of a sample.
-fn sample(metrics: &str, name: &str) -> Option<f64> {
+pub(crate) fn sample(metrics: &str, name: &str) -> Option<f64> {
     metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
 
@@ -150,7 +150,7 @@ fn dashboards(metrics: &str) {
 
 /// Prometheus' own check of names, types and texts. kube-proxy has a gauge whose name ends like a
 /// counter's, which the tool dislikes and dashboards expect.
-fn promtool(metrics: &str) -> Result<()> {
+pub(crate) fn promtool(metrics: &str) -> Result<()> {
     let mut child = match Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(std::process::Stdio::piped())
