@@ -43,7 +43,7 @@ bench: deps ## Measures packets, control plane and memory (see benches/README.md
 ebpf: ## Rebuilds the eBPF programs, ebpf/shunt.o
 	ebpf/build
 
-image: ## Builds the container image, target/shunt-image.tar (an OCI archive; no engine needed)
+image: deps ## Builds the container image, target/shunt-image.tar (an OCI archive; no engine needed)
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p shunt --target $(TARGET)
 	deploy/build-image target/$(TARGET)/release/shunt target/shunt-image.tar
 

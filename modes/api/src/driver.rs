@@ -62,7 +62,7 @@ pub trait Driver: Send {
     fn family(&self) -> IpFamily;
     /// Whether this node can run the mode.
     fn probe(&mut self) -> Result<(), Unsupported>;
-    /// Sets the sysctls that the mode needs on such a node, and nothing else.
+    /// Sets the sysctls that the mode needs on such a node, and loads modules.
     fn prepare(&mut self, node: &NodeFacts) -> Result<(), KernelError>;
     /// Reads the kernel ahead of the first sync, which then need not: at a start, while the objects are
     /// still on their way.

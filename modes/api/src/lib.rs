@@ -180,8 +180,8 @@ pub trait Backend: Send {
     /// Whether this node can run the mode; names what is missing.
     fn probe(&mut self) -> Result<(), Unsupported>;
 
-    /// Sets the sysctls that the mode needs on such a node, ahead of everything else: the mode programs them
-    /// as well, but what runs it may not be allowed to write them.
+    /// Sets the sysctls that the mode needs on such a node, and loads modules, ahead of everything else: the
+    /// mode does so as well, but what runs it may not be allowed to.
     fn prepare(&mut self, _node: &NodeFacts) -> Result<(), KernelError> {
         Ok(())
     }

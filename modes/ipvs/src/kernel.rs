@@ -35,6 +35,8 @@ pub trait Kernel {
     fn probe(&mut self) -> Result<(), Unsupported>;
     /// Writes the kernel's settings for the mode.
     fn tune(&mut self) -> Result<(), KernelError>;
+    /// Has the tools load the modules of their tables, which they may not do later without `CAP_SYS_MODULE`.
+    fn load_tables(&mut self) -> Result<(), KernelError>;
     /// Reads what is ours, and nothing else.
     fn observe(&mut self) -> Result<State, KernelError>;
     /// Carries out operations one after the other.
@@ -355,6 +357,12 @@ impl Kernel for Linux {
             self.ipvs()?.set_config(&timeouts).map_err(lost)?;
         }
         Ok(())
+    }
+
+    fn load_tables(&mut self) -> Result<(), KernelError> {
+        let text = crate::rules::Table::ALL.map(|table| format!("*{}\nCOMMIT\n", table.name())).concat();
+        let restore = |programs: &Programs, namespace: &Namespace| programs.restore(namespace, &text);
+        self.with_rules("load the tables' modules", Remedy::Retry, restore).map(drop)
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

@@ -106,7 +106,8 @@ impl<K: Kernel + Send> Backend for Ipvs<K> {
     }
 
     fn prepare(&mut self, _node: &NodeFacts) -> Result<(), KernelError> {
-        self.kernel.tune()
+        self.kernel.tune()?;
+        self.kernel.load_tables()
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

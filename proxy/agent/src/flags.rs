@@ -211,9 +211,13 @@ pub(crate) fn configuration(settings: &SettingArgs, flags: &KubeProxyFlags) -> K
     c
 }
 
-/// The flags of `settings` and `flags` that `--config` makes void, by name.
+/// Whether there are flags that `--config` makes void. Those of single modes are our own.
 pub(crate) fn ignored_with_config(settings: &SettingArgs, flags: &KubeProxyFlags) -> bool {
-    let of_config = SettingArgs { config: settings.config.clone(), ..SettingArgs::default() };
+    let of_config = SettingArgs {
+        config: settings.config.clone(),
+        modes: settings.modes.clone(),
+        ..SettingArgs::default()
+    };
     *settings != of_config || *flags != KubeProxyFlags::default()
 }
 

@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 
 use shunt_config::types::Logging;
+use shunt_mode::Mode;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
@@ -33,24 +34,14 @@ fn start_with(verbosity: u32, format: LogFormat) {
     };
     // Libraries speak up at the highest verbosity only.
     let others = if verbosity < 8 { LevelFilter::WARN } else { level };
-    let ours = [
-        "shunt",
-        "shunt_watch",
-        "shunt_node",
-        "shunt_mode",
-        "shunt_modes",
-        "shunt_mode_nftables",
-        "shunt_mode_iptables",
-        "shunt_mode_ipvs",
-        "shunt_mode_ebpf",
-    ];
+    let crates = ["shunt", "shunt_watch", "shunt_node", "shunt_mode", "shunt_modes"];
+    let of_modes = Mode::ALL.iter().map(|mode| format!("shunt_mode_{mode}"));
+    let ours = crates.into_iter().map(str::to_owned).chain(of_modes);
     let filter = EnvFilter::builder().with_default_directive(others.into()).from_env_lossy();
     let filter = if std::env::var_os(EnvFilter::DEFAULT_ENV).is_some() {
         filter
     } else {
-        ours.iter()
-            .filter_map(|name| format!("{name}={level}").parse().ok())
-            .fold(filter, EnvFilter::add_directive)
+        ours.filter_map(|name| format!("{name}={level}").parse().ok()).fold(filter, EnvFilter::add_directive)
     };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

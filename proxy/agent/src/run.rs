@@ -1,38 +1,34 @@
-//! `shunt run`: waits for changes, hands them on, and says how it went. It decides nothing.
+//! `shunt run`: starts everything, waits for changes, and hands them to the engine.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
-use shunt_core::compile::{Compiler, Context, unguarded_family};
-use shunt_core::id::{IpFamily, NamespacedName};
-use shunt_core::store::{Dirty, Store};
-use shunt_core::table::{Change, Conflict};
+use shunt_core::compile::Context;
+use shunt_core::id::IpFamily;
 use shunt_mode::Mode;
-use shunt_mode::driver::{Driver, Report};
-use shunt_mode::sync::{Periods, Step, SyncLoop};
 use shunt_node::health::Health;
 use shunt_node::sysctl::{self, Sysctls};
 use shunt_watch::{
-    EventType, KubeOptions, Notice, Regarding, Update, send_events, watch_kube, watch_manifests,
+    EventType, KubeOptions, Notice, Observer, Regarding, Update, send_events, watch_kube, watch_manifests,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
-use crate::account::{Account, Note};
-use crate::admin::{self, Asked, Request};
+use crate::account::Account;
+use crate::admin::{self, Asked};
 use crate::cli::RunArgs;
 use crate::config::{self, Configuration};
-use crate::connections::{self, Counts};
-use crate::dump;
-use crate::explain;
-use crate::flows::{Done, Flows};
+use crate::connections;
+use crate::engine::Engine;
+use crate::families;
+use crate::flows::Flows;
 use crate::metrics::Metrics;
 use crate::servers;
 use crate::settings::Settings;
 
+/// kube-proxy says that of itself (KEP-5495), and who watches for the event does so for the way back.
+const IPVS_DEPRECATION: &str = "kube-proxy's ipvs mode is deprecated: off by default in Kubernetes 1.40, removed in 1.43. Shunt keeps the mode; kube-proxy cannot take this node back in it then";
 /// Events that may wait to be sent; more are dropped.
 const EVENTS_MAX: usize = 64;
 /// Updates that may wait between source and loop: enough for a burst, little enough for memory.
@@ -62,13 +58,17 @@ pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Se
 }
 
 /// `--init-only`: sets every sysctl that the node and the mode need, so that the agent itself needs no
-/// writable /proc/sys. The mode need not be able to run here: its tools may be in another image.
+/// writable /proc/sys, and tries the mode, so that its tools load their modules.
 fn prepare(settings: &Settings, node_name: &str) -> Result<()> {
     sysctl::configure(&Sysctls::default(), &settings.conntrack);
     let context = Context::new(node_name, settings.config.clone());
     for family in IpFamily::ALL {
         let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
         driver.prepare(&context.facts(family))?;
+        if let Err(error) = driver.probe() {
+            // A kernel without one family serves the other; the agent itself says when none works.
+            tracing::warn!(%family, "{error}");
+        }
     }
     tracing::info!(mode = %settings.mode, "the node is prepared");
     Ok(())
@@ -116,32 +116,41 @@ async fn run_async(
         node = node_name,
         "starting"
     );
-    let families = open_families(&settings)?;
+    let families = families::open(&settings)?;
     if let Some(Err(error)) = settings.oom_score_adj.map(sysctl::set_oom_score_adj) {
         tracing::warn!("oom_score_adj stays as it is: {error}");
     }
     sysctl::configure(&Sysctls::default(), &settings.conntrack);
     // The kernel is read while the objects are on their way.
-    let mut reading = tokio::task::spawn_blocking(|| read_ahead(families));
+    let mut reading = tokio::task::spawn_blocking(|| families::read_ahead(families));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (updates_tx, mut updates) = mpsc::channel(UPDATES_MAX);
-    let source = start_source(args, &settings, &node_name, updates_tx);
-    let (events, notices) = mpsc::channel(EVENTS_MAX);
-    let sender = start_events(args, &settings, &node_name, notices);
     let (metrics, registry) = Metrics::new(settings.mode);
+    let options = kube_options(args, &settings, &node_name, &metrics);
+    let source = start_source(args, options.clone(), updates_tx);
+    let (events, notices) = mpsc::channel(EVENTS_MAX);
+    let sender = start_events(args, options, notices);
     let health = Health::new(2 * settings.sync_period);
     let (failed_tx, mut failed) = mpsc::channel(1);
     let kube_proxy = &configuration.kube_proxy;
     let servers = servers::start(&settings, kube_proxy, &health, &metrics, registry, &events, &failed_tx);
-    let _ = events.try_send(Notice {
-        regarding: Regarding::Node,
-        event_type: EventType::Normal,
-        reason: "Starting",
-        action: "StartKubeProxy",
-        note: String::new(),
-    });
+    let say = |event_type, reason, note: &str| {
+        // There is room: nothing was sent yet.
+        let _ = events.try_send(Notice {
+            regarding: Regarding::Node,
+            event_type,
+            reason,
+            action: "StartKubeProxy",
+            note: note.to_owned(),
+        });
+    };
+    say(EventType::Normal, "Starting", "");
+    if settings.mode == Mode::Ipvs {
+        tracing::info!("{IPVS_DEPRECATION}");
+        say(EventType::Warning, "IPVSDeprecation", IPVS_DEPRECATION);
+    }
     let account = Account::new(metrics, health, events, node_name.clone());
     let (reconfigured_tx, mut reconfigured) = mpsc::channel(1);
     let configuration_watch = tokio::spawn(config::watch(args.clone(), configuration, reconfigured_tx));
@@ -230,34 +239,34 @@ async fn run_async(
 
 type Source = tokio::task::JoinHandle<std::result::Result<(), shunt_watch::WatchError>>;
 
-fn start_source(args: &RunArgs, settings: &Settings, node_name: &str, tx: mpsc::Sender<Update>) -> Source {
+fn start_source(args: &RunArgs, options: KubeOptions, tx: mpsc::Sender<Update>) -> Source {
     if let Some(path) = &args.manifests {
-        tokio::spawn(watch_manifests(path.clone(), node_name.to_owned(), tx))
+        tokio::spawn(watch_manifests(path.clone(), options.node_name, tx))
     } else {
-        tokio::spawn(watch_kube(kube_options(args, settings, node_name), tx))
+        tokio::spawn(watch_kube(options, tx))
     }
 }
 
 /// Sends events, if there is an API server to send them to.
 fn start_events(
     args: &RunArgs,
-    settings: &Settings,
-    node_name: &str,
+    options: KubeOptions,
     notices: mpsc::Receiver<Notice>,
 ) -> tokio::task::JoinHandle<()> {
-    let options = args.manifests.is_none().then(|| kube_options(args, settings, node_name));
+    let is_there = args.manifests.is_none();
     tokio::spawn(async move {
-        let Some(options) = options else { return };
-        if let Err(error) = send_events(options, notices).await {
+        if is_there && let Err(error) = send_events(options, notices).await {
             tracing::warn!("no events will be sent: {error}");
         }
     })
 }
 
-fn kube_options(args: &RunArgs, settings: &Settings, node_name: &str) -> KubeOptions {
+fn kube_options(args: &RunArgs, settings: &Settings, node_name: &str, metrics: &Metrics) -> KubeOptions {
     let mut options = KubeOptions::new(node_name);
     options.kubeconfig.clone_from(&settings.kubeconfig);
     options.master.clone_from(&args.master);
+    let metrics = metrics.clone();
+    options.observer = Some(Observer::new(move |answered| metrics.answered(answered)));
     options
 }
 
@@ -268,408 +277,5 @@ fn ended_source(
         Ok(Ok(())) => anyhow!("the source of objects ended"),
         Ok(Err(error)) => error.into(),
         Err(error) => anyhow!("the source of objects failed: {error}"),
-    }
-}
-
-/// Opens the mode for both families. A kernel without one family serves the other.
-fn open_families(settings: &Settings) -> Result<Vec<Family>> {
-    let periods = Periods {
-        min_sync: settings.min_sync_period,
-        check: settings.sync_period,
-        resync: settings.resync_period,
-        ..Periods::default()
-    };
-    let mut families = Vec::new();
-    let mut errors = Vec::new();
-    for family in IpFamily::ALL {
-        let mut driver = shunt_modes::open(settings.mode, family, &settings.options)?;
-        match driver.probe() {
-            Ok(()) => families.push(Family {
-                driver,
-                sync: SyncLoop::new(periods),
-                tend_at: None,
-                leftovers: settings.remove_leftovers.then(|| settings.options.clone()),
-            }),
-            Err(error) => {
-                tracing::warn!(%family, "{error}");
-                errors.push(error);
-            }
-        }
-    }
-    match (families.is_empty(), errors.pop()) {
-        (true, Some(error)) => Err(error.into()),
-        _ => Ok(families),
-    }
-}
-
-/// Reads what the kernel holds. What goes wrong here is said when the first sync reads again.
-fn read_ahead(mut families: Vec<Family>) -> Vec<Family> {
-    for family in &mut families {
-        if let Err(error) = family.driver.read_ahead() {
-            tracing::debug!(family = %family.driver.family(), "{error}");
-        }
-    }
-    families
-}
-
-/// One family's kernel and when to sync it.
-struct Family {
-    driver: Box<dyn Driver>,
-    sync: SyncLoop,
-    /// Rules of others are to be removed once ours are in place, with these settings.
-    leftovers: Option<shunt_modes::Options>,
-    /// When the mode has something to do on its own, if so.
-    tend_at: Option<Instant>,
-}
-
-impl Family {
-    /// Whether the kernel holds what the table asks for, as far as known.
-    const fn in_sync(&self) -> bool {
-        self.sync.queued_since().is_none()
-    }
-}
-
-/// Everything between a source and the kernel.
-struct Engine {
-    settings: Settings,
-    node_name: String,
-    store: Store,
-    /// Exists once all first lists are complete.
-    compiler: Option<Compiler>,
-    synced: bool,
-    addresses: Option<BTreeSet<IpAddr>>,
-    /// Empty until the kernel was read.
-    families: Vec<Family>,
-    /// `None` in modes that track no flows.
-    flows: Option<Flows>,
-    account: Account,
-    /// What was complained about lately, so that it is said once.
-    said: VecDeque<String>,
-}
-
-/// How long after a change a mode is asked what else there is to do.
-const TEND_AFTER: Duration = Duration::from_secs(10);
-
-/// Complaints to remember.
-const SAID_MAX: usize = 1000;
-
-impl Engine {
-    fn new(settings: Settings, node_name: String, flows: Option<Flows>, account: Account) -> Self {
-        Self {
-            settings,
-            node_name,
-            store: Store::default(),
-            compiler: None,
-            synced: false,
-            addresses: None,
-            families: Vec::new(),
-            flows,
-            account,
-            said: VecDeque::new(),
-        }
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        let flows = self.flows.as_ref();
-        let of_flows = |f: &Family| flows?.deadline(f.driver.family()).filter(|_| f.in_sync());
-        let of_families = self
-            .families
-            .iter()
-            .flat_map(|f| [f.sync.deadline(), of_flows(f), f.tend_at.filter(|_| f.in_sync())])
-            .flatten();
-        of_families.chain(self.account.deadline()).min()
-    }
-
-    fn updates(&mut self, batch: &mut Vec<Update>) {
-        let mut dirty = Dirty::default();
-        for update in batch.drain(..) {
-            match update {
-                Update::Event(event) => {
-                    let note = Note::of(&event);
-                    let touched = self.store.apply(event);
-                    self.account.took(note, &touched);
-                    dirty.merge(touched);
-                }
-                Update::Synced => self.synced = true,
-                Update::Problem(problem) => {
-                    self.account.metrics.problem();
-                    self.complain(problem.to_string());
-                }
-                Update::Contact(contact) => {
-                    // The source logs what it waits for; rules stay in place meanwhile.
-                    tracing::debug!("{contact}");
-                    self.account.metrics.contact(contact.kind, contact.lost.is_some());
-                }
-            }
-        }
-        for name in &dirty.services {
-            let service = self.store.service(name);
-            if let Some(family) = service.and_then(|s| unguarded_family(s)) {
-                self.complain(format!(
-                    "Service {name}: spec.loadBalancerSourceRanges has no {family} range: its {family} load-balancer address is open to everybody"
-                ));
-            }
-        }
-        if self.compiler.is_none() {
-            self.start();
-        } else if !dirty.is_empty() {
-            self.compile(&dirty);
-        }
-    }
-
-    /// Addresses or devices of the node have changed.
-    fn addresses(&mut self, found: BTreeSet<IpAddr>) {
-        let same = self.addresses.as_ref() == Some(&found);
-        self.addresses = Some(found);
-        if self.compiler.is_none() {
-            self.start();
-        } else if !same {
-            self.refresh_context();
-        }
-        let errors: Vec<String> = self
-            .families
-            .iter_mut()
-            .filter_map(|family| family.driver.refresh().err())
-            .map(|error| format!("devices of the node: {error}"))
-            .collect();
-        for error in errors {
-            self.complain(error);
-        }
-    }
-
-    /// What is known of the node by now.
-    fn context(&self) -> Context {
-        let config = self.settings.config_for(self.store.node());
-        let mut context = Context::new(self.node_name.as_str(), config).with_node(self.store.node());
-        context.interface_addresses = self.addresses.clone().unwrap_or_default();
-        if let Some(address) = self.settings.bind_address {
-            // The first of a family is its primary one.
-            context.node_addresses.retain(|a| *a != address);
-            context.node_addresses.insert(0, address);
-        }
-        if context.node_addresses.is_empty() {
-            // Without a Node object the interfaces say what the node's addresses are.
-            context.node_addresses =
-                context.interface_addresses.iter().copied().filter(|a| is_global(*a)).collect();
-        }
-        context
-    }
-
-    /// The kernel was read.
-    fn opened(&mut self, families: Vec<Family>) {
-        self.families = families;
-        self.start();
-    }
-
-    /// Compiles everything and starts syncing, once all first lists and the addresses are there and the
-    /// kernel was read.
-    fn start(&mut self) {
-        if !self.synced || self.addresses.is_none() || self.families.is_empty() {
-            return;
-        }
-        let started = Instant::now();
-        let compiler = Compiler::full(self.context(), &self.store);
-        let [v4, v6] = IpFamily::ALL.map(|f| compiler.table(f).len());
-        tracing::info!(
-            services_ipv4 = v4,
-            services_ipv6 = v6,
-            milliseconds = milliseconds(started.elapsed()),
-            "all objects are known"
-        );
-        let conflicts: Vec<Conflict> =
-            IpFamily::ALL.iter().flat_map(|f| compiler.table(*f).conflicts()).collect();
-        for conflict in conflicts {
-            self.complain(conflict.to_string());
-        }
-        let now = Instant::now();
-        for family in &mut self.families {
-            family.sync.start(now);
-            self.account.waiting(family.driver.family(), family.sync.queued_since());
-        }
-        self.account.compiled(None, &self.store, &compiler);
-        if let Some(flows) = &mut self.flows {
-            flows.all_known(&self.store, &compiler, now);
-        }
-        self.compiler = Some(compiler);
-    }
-
-    fn compile(&mut self, dirty: &Dirty) {
-        let context = self.context();
-        let Some(compiler) = &mut self.compiler else { return };
-        let mut changes = compiler.set_context(context, &self.store);
-        for (change, more) in changes.iter_mut().zip(compiler.update(&self.store, dirty)) {
-            change.merge(more);
-        }
-        let conflicts: Vec<String> = dirty
-            .services
-            .iter()
-            .flat_map(|name| IpFamily::ALL.map(|f| compiler.table(f).conflicts_of(name)))
-            .flatten()
-            .map(|conflict| conflict.to_string())
-            .collect();
-        for conflict in conflicts {
-            self.complain(conflict);
-        }
-        self.changed(&dirty.services, &changes);
-    }
-
-    fn refresh_context(&mut self) {
-        let context = self.context();
-        let Some(compiler) = &mut self.compiler else { return };
-        let changes = compiler.set_context(context, &self.store);
-        self.changed(&BTreeSet::new(), &changes);
-    }
-
-    fn changed(&mut self, services: &BTreeSet<NamespacedName>, changes: &[Change; 2]) {
-        let now = Instant::now();
-        for family in &mut self.families {
-            let of = family.driver.family();
-            family.sync.changed(changes[of as usize].clone(), now);
-            self.account.waiting(of, family.sync.queued_since());
-        }
-        if let Some(compiler) = &self.compiler {
-            self.account.compiled(Some(services), &self.store, compiler);
-        }
-        if let (Some(flows), Some(compiler)) = (&mut self.flows, &self.compiler) {
-            flows.changed(services, changes, &self.store, compiler, now);
-        }
-    }
-
-    fn cleaned(&mut self, ended: Done) {
-        self.account.metrics.flows(ended.family(), ended.report(), ended.took());
-        let complaint = self.flows.as_mut().and_then(|flows| flows.done(ended, Instant::now()));
-        if let Some(complaint) = complaint {
-            self.complain(complaint);
-        }
-    }
-
-    fn counted(&self, counts: &Counts) {
-        if let Some(compiler) = &self.compiler {
-            self.account.metrics.connections(counts.family, &counts.by_service(compiler));
-        }
-    }
-
-    /// Does what is due.
-    fn tick(&mut self, now: Instant) {
-        self.account.tick(now);
-        let Some(compiler) = &self.compiler else { return };
-        let mut problems = Vec::new();
-        for family in &mut self.families {
-            let of = family.driver.family();
-            // A look at the kernel for which nothing waits finds what nobody asked for.
-            let idle = family.in_sync();
-            if let Some(step) = family.sync.next(now) {
-                match family.driver.sync(compiler.table(of), &step) {
-                    Ok(mut report) => {
-                        log_sync(of, &step, &report);
-                        let full = step == Step::Resync;
-                        if idle && full && report.operations > 0 {
-                            tracing::warn!(family = %of, operations = report.operations, "the kernel held something else than we put there: mended");
-                            self.account.metrics.drift(of, report.operations);
-                        }
-                        if step != Step::Check {
-                            self.account.synced(&*family.driver, full, &report, now);
-                        }
-                        problems.append(&mut report.problems);
-                        family.sync.finished(Ok(step), Instant::now());
-                        if let Some(options) = family.leftovers.take() {
-                            remove_leftovers(family.driver.mode(), of, options);
-                        }
-                        family.tend_at.get_or_insert(now + TEND_AFTER);
-                    }
-                    Err(error) => {
-                        self.account.metrics.failed(of);
-                        family.sync.finished(Err(error.remedy), Instant::now());
-                        tracing::error!(
-                            family = %of,
-                            failures = family.sync.failures(),
-                            "sync failed: {error}; reading the kernel again soon"
-                        );
-                    }
-                }
-                self.account.waiting(of, family.sync.queued_since());
-            }
-            if family.in_sync() {
-                self.account.serve(of, now);
-            }
-            if family.tend_at.is_some_and(|at| at <= now) && family.in_sync() {
-                family.tend_at = match family.driver.tend(now) {
-                    Ok(next) => next,
-                    Err(error) => {
-                        tracing::error!(family = %of, "{error}; reading the kernel again soon");
-                        family.sync.start(now);
-                        Some(now + TEND_AFTER)
-                    }
-                };
-            }
-            // A flow that is deleted too early would be bound to the old endpoint again.
-            if let Some(flows) = self.flows.as_mut().filter(|_| family.in_sync()) {
-                flows.tick(of, compiler, now);
-            }
-        }
-        for problem in problems {
-            self.complain(problem);
-        }
-    }
-
-    /// Answers what came in by the admin socket.
-    fn answer(&mut self, request: &Request) -> Result<String> {
-        let compiler = self.compiler.as_ref().context("not all objects are known yet")?;
-        let mut drivers: Vec<&mut Box<dyn Driver>> =
-            self.families.iter_mut().map(|f| &mut f.driver).collect();
-        match request {
-            Request::Dump(request) => dump::live(compiler, &mut drivers, request),
-            Request::Explain(request) => explain::live(&self.store, compiler, &mut drivers, request),
-        }
-    }
-
-    /// Warns of something, unless it was said lately.
-    fn complain(&mut self, what: String) {
-        if self.said.contains(&what) {
-            return;
-        }
-        tracing::warn!("{what}");
-        if self.said.len() == SAID_MAX {
-            self.said.pop_front();
-        }
-        self.said.push_back(what);
-    }
-}
-
-/// Removes what kube-proxy and other modes left, on a thread of its own: their tools may take a while.
-/// Connections that they translated go on, as the kernel remembers how.
-fn remove_leftovers(in_use: Mode, family: IpFamily, options: shunt_modes::Options) {
-    let remove = move || {
-        for error in shunt_modes::remove_leftovers(Some(in_use), family, &options) {
-            tracing::warn!(%family, "leftovers of another mode may remain: {error}");
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("leftovers".to_owned()).spawn(remove) {
-        tracing::warn!(%family, "leftovers of other modes remain: {error}");
-    }
-}
-
-/// Whether an address can stand for the node: neither loopback nor link-local.
-const fn is_global(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(a) => !a.is_loopback() && !a.is_link_local(),
-        IpAddr::V6(a) => !a.is_loopback() && !a.is_unicast_link_local(),
-    }
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
-}
-
-fn log_sync(family: IpFamily, step: &Step, report: &Report) {
-    let observing = milliseconds(report.observing);
-    let planning = milliseconds(report.planning);
-    let applying = milliseconds(report.applying);
-    let (operations, transactions) = (report.operations, report.transactions);
-    let waiting = milliseconds(report.waiting);
-    if *step == Step::Resync {
-        tracing::info!(%family, operations, transactions, observing, planning, applying, waiting, "in sync with the kernel");
-    } else if let Step::Apply(_) = step {
-        tracing::debug!(%family, operations, transactions, planning, applying, waiting, "change programmed");
     }
 }

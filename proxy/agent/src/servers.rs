@@ -9,11 +9,12 @@ use prometheus_client::registry::Registry;
 use shunt_config::KubeProxyConfiguration;
 use shunt_mode::Mode;
 use shunt_node::health::Health;
-use shunt_node::http::{Answer, Handler, Server, StatusCode, answer, header, not_found};
+use shunt_node::http::{Answer, Handler, Method, Server, StatusCode, answer, header, not_found};
 use shunt_watch::{EventType, Notice, Regarding};
 use tokio::sync::mpsc;
 
 use crate::metrics::Metrics;
+use crate::metrics::slis::Slis;
 use crate::metrics::text::{OPENMETRICS, TEXT, classic};
 use crate::settings::Settings;
 
@@ -35,12 +36,14 @@ pub(crate) fn start(
     let healthz = health.handler(move |endpoint, status| counted.health(endpoint, status == StatusCode::OK));
     let pages = Pages {
         registry,
+        slis: Slis::default(),
         mode: settings.mode,
         configz: serde_json::json!({ "kubeproxy.config.k8s.io": configuration }).to_string(),
     };
     let pages: Handler = Arc::new(move |request| {
         let accept = request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        pages.answer(request.uri().path(), request.uri().query().unwrap_or_default(), accept)
+        let reset = request.method() == Method::DELETE;
+        pages.answer(request.uri().path(), request.uri().query().unwrap_or_default(), accept, reset)
     });
     let hard = settings.bind_address_hard_fail.then(|| failed.clone());
     let servers = [
@@ -98,33 +101,46 @@ async fn keep(
 /// What the metrics server shows.
 struct Pages {
     registry: Registry,
+    slis: Slis,
     mode: Mode,
     configz: String,
 }
 
 impl Pages {
-    fn answer(&self, path: &str, query: &str, accept: &str) -> Answer {
+    fn answer(&self, path: &str, query: &str, accept: &str, reset: bool) -> Answer {
         match path {
-            "/metrics" => self.metrics(accept),
+            "/metrics" => {
+                let mut text = String::new();
+                let written = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+                metrics(written.is_ok().then_some(text), accept)
+            }
+            "/metrics/slis" if reset => {
+                self.slis.reset();
+                answer(StatusCode::OK, PLAIN, "metrics reset\n")
+            }
+            "/metrics/slis" => metrics(self.slis.text(), accept),
             "/proxyMode" => answer(StatusCode::OK, PLAIN, self.mode.name()),
             "/configz" => answer(StatusCode::OK, "application/json", self.configz.clone()),
-            "/healthz" if query.split('&').any(|q| q == "verbose" || q.starts_with("verbose=")) => {
-                answer(StatusCode::OK, PLAIN, "[+]ping ok\nhealthz check passed\n")
+            "/healthz" | "/healthz/ping" => {
+                self.slis.succeeded();
+                let verbose = query.split('&').any(|q| q == "verbose" || q.starts_with("verbose="));
+                let all =
+                    if path == "/healthz" && verbose { "[+]ping ok\nhealthz check passed\n" } else { "ok" };
+                answer(StatusCode::OK, PLAIN, all)
             }
-            "/healthz" | "/healthz/ping" => answer(StatusCode::OK, PLAIN, "ok"),
             _ => not_found(),
         }
     }
+}
 
-    fn metrics(&self, accept: &str) -> Answer {
-        let mut text = String::new();
-        if prometheus_client::encoding::text::encode(&mut text, &self.registry).is_err() {
-            return answer(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, "metrics cannot be written\n");
-        }
-        if accept.contains("application/openmetrics-text") {
-            answer(StatusCode::OK, OPENMETRICS, text)
-        } else {
-            answer(StatusCode::OK, TEXT, classic(&text))
-        }
+/// What was written as `OpenMetrics`, in the format that is accepted.
+fn metrics(text: Option<String>, accept: &str) -> Answer {
+    let Some(text) = text else {
+        return answer(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, "metrics cannot be written\n");
+    };
+    if accept.contains("application/openmetrics-text") {
+        answer(StatusCode::OK, OPENMETRICS, text)
+    } else {
+        answer(StatusCode::OK, TEXT, classic(&text))
     }
 }

@@ -137,7 +137,7 @@ impl Settings {
             admin_socket: shunt.admin_socket.clone().unwrap_or_else(|| crate::cli::ADMIN_SOCKET.to_owned()),
             conntrack: sizing(&kube_proxy.conntrack, shunt.lower_sysctls),
             remove_leftovers: shunt.leftovers == Leftovers::Remove,
-            options: Options { ipvs: ipvs(&kube_proxy.ipvs)?, ..modes.options() },
+            options: options(kube_proxy, shunt, modes)?,
         })
     }
 
@@ -157,6 +157,19 @@ impl Settings {
 /// kube-proxy lets `mh` hash source ports too.
 fn scheduler(name: &str) -> Option<Arc<Scheduler>> {
     (!name.is_empty()).then(|| Arc::new(Scheduler { name: name.into(), flags: [false, name == "mh", false] }))
+}
+
+fn options(
+    kube_proxy: &KubeProxyConfiguration,
+    shunt: &ShuntConfiguration,
+    modes: &ModeArgs,
+) -> Result<Options> {
+    let mut options = modes.options();
+    options.ipvs = ipvs(&kube_proxy.ipvs)?;
+    if let Some(flavour) = &shunt.iptables_flavour {
+        options.flavour = Some(flavour.parse().map_err(|error| anyhow!("iptablesFlavour: {error}"))?);
+    }
+    Ok(options)
 }
 
 fn ipvs(section: &shunt_config::types::Ipvs) -> Result<IpvsOptions> {

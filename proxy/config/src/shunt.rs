@@ -15,6 +15,8 @@ pub struct ShuntConfiguration {
     pub kind: String,
     /// Overrides `mode` of `KubeProxyConfiguration`, so that one `ConfigMap` serves both proxies.
     pub mode: Option<String>,
+    /// Flavour of iptables, `legacy` or `nft`; `None` for the kubelet's, else the one with more rules.
+    pub iptables_flavour: Option<String>,
     /// Overrides the least time between two syncs.
     pub min_sync_period: Option<Duration>,
     /// Most time between two looks at everything that the kernel holds.
@@ -44,6 +46,7 @@ impl Default for ShuntConfiguration {
             api_version: crate::SHUNT_API_VERSION.to_owned(),
             kind: crate::SHUNT_KIND.to_owned(),
             mode: None,
+            iptables_flavour: None,
             min_sync_period: None,
             resync_period: Duration::from_secs(3600),
             admin_socket: None,

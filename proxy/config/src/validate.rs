@@ -229,6 +229,10 @@ impl ShuntConfiguration {
         if let Some(mode) = self.mode.as_ref().filter(|m| !MODES.contains(&m.as_str())) {
             add("mode", format!("{mode:?}"), "must be auto, ebpf, iptables, ipvs, nftables or blank");
         }
+        let flavours = ["legacy", "nft"];
+        if let Some(flavour) = self.iptables_flavour.as_deref().filter(|f| !flavours.contains(f)) {
+            add("iptablesFlavour", format!("{flavour:?}"), "must be legacy or nft");
+        }
         if let Some(period) = self.min_sync_period.filter(|p| *p < Duration::ZERO) {
             add("minSyncPeriod", period.to_string(), NOT_NEGATIVE);
         }

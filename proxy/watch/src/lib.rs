@@ -29,7 +29,7 @@ mod manifests;
 mod problem;
 mod wire;
 
-pub use api::{KubeOptions, watch_kube};
+pub use api::{Answered, KubeOptions, Observer, watch_kube};
 pub use convert::{Converted, Converter};
 pub use error::WatchError;
 pub use events::{EventType, Notice, Regarding, send_events};

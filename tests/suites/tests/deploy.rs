@@ -334,6 +334,62 @@ fn the_schema_of_our_configuration_has_its_fields() -> Result<()> {
     Ok(())
 }
 
+/// The image as `make image` packs it, with something small in place of the binary.
+#[test]
+fn the_image_holds_both_names_and_the_tools() -> Result<()> {
+    // Room for the binary, which is about 25 MB.
+    const TOOLS_MAX: u64 = 15_000_000;
+    let missing = ["iptables-nft", "ipset", "kmod"].into_iter().find(|name| !installed(name));
+    if let Some(missing) = missing.filter(|_| std::env::var_os("SHUNT_REQUIRE_KERNEL").is_none()) {
+        eprintln!("skipped: {missing} is not installed");
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("shunt"), "#!/bin/sh\n")?;
+    run(Command::new(deploy().join("build-image")).arg(path("shunt")).arg(path("image.tar")))?;
+    std::fs::create_dir(path("image"))?;
+    run(Command::new("tar").arg("xf").arg(path("image.tar")).arg("-C").arg(path("image")))?;
+    // Every descriptor leads to a blob of its size and digest.
+    let blob = |of: &Value| -> Result<PathBuf> {
+        let digest = of["digest"].as_str().and_then(|d| d.strip_prefix("sha256:")).context("digest")?;
+        let blob = path("image/blobs/sha256").join(digest);
+        ensure!(run(Command::new("sha256sum").arg(&blob))?.starts_with(digest), "{digest}");
+        ensure!(Some(blob.metadata()?.len()) == of["size"].as_u64(), "size of {digest}");
+        Ok(blob)
+    };
+    let json =
+        |path: PathBuf| -> Result<Value> { Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?) };
+    let manifest = json(blob(&json(path("image/index.json"))?["manifests"][0])?)?;
+    let config = json(blob(&manifest["config"])?)?;
+    assert_eq!(config["config"]["Entrypoint"], json!(["/usr/local/bin/shunt"]));
+    let layer = blob(&manifest["layers"][0])?;
+    let root = path("root");
+    std::fs::create_dir(&root)?;
+    run(Command::new("tar").arg("xzf").arg(&layer).arg("-C").arg(&root))?;
+    assert_eq!(std::fs::read_link(root.join("usr/local/bin/kube-proxy"))?, Path::new("shunt"));
+    let size: u64 =
+        run(Command::new("du").args(["-sb"]).arg(&root))?.split_whitespace().next().context("du")?.parse()?;
+    assert!(size < TOOLS_MAX, "{size}");
+    let is_root = run(Command::new("id").arg("-u"))?.trim() == "0";
+    for tool in ["iptables-nft -V", "ip6tables-legacy-restore -V", "ipset -v", "/sbin/modprobe -V"] {
+        if is_root {
+            run(Command::new("chroot").arg(&root).args(tool.split(' ')))?;
+        }
+    }
+    Ok(())
+}
+
+fn installed(program: &str) -> bool {
+    std::env::split_paths("/usr/sbin:/sbin:/usr/bin:/bin").any(|folder| folder.join(program).exists())
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 #[test]
 fn alert_rules_are_sound() -> Result<()> {
     let rules = deploy().join("dashboards/alerts.yaml");

@@ -4,6 +4,7 @@
 //! The run loop writes, a scrape reads; neither waits for the other.
 
 mod process;
+pub(crate) mod slis;
 pub(crate) mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +23,7 @@ use shunt_mode::Mode;
 use shunt_mode::driver::Report;
 use shunt_node::conntrack::Report as FlowsReport;
 use shunt_node::health::Endpoint;
-use shunt_watch::Kind;
+use shunt_watch::{Answered, Kind};
 
 use crate::connections::Count;
 use process::Process;
@@ -109,6 +110,11 @@ fn programming_buckets() -> Histogram {
     )
 }
 
+/// 5 ms to a minute: those of client-go.
+fn request_buckets() -> Histogram {
+    Histogram::new([0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0])
+}
+
 /// 10 µs to about 5 s: phases of a sync are often shorter than a millisecond.
 fn phase_buckets() -> Histogram {
     Histogram::new((0..10).map(|n| 0.00001 * f64::from(1 << (2 * n))))
@@ -134,6 +140,8 @@ pub(crate) struct Metrics {
     cleanup_failures: Family<OfFamily, Counter>,
     conntrack_sync: Histograms<OfFamily>,
     conntrack_deleted: Family<OfFamily, Counter>,
+    requests: Family<[(&'static str, String); 3], Counter>,
+    request_times: Histograms<[(&'static str, String); 2]>,
     phases: Histograms<FamilyAnd>,
     operations: Family<OfFamily, Counter>,
     drift: Family<OfFamily, Counter>,
@@ -171,6 +179,8 @@ impl Metrics {
             cleanup_failures: Family::default(),
             conntrack_sync: histograms(sync_buckets),
             conntrack_deleted: Family::default(),
+            requests: Family::default(),
+            request_times: Family::new_with_constructor(request_buckets),
             phases: Family::new_with_constructor(phase_buckets),
             operations: Family::default(),
             drift: Family::default(),
@@ -223,6 +233,7 @@ impl Metrics {
             .set(1);
         registry.register("kubernetes_build_info", "A metric with a constant '1' value labeled by major, minor, git version, platform, and compiler from which Kubernetes was built", build);
 
+        self.register_client(registry);
         let r = registry.sub_registry_with_prefix("kubeproxy");
         r.register(
             "sync_proxy_rules_duration_seconds",
@@ -310,6 +321,21 @@ impl Metrics {
                 self.conntrack_deleted.clone(),
             );
         }
+    }
+
+    /// Those of client-go (`component-base/metrics/prometheus/restclient`).
+    fn register_client(&self, registry: &mut Registry) {
+        let r = registry.sub_registry_with_prefix("rest_client");
+        r.register(
+            "requests",
+            "Number of HTTP requests, partitioned by status code, method, and host",
+            self.requests.clone(),
+        );
+        r.register(
+            "request_duration_seconds",
+            "Request latency in seconds. Broken down by verb, and host",
+            self.request_times.clone(),
+        );
     }
 
     fn register_own(&self, mode: Mode, registry: &mut Registry) {
@@ -493,6 +519,16 @@ impl Metrics {
     /// Service ports of a family that have connections as far as was said.
     fn shown(&self, family: IpFamily) -> BTreeSet<ServicePortName> {
         self.service_names.lock().map(|all| all[family as usize].clone()).unwrap_or_default()
+    }
+
+    /// The API server answered, or not.
+    pub(crate) fn answered(&self, answered: &Answered) {
+        let Answered { method, host, status, took } = answered;
+        let code = status.map_or_else(|| "<error>".to_owned(), |status| status.to_string());
+        let of_request = [("code", code), ("method", method.clone()), ("host", host.clone())];
+        self.requests.get_or_create(&of_request).inc();
+        let of_time = [("verb", method.clone()), ("host", host.clone())];
+        self.request_times.get_or_create(&of_time).observe(took.as_secs_f64());
     }
 
     /// A field of an object cannot be used.

@@ -115,15 +115,42 @@ impl Cluster {
 
     /// Starts kube-proxy as kubeadm does, with the mounts that it has, in a mount namespace of its own.
     pub(crate) fn start(&self, more: &[&str]) -> Result<ChildGuard> {
+        self.start_with("", "", more)
+    }
+
+    /// Starts it as a DaemonSet of ours does: with no capability but some, on a read-only file system, /proc/sys
+    /// included, which a container has so that is not privileged. `mounts` is what is mounted besides.
+    pub(crate) fn start_confined(
+        &self,
+        capabilities: &[String],
+        mounts: &str,
+        more: &[&str],
+    ) -> Result<ChildGuard> {
+        const READ_ONLY: &str = "touch /run/xtables.lock
+            for writable in /run/shunt /run/xtables.lock /proc/sys; do
+                mount --bind $writable $writable
+            done
+            for read_only in /proc/sys /run /; do mount -o remount,bind,ro $read_only; done";
+        let kept = ["-all".to_owned()]
+            .into_iter()
+            .chain(capabilities.iter().map(|c| format!("+{}", c.to_lowercase())));
+        let kept = kept.collect::<Vec<_>>().join(",");
+        let confine = format!("setpriv --bounding-set {kept} --inh-caps -all --no-new-privs");
+        self.start_with(&format!("{mounts}\n{READ_ONLY}"), &confine, more)
+    }
+
+    fn start_with(&self, mounts: &str, confine: &str, more: &[&str]) -> Result<ChildGuard> {
         const MOUNTS: &str = "set -e
             mount -t tmpfs tmpfs /var/lib; mount -t tmpfs tmpfs /run
             mkdir -p /var/lib/kube-proxy /run/secrets/kubernetes.io/serviceaccount /run/shunt
             mount --bind \"$1\" /var/lib/kube-proxy
             cp \"$1/token\" \"$1/ca.crt\" /run/secrets/kubernetes.io/serviceaccount
-            program=$2; shift 2
-            exec \"$program\" --config=/var/lib/kube-proxy/config.conf --hostname-override=worker-1 \"$@\"";
+            program=$2; shift 2";
+        const RUN: &str = "\"$program\" --config=/var/lib/kube-proxy/config.conf \\
+            --hostname-override=worker-1 \"$@\"";
+        let script = format!("{MOUNTS}\n{mounts}\nexec {confine} {RUN}");
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", MOUNTS, "sh"]);
+        command.args(["--mount", "--propagation", "private", "sh", "-c", &script, "sh"]);
         command.arg(self.folder.path()).arg(self.path("kube-proxy")).args(more);
         self.lab.node().spawn(&command)
     }
@@ -142,7 +169,11 @@ impl Cluster {
     }
 
     pub(crate) fn get(&self, address: &str, path: &str) -> Result<Answer> {
-        get(self.lab.node(), address, path)
+        self.ask("GET", address, path)
+    }
+
+    pub(crate) fn ask(&self, method: &str, address: &str, path: &str) -> Result<Answer> {
+        ask(self.lab.node(), method, address, path)
     }
 
     pub(crate) fn metrics(&self) -> Result<String> {
@@ -190,12 +221,12 @@ pub(crate) struct Answer {
     pub body: String,
 }
 
-pub(crate) fn get(namespace: &Namespace, address: &str, path: &str) -> Result<Answer> {
+fn ask(namespace: &Namespace, method: &str, address: &str, path: &str) -> Result<Answer> {
     let address: SocketAddr = address.parse()?;
     let text = namespace.run(|| {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)

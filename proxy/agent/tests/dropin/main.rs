@@ -3,7 +3,9 @@
 
 mod cluster;
 mod config;
+mod confined;
 mod metrics;
+mod modes;
 mod node;
 mod takeover;
 

@@ -10,7 +10,7 @@ use shunt_harness::lab::{Probe, TransferSpec, require_kernel};
 use crate::cluster::{Cluster, KUBEADM};
 
 /// The value of a sample.
-fn sample(metrics: &str, name: &str) -> Option<f64> {
+pub(crate) fn sample(metrics: &str, name: &str) -> Option<f64> {
     metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
 
@@ -24,6 +24,7 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
     };
     plain("/proxyMode", "nftables")?;
     plain("/healthz", "ok")?;
+    slis(cluster)?;
     let configz: Value = serde_json::from_str(&cluster.get(at, "/configz")?.body)?;
     let config = &configz["kubeproxy.config.k8s.io"];
     assert_eq!(config["kind"], "KubeProxyConfiguration");
@@ -77,6 +78,12 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
         let value = sample(&metrics, name).with_context(|| format!("{name}: {metrics}"))?;
         assert!(value >= least, "{name}: {value}");
     }
+    let host = cluster.server.url();
+    let host = host.trim_start_matches("https://").trim_end_matches('/');
+    let listed = format!("rest_client_requests_total{{code=\"200\",method=\"GET\",host=\"{host}\"}}");
+    assert!(sample(&metrics, &listed).is_some_and(|n| n >= 3.0), "{listed}: {metrics}");
+    let took = format!("rest_client_request_duration_seconds_count{{verb=\"POST\",host=\"{host}\"}}");
+    assert!(sample(&metrics, &took).is_some_and(|n| n >= 1.0), "{took}: {metrics}");
     assert!(metrics.contains("kubernetes_build_info{major=\"1\",minor=\"36\""), "{metrics}");
     let buckets = |name: &str| {
         let prefix = format!("{name}_bucket{{le=\"");
@@ -104,6 +111,23 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
     promtool(&metrics)
 }
 
+/// Results of checks appear when they are asked for, and can be reset.
+fn slis(cluster: &Cluster) -> Result<()> {
+    let at = "127.0.0.1:10249";
+    let delete = || cluster.ask("DELETE", at, "/metrics/slis");
+    assert_eq!(delete()?.body, "metrics reset\n");
+    let page = || Ok::<_, anyhow::Error>(cluster.get(at, "/metrics/slis")?.body);
+    assert!(!page()?.contains("ping"), "{}", page()?);
+    for _ in 0..2 {
+        assert_eq!(cluster.get(at, "/healthz")?.status, 200);
+    }
+    let text = page()?;
+    assert_eq!(sample(&text, "kubernetes_healthcheck{name=\"ping\",type=\"healthz\"}"), Some(1.0), "{text}");
+    let all = "kubernetes_healthchecks_total{name=\"ping\",type=\"healthz\",status=\"success\"}";
+    assert_eq!(sample(&text, all), Some(2.0), "{text}");
+    promtool(&text)
+}
+
 /// Every metric that dashboard and alerts ask for is there.
 fn dashboards(metrics: &str) {
     for text in [
@@ -126,7 +150,7 @@ fn dashboards(metrics: &str) {
 
 /// Prometheus' own check of names, types and texts. kube-proxy has a gauge whose name ends like a
 /// counter's, which the tool dislikes and dashboards expect.
-fn promtool(metrics: &str) -> Result<()> {
+pub(crate) fn promtool(metrics: &str) -> Result<()> {
     let mut child = match Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(std::process::Stdio::piped())

@@ -47,6 +47,62 @@ fn the_node_changes_in_place() -> Result<()> {
     Ok(())
 }
 
+/// The zone is a label of the Node; endpoints are hinted to zones.
+#[test]
+fn the_zone_changes_in_place() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let endpoint = |address: &str, zone: &str| {
+        json!({
+            "addresses": [address], "conditions": { "ready": true }, "nodeName": "worker-1", "zone": zone,
+            "hints": { "forZones": [{ "name": zone }] },
+        })
+    };
+    cluster.server.put(json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": "web-1", "namespace": "demo", "labels": { "kubernetes.io/service-name": "web" },
+        },
+        "addressType": "IPv4", "ports": [{ "name": "http", "port": 8080, "protocol": "TCP" }],
+        "endpoints": [endpoint("10.244.1.11", "zone-a"), endpoint("10.244.1.12", "zone-b")],
+    }));
+    let zone = |zone: &str| {
+        cluster.server.put(json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": { "name": "worker-1", "labels": { "topology.kubernetes.io/zone": zone } },
+            "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.11" }] },
+        }));
+    };
+    zone("zone-a");
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("10.96.0.10:80", &["pod-a"])?;
+    zone("zone-b");
+    cluster.reach("10.96.0.10:80", &["pod-b"])?;
+    zone("zone-c");
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    assert!(agent.try_wait()?.is_none(), "{agent}");
+    agent.stop()?;
+    Ok(())
+}
+
+#[test]
+fn the_oom_killers_score_is_set() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    // To lower it takes a privilege that tests may not have.
+    cluster.write_files(&KUBEADM.replace("oomScoreAdj: null", "oomScoreAdj: 321"))?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.id()))?;
+    assert_eq!(score.trim(), "321");
+    agent.stop()?;
+    Ok(())
+}
+
 /// `mode` in our own document, and another list of node port addresses.
 fn with(mode: &str, node_port_addresses: &str) -> String {
     let addresses = format!("nodePortAddresses: {node_port_addresses}");
@@ -68,7 +124,6 @@ fn init_only_sets_sysctls_and_no_rules() -> Result<()> {
     for (mode, addresses, routed) in [
         ("nftables", "[all]", "0"),
         ("iptables", "[primary]", "0"),
-        // The tools of the mode may be in another image.
         ("iptables", "[primary, localhost]", "1"),
     ] {
         cluster.write_files(&with(mode, addresses))?;

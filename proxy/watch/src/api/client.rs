@@ -10,6 +10,7 @@ use kube::{Client, Config};
 use tower::BoxError;
 
 use super::KubeOptions;
+use super::observed::{Observer, observed};
 use crate::error::WatchError;
 
 /// A dead peer is noticed after `KEEPALIVE_IDLE` + 3 × `KEEPALIVE_INTERVAL`: a watch is silent for
@@ -23,14 +24,15 @@ pub(crate) async fn connect(options: &KubeOptions) -> Result<Client, WatchError>
     // Waits are ours to decide; two layers of retries multiply.
     config.default_retry = false;
     if config.proxy_url.is_some() {
-        // The way through a proxy is kube's own; it has no TCP keepalive, only our timeouts.
+        // The way through a proxy is kube's own; it has no TCP keepalive, only our timeouts, and
+        // nobody observes it.
         return Client::try_from(config).map_err(|e| WatchError::Client(Box::new(e)));
     }
-    own_stack(&config).map_err(|e| WatchError::Client(Box::new(e)))
+    own_stack(&config, options.observer.clone()).map_err(|e| WatchError::Client(Box::new(e)))
 }
 
 /// kube's stack with a connector that notices dead peers.
-fn own_stack(config: &Config) -> Result<Client, kube::Error> {
+fn own_stack(config: &Config, observer: Option<Observer>) -> Result<Client, kube::Error> {
     use tower::Layer;
 
     let mut connector = HttpConnector::new();
@@ -48,7 +50,7 @@ fn own_stack(config: &Config) -> Result<Client, kube::Error> {
             .pool_idle_timeout(Duration::from_secs(30))
             .build(connector);
 
-    let stack = config.extra_headers_layer()?.layer(http);
+    let stack = config.extra_headers_layer()?.layer(observed(http, observer));
     let stack = tower::util::MapErrLayer::new(BoxError::from).layer(stack);
     let namespace = config.default_namespace.clone();
     Ok(match config.auth_layer()? {

@@ -8,6 +8,7 @@
 mod backoff;
 mod client;
 mod lines;
+mod observed;
 mod reflector;
 mod resource;
 
@@ -22,6 +23,8 @@ use crate::convert::Converter;
 use crate::error::WatchError;
 use crate::kind::Kind;
 pub(crate) use client::connect;
+
+pub use observed::{Answered, Observer};
 
 use crate::{Update, api::reflector::Reflector};
 
@@ -52,6 +55,8 @@ pub struct KubeOptions {
     pub absent_retry: Duration,
     /// List everything again after this time even if the watch is well. `None`: never.
     pub relist_every: Option<Duration>,
+    /// Who is told of every request.
+    pub observer: Option<Observer>,
 }
 
 impl KubeOptions {
@@ -69,6 +74,7 @@ impl KubeOptions {
             backoff_max: Duration::from_secs(30),
             absent_retry: Duration::from_mins(10),
             relist_every: None,
+            observer: None,
         }
     }
 }
