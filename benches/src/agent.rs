@@ -153,7 +153,7 @@ pub(crate) struct Agent {
 }
 
 /// What Shunt says of its first sync, one family.
-#[derive(Clone, Copy, PartialEq, Debug, Default, serde::Serialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct FirstSync {
     /// Reading the kernel, ms.
     pub read_ms: f64,
@@ -217,18 +217,26 @@ impl Agent {
         })
     }
 
+    /// What Shunt has said of full syncs so far, both families.
+    fn full_syncs(&self) -> Vec<Value> {
+        let log = self.child.stderr();
+        log.lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .map(|line| line["fields"].clone())
+            .filter(|fields| fields["message"] == "in sync with the kernel")
+            .collect()
+    }
+
+    /// How often Shunt has read the whole kernel state.
+    pub(crate) fn full_reads(&self) -> usize {
+        self.full_syncs().len()
+    }
+
     /// Waits for what Shunt logs of its first syncs; IPv4's.
     pub(crate) fn first_sync(&mut self, patience: Duration) -> Result<FirstSync> {
         let deadline = Instant::now() + patience;
         loop {
-            let log = self.child.stderr();
-            let synced: Vec<Value> = log
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .map(|line| line["fields"].clone())
-                .filter(|fields| fields["message"] == "in sync with the kernel")
-                .collect();
-            if let [first, _, ..] = synced.as_slice() {
+            if let [first, _, ..] = self.full_syncs().as_slice() {
                 let number = |field: &str| first[field].as_f64().unwrap_or_default();
                 let count = |field: &str| first[field].as_u64().unwrap_or_default();
                 return Ok(FirstSync {

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bed::From;
 use crate::cluster::{Cluster, Shape};
@@ -24,6 +24,10 @@ pub(crate) struct Plan {
     pub connections: u32,
     /// Repetitions.
     pub repetitions: u32,
+    /// Repetitions of sizes that only curves show.
+    pub few_repetitions: u32,
+    /// Most time for the connections of a repetition.
+    pub limit: Duration,
     /// What is compared.
     pub subjects: Vec<Subject>,
     /// References are written for up to so many Services.
@@ -31,7 +35,7 @@ pub(crate) struct Plan {
 }
 
 /// What connections go to.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Target {
     /// One Service's cluster IP, from a pod.
@@ -51,7 +55,8 @@ impl Target {
         if largest {
             targets.push(Self::Fixed);
         }
-        if largest || services >= 10_000 {
+        // Where there are few, for the difference.
+        if largest || services == 10 || services >= 10_000 {
             targets.push(Self::Miss);
         }
         targets
@@ -80,7 +85,7 @@ impl Target {
 }
 
 /// One subject, one size, one target. Microseconds.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Cell {
     /// Which subject.
     pub subject: String,
@@ -180,7 +185,8 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
             Err(error) => failures.push(format!("first packets, {services} Services: {error:#}")),
         }
     }
-    for run in 0..plan.repetitions {
+    let judged = largest || services == 10 || services == 10_000;
+    for run in 0..if judged { plan.repetitions } else { plan.few_repetitions } {
         for row in &mut rows {
             for (target, results) in &mut row.results {
                 let cluster = &clusters[row.cluster];
@@ -188,7 +194,7 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                     targets: target.addresses(cluster, row.subject.serves()),
                     sources: target.from().sources(run),
                     connections: plan.connections,
-                    limit: Duration::from_secs(2),
+                    limit: plan.limit,
                 };
                 if row.subject.serves() {
                     row.stage.bed.flush_conntrack()?;

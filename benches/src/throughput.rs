@@ -4,7 +4,7 @@ use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bed::{Bed, From};
 use crate::cluster::{Cluster, Shape};
@@ -25,7 +25,7 @@ pub(crate) struct Plan {
 }
 
 /// One subject.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Row {
     /// Which subject.
     pub subject: String,

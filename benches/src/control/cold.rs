@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use nft_netlink::{Family, Socket, TableId};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::lock::{self, LockWait};
 use super::memory::{self, Memory};
@@ -14,7 +14,7 @@ use crate::cluster::{Cluster, Shape};
 use crate::subject::{PATIENCE, sample};
 
 /// A cold start.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Cold {
     /// Which program.
     pub subject: String,
@@ -67,7 +67,8 @@ pub(super) fn measure(program: &Program, cluster: &Cluster, repetitions: u32) ->
             cpu_ms: agent.cpu()?.as_secs_f64() * 1e3,
             memory: watch.finish()?,
             lock_wait,
-            chains_and_sets: bed.node().run(chains_and_sets)?,
+            // A kernel without nf_tables, such as the guest's, has none.
+            chains_and_sets: bed.node().run(chains_and_sets).unwrap_or_default(),
         };
         if best.as_ref().is_none_or(|best| cold.whole_ms < best.whole_ms) {
             best = Some(cold);
@@ -77,7 +78,7 @@ pub(super) fn measure(program: &Program, cluster: &Cluster, repetitions: u32) ->
 }
 
 /// A restart over what the process before has left.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Restart {
     /// Which program.
     pub subject: String,

@@ -8,7 +8,7 @@ mod memory;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub(crate) use churn::Churn;
 pub(crate) use cold::{Cold, Restart};
@@ -36,7 +36,7 @@ pub(crate) struct Plan {
 }
 
 /// What was measured.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Control {
     /// Cold starts.
     pub cold: Vec<Cold>,
@@ -80,7 +80,10 @@ fn changes(plan: &Plan, program: &Program, cluster: &Cluster, control: &mut Cont
     let api = Api::start(&bed, cluster)?;
     let mut agent = Agent::start(&bed, &api, program)?;
     agent.wait_until_served(&bed, &crate::subject::sample(&cluster.frontends()), PATIENCE)?;
-    // Let it finish what a start brings besides.
+    // Let it finish what a start brings besides: the other family, and what is done ten seconds later.
+    if matches!(program, Program::Shunt { .. }) {
+        agent.first_sync(PATIENCE)?;
+    }
     std::thread::sleep(Duration::from_secs(1));
     control.churn.push(probes.measure(plan, program, &agent, &api, cluster)?);
     agent.stop().context("before the restart")?;
