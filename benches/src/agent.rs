@@ -2,7 +2,7 @@
 //! node's namespace.
 
 use std::collections::BTreeSet;
-use std::net::{SocketAddrV4, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use crate::bed::Bed;
 use crate::cluster::{Cluster, NODE, POD_RANGE};
+use crate::subject::PATIENCE;
 
 /// The fake API server, on a thread of its own in the node's namespace.
 pub(crate) struct Api {
@@ -152,6 +153,10 @@ pub(crate) struct Agent {
     pub started: Instant,
 }
 
+fn refused(error: std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::ConnectionRefused
+}
+
 /// What Shunt says of its first sync, one family.
 #[derive(Clone, Copy, PartialEq, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct FirstSync {
@@ -214,6 +219,26 @@ impl Agent {
                 );
                 std::thread::sleep(Duration::from_micros(500));
             }
+        })
+    }
+
+    /// Waits until packets to all of these UDP Services reach pods, which have nobody on that port and say so.
+    pub(crate) fn wait_until_forwarded(&mut self, bed: &Bed, targets: &[SocketAddrV4]) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let child = &mut self.child;
+        bed.as_pod(|| {
+            for target in targets {
+                let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+                socket.connect(target)?;
+                socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+                // Errors that came before the answer are those of a Service that is not there yet.
+                while !socket.send(&[0]).and_then(|_| socket.recv(&mut [0])).is_err_and(refused) {
+                    ensure!(child.try_wait()?.is_none(), "it ended: {child}");
+                    ensure!(Instant::now() < deadline, "{target} not served: {child}");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+            Ok(())
         })
     }
 

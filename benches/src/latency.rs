@@ -188,11 +188,13 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
     let judged = largest || services == 10 || services == 10_000;
     for run in 0..if judged { plan.repetitions } else { plan.few_repetitions } {
         for row in &mut rows {
-            for (target, results) in &mut row.results {
+            let count = row.results.len() as u32;
+            for (number, (target, results)) in (0..).zip(&mut row.results) {
                 let cluster = &clusters[row.cluster];
                 let spec = ConnectSpec {
                     targets: target.addresses(cluster, row.subject.serves()),
-                    sources: target.from().sources(run),
+                    // IPVS remembers closed connections: to a pod itself they come from other ports.
+                    sources: target.from().sources(run * count + number),
                     connections: plan.connections,
                     limit: plan.limit,
                 };
