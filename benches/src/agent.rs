@@ -153,7 +153,7 @@ pub(crate) struct Agent {
     pub started: Instant,
 }
 
-fn refused(error: std::io::Error) -> bool {
+fn refused(error: &std::io::Error) -> bool {
     error.kind() == std::io::ErrorKind::ConnectionRefused
 }
 
@@ -232,7 +232,7 @@ impl Agent {
                 socket.connect(target)?;
                 socket.set_read_timeout(Some(Duration::from_millis(20)))?;
                 // Errors that came before the answer are those of a Service that is not there yet.
-                while !socket.send(&[0]).and_then(|_| socket.recv(&mut [0])).is_err_and(refused) {
+                while !socket.send(&[0]).and_then(|_| socket.recv(&mut [0])).as_ref().is_err_and(refused) {
                     ensure!(child.try_wait()?.is_none(), "it ended: {child}");
                     ensure!(Instant::now() < deadline, "{target} not served: {child}");
                     std::thread::sleep(Duration::from_millis(20));

@@ -166,8 +166,8 @@ struct Defaults {
     cold_repetitions: u32,
     connections: u32,
     rates: &'static [u32],
-    /// Of connections at most, of bulk, of changes at one rate.
-    seconds: [f64; 3],
+    /// Of connections at most, of bulk, of changes at one rate, of rest.
+    seconds: [f64; 4],
 }
 
 const THOROUGH: Defaults = Defaults {
@@ -180,7 +180,7 @@ const THOROUGH: Defaults = Defaults {
     cold_repetitions: 2,
     connections: 20_000,
     rates: &[1, 10, 100],
-    seconds: [2.0, 0.4, 5.0],
+    seconds: [2.0, 0.4, 5.0, 1.0],
 };
 
 const QUICK: Defaults = Defaults {
@@ -193,7 +193,7 @@ const QUICK: Defaults = Defaults {
     cold_repetitions: 1,
     connections: 1_000,
     rates: &[10, 100],
-    seconds: [1.0, 0.1, 0.5],
+    seconds: [1.0, 0.1, 0.5, 0.1],
 };
 
 /// A connection costs the guest as much as a hundred elsewhere.
@@ -251,7 +251,7 @@ fn measure(args: &RunArgs) -> Result<Report> {
         (true, true) => GUEST_QUICK,
     };
     let [many, few] = defaults.repetitions.map(|number| args.repetitions.unwrap_or(number));
-    let [connecting, bulk, changing] = defaults.seconds.map(Duration::from_secs_f64);
+    let [connecting, bulk, changing, rest] = defaults.seconds.map(Duration::from_secs_f64);
     let mode = |mode: &String| Program::Shunt { binary: args.shunt.clone(), mode: mode.clone() };
     let mut programs: Vec<Program> = args.modes.iter().map(mode).collect();
     if let Some(peer) = &args.peer {
@@ -305,6 +305,7 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 churn: args.churn.clone().unwrap_or_else(|| defaults.churn.to_vec()),
                 rates: defaults.rates.to_vec(),
                 duration: changing,
+                rest,
             },
             &mut report.failures,
         )?;

@@ -158,9 +158,9 @@ impl<'b> Probes<'b> {
             });
         }
         let burst = self.bed.as_pod(|| burst(api, &mut accepting, cluster))?;
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(plan.rest);
         let (idle, before) = (Instant::now(), run_time(agent.id())?);
-        std::thread::sleep(Duration::from_secs(3));
+        std::thread::sleep(3 * plan.rest);
         let used = run_time(agent.id())?.saturating_sub(before);
         Ok(Churn {
             subject: program.name(),

@@ -86,7 +86,7 @@ pub(crate) struct Restart {
     pub services: usize,
     /// Endpoints of each.
     pub endpoints: usize,
-    /// From the start of the process until it says that it is in sync, ms; the fastest of three.
+    /// From the start of the process until it says that it is in sync, ms; the fastest repetition.
     pub whole_ms: f64,
     /// Processor time of that start, ms.
     pub cpu_ms: f64,
@@ -94,9 +94,15 @@ pub(crate) struct Restart {
     pub first_sync: FirstSync,
 }
 
-pub(super) fn restart(program: &Program, bed: &Bed, api: &Api, shape: Shape) -> Result<Restart> {
+pub(super) fn restart(
+    program: &Program,
+    bed: &Bed,
+    api: &Api,
+    shape: Shape,
+    repetitions: u32,
+) -> Result<Restart> {
     let mut best: Option<Restart> = None;
-    for _ in 0..3 {
+    for _ in 0..repetitions {
         let mut agent = Agent::start(bed, api, program)?;
         let first_sync = agent.first_sync(PATIENCE)?;
         let whole_ms = agent.started.elapsed().as_secs_f64() * 1e3;

@@ -33,6 +33,8 @@ pub(crate) struct Plan {
     pub rates: Vec<u32>,
     /// For how long at each rate.
     pub duration: Duration,
+    /// To come to rest after a start or a burst; idling is measured for three times as long.
+    pub rest: Duration,
 }
 
 /// What was measured.
@@ -84,11 +86,11 @@ fn changes(plan: &Plan, program: &Program, cluster: &Cluster, control: &mut Cont
     if matches!(program, Program::Shunt { .. }) {
         agent.first_sync(PATIENCE)?;
     }
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(plan.rest);
     control.churn.push(probes.measure(plan, program, &agent, &api, cluster)?);
     agent.stop().context("before the restart")?;
     if matches!(program, Program::Shunt { .. }) {
-        control.restart.push(cold::restart(program, &bed, &api, cluster.shape)?);
+        control.restart.push(cold::restart(program, &bed, &api, cluster.shape, plan.repetitions + 1)?);
     }
     Ok(())
 }
