@@ -109,6 +109,12 @@ impl Program {
         self.mode() == "ebpf"
     }
 
+    /// So many Services at most are measured. iptables' own tools need time that grows with the square of the
+    /// number of chains in the nft flavour: 7 s at 10,000, minutes at 30,000.
+    pub(crate) fn most_services(&self) -> usize {
+        if self.mode() == "iptables-nft" { 10_000 } else { usize::MAX }
+    }
+
     fn command(&self, kubeconfig: &Path, bed: &Bed, endpoints: usize) -> Command {
         let folder = bed.folder();
         let (binary, mode) = match self {

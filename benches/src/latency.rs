@@ -22,9 +22,9 @@ pub(crate) struct Plan {
     pub endpoints: usize,
     /// Connections in a repetition.
     pub connections: u32,
-    /// Repetitions.
+    /// Repetitions of what goals are about.
     pub repetitions: u32,
-    /// Repetitions of sizes that only curves show.
+    /// Repetitions of sizes and targets that only curves show.
     pub few_repetitions: u32,
     /// Most time for the connections of a repetition.
     pub limit: Duration,
@@ -150,6 +150,9 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                 continue;
             }
         }
+        if matches!(subject, Subject::Program(program) if services > program.most_services()) {
+            continue;
+        }
         wanted.push((subject.clone(), 0));
         if largest && services > 1 && matches!(subject, Subject::Program(_)) {
             wanted.push((subject.clone(), 1));
@@ -179,17 +182,23 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
     });
     let mut rows: Vec<Row> = Vec::new();
     for ((subject, cluster), stage) in wanted.into_iter().zip(stages) {
-        let results = targets.iter().map(|target| (*target, Vec::new())).collect();
+        // Of one Service beside the most only growth is wanted.
+        let beside = clusters[cluster].shape.services != services;
+        let wanted = |target: &&Target| !beside || matches!(target, Target::Fixed | Target::Random);
+        let results = targets.iter().filter(wanted).map(|target| (*target, Vec::new())).collect();
         match stage {
             Ok(stage) => rows.push(Row { subject, cluster, stage, results }),
             Err(error) => failures.push(format!("first packets, {services} Services: {error:#}")),
         }
     }
     let judged = largest || services == 10 || services == 10_000;
-    for run in 0..if judged { plan.repetitions } else { plan.few_repetitions } {
+    for run in 0..plan.repetitions {
         for row in &mut rows {
             let count = row.results.len() as u32;
             for (number, (target, results)) in (0..).zip(&mut row.results) {
+                if run >= plan.few_repetitions && (!judged || *target == Target::NodePort) {
+                    continue;
+                }
                 let cluster = &clusters[row.cluster];
                 let spec = ConnectSpec {
                     targets: target.addresses(cluster, row.subject.serves()),

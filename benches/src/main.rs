@@ -176,11 +176,11 @@ const THOROUGH: Defaults = Defaults {
     churn: &[1_000, 10_000, 30_000],
     growth: &[1_000, 30_000],
     throughput: 1_000,
-    repetitions: [7, 3],
+    repetitions: [7, 2],
     cold_repetitions: 2,
     connections: 20_000,
     rates: &[1, 10, 100],
-    seconds: [2.0, 0.4, 5.0, 1.0],
+    seconds: [2.0, 0.4, 3.0, 1.0],
 };
 
 const QUICK: Defaults = Defaults {

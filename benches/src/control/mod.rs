@@ -53,7 +53,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
     let mut control = Control::default();
     for &(services, endpoints) in &plan.shapes {
         let cluster = Cluster::new(Shape::new(services, endpoints))?;
-        for program in &plan.programs {
+        for program in plan.programs.iter().filter(|program| services <= program.most_services()) {
             let what = format!("{}, cold start with {services} x {endpoints}", program.name());
             crate::say(format_args!("{what}"));
             match cold::measure(program, &cluster, plan.repetitions) {
@@ -64,7 +64,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
     }
     for &services in &plan.churn {
         let cluster = churn::with_probes(Cluster::new(Shape::new(services, 10))?);
-        for program in &plan.programs {
+        for program in plan.programs.iter().filter(|program| services <= program.most_services()) {
             let what = format!("{}, changes among {services} Services", program.name());
             crate::say(format_args!("{what}"));
             if let Err(error) = changes(plan, program, &cluster, &mut control) {
