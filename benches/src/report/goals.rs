@@ -162,6 +162,15 @@ pub(super) const ROWS: &[Row] = &[
     row("E4", "idle CPU, 10,000 x 10, ms/s", [1.0; MODES.len()], |view| {
         Some(view.churn(10_000)?.idle_ms_per_s)
     }),
+    row(
+        "F",
+        "spread over ten endpoints: most standard deviations from an equal share",
+        [5.0; MODES.len()],
+        |view| view.bulk(&view.subject)?.spread(),
+    ),
+    row("F", "short connections that failed", [0.0; MODES.len()], |view| {
+        Some(view.bulk(&view.subject)?.failed as f64)
+    }),
 ];
 
 /// All figures of all modes that were measured.

@@ -110,6 +110,8 @@ fn throughput(report: &Report, out: &mut String) {
         "8 TCP streams, Gbit/s",
         "short connections/s",
         "CPU of each, µs",
+        "failed",
+        "spread, σ",
     ];
     let rows: Vec<Vec<String>> = report
         .throughput
@@ -124,6 +126,8 @@ fn throughput(report: &Report, out: &mut String) {
                 format!("{:.1}", row.streams_gbps),
                 format!("{:.0}", row.exchanges_per_second),
                 format!("{:.1}", row.exchange_cpu_us),
+                row.failed.to_string(),
+                row.spread().map_or_else(|| "–".to_owned(), |sigma| format!("{sigma:.1}")),
             ]
         })
         .collect();
