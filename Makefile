@@ -5,8 +5,9 @@ CARGO ?= cargo
 PACKAGES := gcc libc6-dev iproute2 nftables prometheus util-linux \
             user-mode-linux kmod ipvsadm ipset iptables
 SHUNT := target/debug/shunt
-# What `make bench` measures, and further arguments: make bench MODES=nftables BENCH='--parts latency'.
-MODES ?= nftables,iptables
+# What `make bench` measures, and further arguments: make bench MODES=nftables BENCH='--parts latency'. A run
+# of everything writes the table of goals, too.
+MODES ?= nftables,iptables-legacy,iptables-nft,ebpf
 BENCH ?=
 TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 
@@ -38,7 +39,7 @@ lint: ## Formatting, clippy, licences, the direction of dependencies, and that t
 bench: deps ## Measures packets, control plane and memory (see benches/README.md); QUICK=1: only that it runs
 	@command -v valgrind >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends valgrind
 	$(CARGO) build --release -p shunt -p shunt-bench
-	target/release/shunt-bench run target/release/shunt --modes $(MODES) $(if $(QUICK),--quick --output target/bench) $(BENCH)
+	target/release/shunt-bench run target/release/shunt --modes $(MODES) $(if $(QUICK),--quick --output target/bench,$(if $(BENCH),,--goals benches/README.md)) $(BENCH)
 
 ebpf: ## Rebuilds the eBPF programs, ebpf/shunt.o
 	ebpf/build

@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use shunt_bench::change::Programmed;
 use shunt_mode_nftables::Nftables;
 use shunt_mode_nftables::kernel::Netlink;
@@ -15,7 +15,7 @@ const CHANGES: usize = 200;
 const ENDPOINTS: usize = 10;
 
 /// One mode among so many Services.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Growth {
     /// Which mode.
     pub subject: String,

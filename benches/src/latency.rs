@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bed::From;
 use crate::cluster::{Cluster, Shape};
@@ -22,8 +22,12 @@ pub(crate) struct Plan {
     pub endpoints: usize,
     /// Connections in a repetition.
     pub connections: u32,
-    /// Repetitions.
+    /// Repetitions of what goals are about.
     pub repetitions: u32,
+    /// Repetitions of sizes and targets that only curves show.
+    pub few_repetitions: u32,
+    /// Most time for the connections of a repetition.
+    pub limit: Duration,
     /// What is compared.
     pub subjects: Vec<Subject>,
     /// References are written for up to so many Services.
@@ -31,7 +35,7 @@ pub(crate) struct Plan {
 }
 
 /// What connections go to.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Target {
     /// One Service's cluster IP, from a pod.
@@ -51,7 +55,8 @@ impl Target {
         if largest {
             targets.push(Self::Fixed);
         }
-        if largest || services >= 10_000 {
+        // Where there are few, for the difference.
+        if largest || services == 10 || services >= 10_000 {
             targets.push(Self::Miss);
         }
         targets
@@ -80,7 +85,7 @@ impl Target {
 }
 
 /// One subject, one size, one target. Microseconds.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Cell {
     /// Which subject.
     pub subject: String,
@@ -145,6 +150,9 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                 continue;
             }
         }
+        if matches!(subject, Subject::Program(program) if services > program.most_services()) {
+            continue;
+        }
         wanted.push((subject.clone(), 0));
         if largest && services > 1 && matches!(subject, Subject::Program(_)) {
             wanted.push((subject.clone(), 1));
@@ -174,21 +182,30 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
     });
     let mut rows: Vec<Row> = Vec::new();
     for ((subject, cluster), stage) in wanted.into_iter().zip(stages) {
-        let results = targets.iter().map(|target| (*target, Vec::new())).collect();
+        // Of one Service beside the most only growth is wanted.
+        let beside = clusters[cluster].shape.services != services;
+        let wanted = |target: &&Target| !beside || matches!(target, Target::Fixed | Target::Random);
+        let results = targets.iter().filter(wanted).map(|target| (*target, Vec::new())).collect();
         match stage {
             Ok(stage) => rows.push(Row { subject, cluster, stage, results }),
             Err(error) => failures.push(format!("first packets, {services} Services: {error:#}")),
         }
     }
+    let judged = largest || services == 10 || services == 10_000;
     for run in 0..plan.repetitions {
         for row in &mut rows {
-            for (target, results) in &mut row.results {
+            let count = row.results.len() as u32;
+            for (number, (target, results)) in (0..).zip(&mut row.results) {
+                if run >= plan.few_repetitions && (!judged || *target == Target::NodePort) {
+                    continue;
+                }
                 let cluster = &clusters[row.cluster];
                 let spec = ConnectSpec {
                     targets: target.addresses(cluster, row.subject.serves()),
-                    sources: target.from().sources(run),
+                    // IPVS remembers closed connections: to a pod itself they come from other ports.
+                    sources: target.from().sources(run * count + number),
                     connections: plan.connections,
-                    limit: Duration::from_secs(2),
+                    limit: plan.limit,
                 };
                 if row.subject.serves() {
                     row.stage.bed.flush_conntrack()?;

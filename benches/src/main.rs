@@ -17,6 +17,7 @@ mod bed;
 mod cluster;
 mod control;
 mod growth;
+mod guest;
 mod latency;
 mod layouts;
 mod load;
@@ -47,6 +48,14 @@ struct Cli {
 enum Command {
     /// Measures, and writes results.
     Run(Box<RunArgs>),
+    /// Judges results that exist and writes the table of goals.
+    Goals {
+        /// Results, JSON.
+        results: Vec<PathBuf>,
+        /// File with the table, between marks.
+        #[arg(long, default_value = "benches/README.md")]
+        into: PathBuf,
+    },
     /// The load tool: does what a file says (used by `run`).
     #[command(hide = true)]
     Load {
@@ -81,7 +90,8 @@ enum Part {
 struct RunArgs {
     /// The release build of shunt.
     shunt: PathBuf,
-    /// Modes to measure; iptables-legacy and iptables-nft name a flavour.
+    /// Modes to measure; iptables-legacy and iptables-nft name a flavour. ipvs is measured in a guest where
+    /// this machine's kernel has none.
     #[arg(long, value_delimiter = ',', default_value = "nftables")]
     modes: Vec<String>,
     /// Parts to measure.
@@ -120,6 +130,12 @@ struct RunArgs {
     /// Folder for results.
     #[arg(long, default_value = "benches/results")]
     output: PathBuf,
+    /// File whose table of goals is written anew from the results.
+    #[arg(long)]
+    goals: Option<PathBuf>,
+    /// Measures ipvs mode in this kernel and prints the results as JSON.
+    #[arg(long, hide = true)]
+    inside: bool,
 }
 
 /// Says what is being done, and since when.
@@ -132,6 +148,7 @@ fn say(what: std::fmt::Arguments<'_>) {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Run(args) => run(*args),
+        Command::Goals { results, into } => report::put_goals(&into, &results),
         Command::Load { file } => load::run(&file),
         Command::Change { mode, services, changes } => growth::work(&mode, services, changes),
     }
@@ -144,10 +161,13 @@ struct Defaults {
     churn: &'static [usize],
     growth: &'static [usize],
     throughput: usize,
-    repetitions: u32,
+    /// Of what goals are about, and of the rest.
+    repetitions: [u32; 2],
+    cold_repetitions: u32,
     connections: u32,
-    /// Of changes at one rate, and of bulk.
-    seconds: [f64; 2],
+    rates: &'static [u32],
+    /// Of connections at most, of bulk, of changes at one rate, of rest.
+    seconds: [f64; 4],
 }
 
 const THOROUGH: Defaults = Defaults {
@@ -156,38 +176,96 @@ const THOROUGH: Defaults = Defaults {
     churn: &[1_000, 10_000, 30_000],
     growth: &[1_000, 30_000],
     throughput: 1_000,
-    repetitions: 7,
+    repetitions: [7, 2],
+    cold_repetitions: 2,
     connections: 20_000,
-    seconds: [5.0, 0.5],
+    rates: &[1, 10, 100],
+    seconds: [2.0, 0.4, 3.0, 1.0],
 };
 
 const QUICK: Defaults = Defaults {
     services: &[1, 100],
-    shapes: &[(100, 10), (1_000, 10)],
+    shapes: &[(100, 10)],
     churn: &[100],
     growth: &[100, 1_000],
     throughput: 100,
-    repetitions: 2,
-    connections: 2_000,
-    seconds: [1.0, 0.1],
+    repetitions: [2, 1],
+    cold_repetitions: 1,
+    connections: 1_000,
+    rates: &[10, 100],
+    seconds: [1.0, 0.1, 0.5, 0.1],
 };
 
-fn run(args: RunArgs) -> Result<()> {
+/// A connection costs the guest as much as a hundred elsewhere.
+const GUEST: Defaults = Defaults {
+    services: &[1, 10, 1_000, 10_000],
+    shapes: &[(100, 10), (1_000, 10), (10_000, 10)],
+    churn: &[1_000, 10_000],
+    throughput: 100,
+    repetitions: [5, 2],
+    cold_repetitions: 1,
+    connections: 300,
+    rates: &[1, 10],
+    ..THOROUGH
+};
+
+const GUEST_QUICK: Defaults = Defaults { connections: 50, shapes: &[(100, 3)], ..QUICK };
+
+fn run(mut args: RunArgs) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
-    let defaults = if args.quick { QUICK } else { THOROUGH };
-    let repetitions = args.repetitions.unwrap_or(defaults.repetitions);
-    let [changes, bulk] = defaults.seconds.map(Duration::from_secs_f64);
+    if args.inside {
+        args.modes = vec![guest::MODE.to_owned()];
+        println!("{}", serde_json::to_string(&measure(&args)?)?);
+        return Ok(());
+    }
+    let elsewhere = args.modes.iter().any(|mode| mode == guest::MODE) && !guest::has_ipvs();
+    args.modes.retain(|mode| mode != guest::MODE || !elsewhere);
+    let mut written = Vec::new();
+    let mut failures = 0;
+    let mut write = |report: Report| -> Result<()> {
+        failures += report.failures.len();
+        written.push(report.write(&args.output)?);
+        Ok(())
+    };
+    if !args.modes.is_empty() {
+        write(measure(&args)?)?;
+    }
+    if elsewhere {
+        let mut report = guest::measure()?;
+        let name = Report::new(args.machine.clone(), &args.shunt)?.machine.name;
+        report.machine.name = format!("{name}-guest");
+        write(report)?;
+    }
+    if let Some(into) = &args.goals {
+        report::put_goals(into, &report::beside(&written)?)?;
+    }
+    ensure!(failures == 0, "{failures} measurements failed, see above");
+    Ok(())
+}
+
+fn measure(args: &RunArgs) -> Result<Report> {
+    let defaults = match (args.inside, args.quick) {
+        (false, false) => THOROUGH,
+        (false, true) => QUICK,
+        (true, false) => GUEST,
+        (true, true) => GUEST_QUICK,
+    };
+    let [many, few] = defaults.repetitions.map(|number| args.repetitions.unwrap_or(number));
+    let [connecting, bulk, changing, rest] = defaults.seconds.map(Duration::from_secs_f64);
     let mode = |mode: &String| Program::Shunt { binary: args.shunt.clone(), mode: mode.clone() };
     let mut programs: Vec<Program> = args.modes.iter().map(mode).collect();
     if let Some(peer) = &args.peer {
         // kube-proxy has no eBPF mode, and takes the flavour of iptables that it finds.
-        let modes =
-            args.modes.iter().filter(|mode| matches!(mode.as_str(), "nftables" | "iptables" | "ipvs"));
-        programs.extend(modes.map(|mode| Program::KubeProxy { binary: peer.clone(), mode: mode.clone() }));
+        for mode in ["nftables", "iptables", "ipvs"] {
+            if args.modes.iter().any(|wanted| wanted.split('-').next() == Some(mode)) {
+                programs.push(Program::KubeProxy { binary: peer.clone(), mode: mode.to_owned() });
+            }
+        }
     }
     let mut subjects = vec![Subject::Direct];
     if !args.no_references {
-        subjects.extend(Layout::ALL.map(Subject::Layout));
+        let layouts = Layout::of(args.modes.iter().any(|mode| mode == guest::MODE));
+        subjects.extend(layouts.iter().copied().map(Subject::Layout));
     }
     subjects.extend(programs.iter().cloned().map(Subject::Program));
 
@@ -195,10 +273,12 @@ fn run(args: RunArgs) -> Result<()> {
     if args.parts.contains(&Part::Latency) {
         report.latency = latency::measure(
             &latency::Plan {
-                services: args.services.unwrap_or_else(|| defaults.services.to_vec()),
+                services: args.services.clone().unwrap_or_else(|| defaults.services.to_vec()),
                 endpoints: 10,
                 connections: args.connections.unwrap_or(defaults.connections),
-                repetitions,
+                repetitions: many,
+                few_repetitions: few,
+                limit: connecting,
                 subjects: subjects.clone(),
                 reference_limit: args.reference_limit,
             },
@@ -209,7 +289,7 @@ fn run(args: RunArgs) -> Result<()> {
         report.throughput = throughput::measure(
             &throughput::Plan {
                 services: defaults.throughput,
-                repetitions: repetitions.min(5),
+                repetitions: many.min(5),
                 duration: bulk,
                 subjects,
             },
@@ -220,22 +300,21 @@ fn run(args: RunArgs) -> Result<()> {
         report.control = control::measure(
             &control::Plan {
                 programs,
-                shapes: args.shapes.unwrap_or_else(|| defaults.shapes.to_vec()),
-                repetitions: if args.quick { 1 } else { 2 },
-                churn: args.churn.unwrap_or_else(|| defaults.churn.to_vec()),
-                rates: vec![1, 10, 100],
-                duration: changes,
+                shapes: args.shapes.clone().unwrap_or_else(|| defaults.shapes.to_vec()),
+                repetitions: defaults.cold_repetitions,
+                churn: args.churn.clone().unwrap_or_else(|| defaults.churn.to_vec()),
+                rates: defaults.rates.to_vec(),
+                duration: changing,
+                rest,
             },
             &mut report.failures,
         )?;
     }
-    if args.parts.contains(&Part::Growth) {
-        // The other modes are not measured without a kernel.
-        if args.modes.iter().any(|mode| mode == "nftables") {
-            report.growth = growth::measure("nftables", defaults.growth)?;
-        }
+    // The other modes are not measured without a kernel.
+    if args.parts.contains(&Part::Growth) && args.modes.iter().any(|mode| mode == "nftables") {
+        report.growth = growth::measure("nftables", defaults.growth)?;
     }
-    report.write(&args.output)
+    Ok(report)
 }
 
 fn shape(text: &str) -> Result<(usize, usize)> {

@@ -1,10 +1,11 @@
 //! Packets in bulk: UDP floods, TCP streams, short connections. Repetitions go round as in `latency`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bed::{Bed, From};
 use crate::cluster::{Cluster, Shape};
@@ -25,7 +26,7 @@ pub(crate) struct Plan {
 }
 
 /// One subject.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Row {
     /// Which subject.
     pub subject: String,
@@ -45,7 +46,31 @@ pub(crate) struct Row {
     pub exchanges_per_second: f64,
     /// Processor time of the client's side for each of these, µs: least of the repetitions.
     pub exchange_cpu_us: f64,
+    /// Short connections that failed.
+    pub failed: u64,
+    /// Connections to one Service by pod, the last byte of its address.
+    pub by_pod: BTreeMap<u8, u64>,
 }
+
+impl Row {
+    /// How far the pod with most or least connections is from an equal share, in standard deviations of a
+    /// fair choice. Nothing without Services.
+    pub(crate) fn spread(&self) -> Option<f64> {
+        let share = 1.0 / ENDPOINTS as f64;
+        let all = self.by_pod.values().sum::<u64>() as f64;
+        let deviation = (all * share * (1.0 - share)).sqrt();
+        // A pod that nobody reached is not in the map.
+        let missing = (self.by_pod.len() < ENDPOINTS).then_some(0);
+        let counts = self.by_pod.values().copied().chain(missing);
+        counts
+            .map(|count| (count as f64 - all * share).abs() / deviation)
+            .max_by(f64::total_cmp)
+            .filter(|sigma| sigma.is_finite())
+    }
+}
+
+/// Endpoints of each Service.
+const ENDPOINTS: usize = 10;
 
 /// Flows of the flood.
 const FLOWS: usize = 64;
@@ -57,8 +82,8 @@ const CONCURRENCY: usize = 32;
 /// Measures all subjects that can be set up; the others are named in `failures`.
 pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row>> {
     crate::say(format_args!("throughput: {} Services x 10 endpoints", plan.services));
-    let udp = Cluster::new(Shape { udp: true, node_ports: true, ..Shape::new(plan.services, 10) })?;
-    let tcp = Cluster::new(Shape::new(plan.services, 10))?;
+    let udp = Cluster::new(Shape { udp: true, node_ports: true, ..Shape::new(plan.services, ENDPOINTS) })?;
+    let tcp = Cluster::new(Shape::new(plan.services, ENDPOINTS))?;
     let mut rows = Vec::new();
     let mut stages = Vec::new();
     for subject in &plan.subjects {
@@ -77,7 +102,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row
             } else {
                 [udp.pods(), udp.pods(), tcp.pods()]
             };
-            if let Err(error) = both.repetition(plan, targets, run, row) {
+            if let Err(error) = both.repetition(plan, targets, *serves, run, row) {
                 failures.push(format!("throughput, {}, repetition {run}: {error:#}", row.subject));
             }
         }
@@ -103,6 +128,7 @@ impl Both {
         &self,
         plan: &Plan,
         targets: [Vec<SocketAddrV4>; 3],
+        serves: bool,
         run: u32,
         row: &mut Row,
     ) -> Result<()> {
@@ -124,6 +150,20 @@ impl Both {
         let exchanges: Exchanges = self.tcp.bed.load(From::Pod, Work::Exchange(exchange))?;
         best(&mut row.exchanges_per_second, exchanges.per_second, f64::max);
         best(&mut row.exchange_cpu_us, exchanges.cpu_us, f64::min);
+        row.failed += exchanges.failed;
+        if serves {
+            let exchange = ExchangeSpec {
+                targets: tcp.iter().take(1).copied().collect(),
+                sources: From::Pod.sources(run + plan.repetitions),
+                concurrency: CONCURRENCY,
+                duration: plan.duration,
+            };
+            let exchanges: Exchanges = self.tcp.bed.load(From::Pod, Work::Exchange(exchange))?;
+            row.failed += exchanges.failed;
+            for (pod, count) in exchanges.by_pod {
+                *row.by_pod.entry(pod).or_default() += count;
+            }
+        }
         for (flows, figure) in [(1, &mut row.stream_gbps), (8, &mut row.streams_gbps)] {
             let targets = tcp.iter().take(FLOWS).copied().collect();
             let spec = StreamSpec { targets, flows, duration: plan.duration };
@@ -173,4 +213,25 @@ fn arrived(bed: &Bed) -> Result<u64> {
     let counters = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("no eth0")?;
     // Bytes, then packets.
     counters.split_whitespace().nth(1).context("no counter")?.parse().context("counter")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spread_counts_standard_deviations() {
+        let row = |by_pod: BTreeMap<u8, u64>| Row { by_pod, ..Row::default() };
+        let even: BTreeMap<u8, u64> = (0..10).map(|pod| (pod, 900)).collect();
+        assert_eq!(row(even.clone()).spread(), Some(0.0));
+        // 9,000 connections: the standard deviation of a pod's share of 900 is the root of 810.
+        let mut odd = even.clone();
+        odd.insert(0, 985);
+        odd.insert(1, 815);
+        assert!(row(odd).spread().is_some_and(|sigma| (2.9..3.1).contains(&sigma)));
+        // One pod is never reached.
+        let nine: BTreeMap<u8, u64> = even.into_iter().take(9).collect();
+        assert!(row(nine).spread().is_some_and(|sigma| sigma > 25.0));
+        assert_eq!(row(BTreeMap::new()).spread(), None);
+    }
 }

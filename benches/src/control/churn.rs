@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use hdrhistogram::Histogram;
 use nix::errno::Errno;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const BURST: usize = 1_000;
 
 /// Changes at one rate.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Rate {
     /// Changes a second.
     pub per_second: u32,
@@ -49,7 +49,7 @@ pub(crate) struct Rate {
 }
 
 /// Changes among so many Services.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Churn {
     /// Which program.
     pub subject: String,
@@ -63,6 +63,8 @@ pub(crate) struct Churn {
     pub burst_ms: f64,
     /// Processor time while nothing happens, ms a second.
     pub idle_ms_per_s: f64,
+    /// How often the whole kernel state was read during all these changes; only Shunt says so.
+    pub full_reads: Option<usize>,
 }
 
 fn frontend(probe: u8) -> SocketAddrV4 {
@@ -141,6 +143,7 @@ impl<'b> Probes<'b> {
         // A mode that works on sockets must see those of the probes.
         let mut accepting = [true; PROBES as usize];
         let mut rates = Vec::new();
+        let reads = agent.full_reads();
         for &per_second in &plan.rates {
             let changes = (plan.duration.as_secs_f64() * f64::from(per_second)).ceil() as u32;
             let before = agent.cpu()?;
@@ -155,9 +158,9 @@ impl<'b> Probes<'b> {
             });
         }
         let burst = self.bed.as_pod(|| burst(api, &mut accepting, cluster))?;
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(plan.rest);
         let (idle, before) = (Instant::now(), run_time(agent.id())?);
-        std::thread::sleep(Duration::from_secs(3));
+        std::thread::sleep(3 * plan.rest);
         let used = run_time(agent.id())?.saturating_sub(before);
         Ok(Churn {
             subject: program.name(),
@@ -166,6 +169,7 @@ impl<'b> Probes<'b> {
             rates,
             burst_ms: burst.as_secs_f64() * 1e3,
             idle_ms_per_s: used.as_secs_f64() * 1e3 / idle.elapsed().as_secs_f64(),
+            full_reads: matches!(program, Program::Shunt { .. }).then(|| agent.full_reads() - reads),
         })
     }
 }

@@ -8,12 +8,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 const EVERY: Duration = Duration::from_millis(2);
 
 /// Resident memory, MiB.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[allow(clippy::struct_field_names)] // Units belong to names.
 pub(crate) struct Memory {
     /// Most of the process itself (`VmHWM`).

@@ -8,7 +8,7 @@ mod memory;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub(crate) use churn::Churn;
 pub(crate) use cold::{Cold, Restart};
@@ -33,10 +33,12 @@ pub(crate) struct Plan {
     pub rates: Vec<u32>,
     /// For how long at each rate.
     pub duration: Duration,
+    /// To come to rest after a start or a burst; idling is measured for three times as long.
+    pub rest: Duration,
 }
 
 /// What was measured.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Control {
     /// Cold starts.
     pub cold: Vec<Cold>,
@@ -51,7 +53,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
     let mut control = Control::default();
     for &(services, endpoints) in &plan.shapes {
         let cluster = Cluster::new(Shape::new(services, endpoints))?;
-        for program in &plan.programs {
+        for program in plan.programs.iter().filter(|program| services <= program.most_services()) {
             let what = format!("{}, cold start with {services} x {endpoints}", program.name());
             crate::say(format_args!("{what}"));
             match cold::measure(program, &cluster, plan.repetitions) {
@@ -62,7 +64,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
     }
     for &services in &plan.churn {
         let cluster = churn::with_probes(Cluster::new(Shape::new(services, 10))?);
-        for program in &plan.programs {
+        for program in plan.programs.iter().filter(|program| services <= program.most_services()) {
             let what = format!("{}, changes among {services} Services", program.name());
             crate::say(format_args!("{what}"));
             if let Err(error) = changes(plan, program, &cluster, &mut control) {
@@ -80,12 +82,15 @@ fn changes(plan: &Plan, program: &Program, cluster: &Cluster, control: &mut Cont
     let api = Api::start(&bed, cluster)?;
     let mut agent = Agent::start(&bed, &api, program)?;
     agent.wait_until_served(&bed, &crate::subject::sample(&cluster.frontends()), PATIENCE)?;
-    // Let it finish what a start brings besides.
-    std::thread::sleep(Duration::from_secs(1));
+    // Let it finish what a start brings besides: the other family, and what is done ten seconds later.
+    if matches!(program, Program::Shunt { .. }) {
+        agent.first_sync(PATIENCE)?;
+    }
+    std::thread::sleep(plan.rest);
     control.churn.push(probes.measure(plan, program, &agent, &api, cluster)?);
     agent.stop().context("before the restart")?;
     if matches!(program, Program::Shunt { .. }) {
-        control.restart.push(cold::restart(program, &bed, &api, cluster.shape)?);
+        control.restart.push(cold::restart(program, &bed, &api, cluster.shape, plan.repetitions + 1)?);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! nodes, and for a node port with `externalTrafficPolicy: Cluster`.
 
 mod iptables;
+mod ipvs;
 mod nftables;
 
 use anyhow::{Context, Result};
@@ -15,20 +16,25 @@ use crate::cluster::Cluster;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Layout {
     /// iptables mode: one rule a Service in KUBE-SERVICES, asked one after the other (legacy iptables).
-    KubeProxyIptables,
+    Iptables,
     /// nftables mode: a chain and a map a Service.
-    KubeProxyNftables,
+    Nftables,
+    /// ipvs mode: all virtual addresses on a dummy device, legacy iptables and ipset for masquerade.
+    Ipvs,
 }
 
 impl Layout {
-    /// Both of them.
-    pub(crate) const ALL: [Self; 2] = [Self::KubeProxyIptables, Self::KubeProxyNftables];
+    /// Those that a mode is compared with.
+    pub(crate) const fn of(ipvs: bool) -> &'static [Self] {
+        if ipvs { &[Self::Ipvs] } else { &[Self::Iptables, Self::Nftables] }
+    }
 
     /// Name in reports.
     pub(crate) const fn name(self) -> &'static str {
         match self {
-            Self::KubeProxyIptables => "kube-proxy iptables layout",
-            Self::KubeProxyNftables => "kube-proxy nftables layout",
+            Self::Iptables => "kube-proxy iptables layout",
+            Self::Nftables => "kube-proxy nftables layout",
+            Self::Ipvs => "kube-proxy ipvs layout",
         }
     }
 
@@ -36,23 +42,26 @@ impl Layout {
     /// 512 MiB.
     pub(crate) const fn most_endpoints(self) -> usize {
         match self {
-            Self::KubeProxyIptables => 100_000,
-            Self::KubeProxyNftables => usize::MAX,
+            Self::Iptables => 100_000,
+            Self::Nftables | Self::Ipvs => usize::MAX,
         }
     }
 
     /// Writes the layout into a namespace.
     pub(crate) fn load(self, node: &Namespace, cluster: &Cluster) -> Result<()> {
         match self {
-            Self::KubeProxyIptables => {
-                let rules = iptables::rules(cluster);
-                // A lock of its own: the machine's is everybody's.
-                let lock = tempfile::NamedTempFile::new()?;
-                let lock = format!("XTABLES_LOCKFILE={}", lock.path().display());
-                node.exec("env", [&*lock, "iptables-legacy-restore", "--noflush"], &rules)
-                    .context("load kube-proxy's iptables layout")?;
+            Self::Iptables => {
+                restore(node, &iptables::rules(cluster)).context("load kube-proxy's iptables layout")?;
             }
-            Self::KubeProxyNftables => {
+            Self::Ipvs => {
+                let ipvs = ipvs::Ipvs::new(cluster);
+                node.set_sysctl("net/ipv4/vs/conntrack", "1").context("IPVS")?;
+                node.exec("ip", ["-batch", "-"], &ipvs.addresses)?;
+                node.exec("ipset", ["restore"], &ipvs.sets)?;
+                restore(node, ipvs::RULES)?;
+                node.exec("ipvsadm", ["--restore"], &ipvs.servers).context("load kube-proxy's IPVS")?;
+            }
+            Self::Nftables => {
                 // In one transaction the kernel looks sets up in a list: quadratic. What is there in the
                 // end is the same.
                 for part in nftables::rules(cluster) {
@@ -62,6 +71,14 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// Adds rules with legacy iptables.
+fn restore(node: &Namespace, rules: &str) -> Result<()> {
+    // A lock of its own: the machine's is everybody's.
+    let lock = tempfile::NamedTempFile::new()?;
+    let lock = format!("XTABLES_LOCKFILE={}", lock.path().display());
+    node.exec("env", [&*lock, "iptables-legacy-restore", "--noflush"], rules).map(drop)
 }
 
 /// Sixteen characters that stand for a name, as kube-proxy shortens names to chains: base32 of a SHA-256.
@@ -96,7 +113,9 @@ mod tests {
     fn layouts_name_every_service_and_every_endpoint() -> Result<()> {
         let shape = Shape { node_ports: true, ..Shape::new(30, 3) };
         let cluster = Cluster::new(shape)?;
-        let texts = [iptables::rules(&cluster), nftables::rules(&cluster).concat()];
+        let ipvs = ipvs::Ipvs::new(&cluster);
+        let ipvs = [ipvs.addresses, ipvs.sets, ipvs.servers].concat();
+        let texts = [iptables::rules(&cluster), nftables::rules(&cluster).concat(), ipvs];
         for text in texts {
             for service in &cluster.services {
                 assert!(text.contains(&service.frontend.ip().to_string()));

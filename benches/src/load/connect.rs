@@ -58,7 +58,7 @@ pub(crate) struct Percentiles {
     pub max: f64,
 }
 
-/// Connections before the measurement: they fill caches and tell the rate.
+/// Connections before the measurement: they fill caches and tell the rate. No more than a tenth of all.
 const WARM: u32 = 500;
 /// The schedule asks for this share of the rate that connections one after the other reach.
 const UTILISATION: f64 = 0.5;
@@ -94,14 +94,15 @@ pub(super) fn run(spec: &ConnectSpec) -> Result<Latency> {
 
     let mut warm = Measured::new()?;
     let started = Instant::now();
-    for _ in 0..WARM {
+    let warming = WARM.min(spec.connections / 10).max(1);
+    for _ in 0..warming {
         warm.add(begin(None)?);
         while !warm.pending.is_empty() {
             warm.look_again();
         }
     }
-    ensure!(warm.failed == 0, "{} of {WARM} connections failed: {:?}", warm.failed, spec.targets.first());
-    let interval = started.elapsed().div_f64(f64::from(WARM) * UTILISATION);
+    ensure!(warm.failed == 0, "{} of {warming} connections failed: {:?}", warm.failed, spec.targets.first());
+    let interval = started.elapsed().div_f64(f64::from(warming) * UTILISATION);
 
     let mut measured = Measured::new()?;
     let start = Instant::now();

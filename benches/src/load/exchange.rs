@@ -1,5 +1,6 @@
 //! Connect, one byte there, one byte back, close: how many a second one core can do.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::SocketAddrV4;
 use std::os::fd::AsFd;
@@ -27,7 +28,7 @@ pub(crate) struct ExchangeSpec {
 }
 
 /// What was done.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug)]
+#[derive(Serialize, Deserialize, Clone, Debug)]
 pub(crate) struct Exchanges {
     /// Exchanges a second.
     pub per_second: f64,
@@ -36,6 +37,8 @@ pub(crate) struct Exchanges {
     pub cpu_us: f64,
     /// Connections that failed.
     pub failed: u64,
+    /// Exchanges by the last byte of the address of the pod that answered.
+    pub by_pod: BTreeMap<u8, u64>,
 }
 
 pub(super) fn run(spec: &ExchangeSpec) -> Result<Exchanges> {
@@ -64,6 +67,7 @@ pub(super) fn run(spec: &ExchangeSpec) -> Result<Exchanges> {
         sockets.push(open(slot as u64)?);
     }
     let (mut done, mut failed) = (0_u64, 0_u64);
+    let mut by_pod = BTreeMap::new();
     let (started, before) = (Instant::now(), cpu_time()?);
     let mut events = vec![EpollEvent::empty(); spec.concurrency];
     while started.elapsed() < spec.duration {
@@ -77,7 +81,11 @@ pub(super) fn run(spec: &ExchangeSpec) -> Result<Exchanges> {
                 epoll.modify(socket.as_fd(), &mut answer)?;
                 sent.map(|_| false)
             } else {
-                socket.read(&mut [0; 16]).map(|_| true)
+                let mut pod = [0];
+                socket.read(&mut pod).map(|length| {
+                    *by_pod.entry(pod[0]).or_insert(0) += u64::from(length == 1);
+                    true
+                })
             };
             match over {
                 Ok(false) => continue,
@@ -95,5 +103,6 @@ pub(super) fn run(spec: &ExchangeSpec) -> Result<Exchanges> {
         per_second: done as f64 / elapsed.as_secs_f64(),
         cpu_us: used.as_secs_f64() * 1e6 / done as f64,
         failed,
+        by_pod,
     })
 }

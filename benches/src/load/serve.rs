@@ -59,12 +59,16 @@ pub(super) fn serve(ports: Ports) -> Result<()> {
     }
 }
 
-/// Reads what is there; a single byte goes back. An error when the connection is over.
+/// Reads what is there; for a single byte the last one of our own address goes back, which tells the pods
+/// apart. An error when the connection is over.
 fn answer(socket: &mut Socket, buffer: &mut [u8]) -> io::Result<()> {
     for _ in 0..READS {
         match socket.read(buffer) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(1) => return socket.write_all(&buffer[..1]),
+            Ok(1) => {
+                let own = socket.local_addr()?.as_socket_ipv4().map_or(0, |address| address.ip().octets()[3]);
+                return socket.write_all(&[own]);
+            }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => return Err(error),

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::Report;
+use super::table::number;
 use crate::latency::{Cell, Target};
 
 /// The whole report; `plots` are titles and file names.
@@ -55,19 +56,17 @@ fn goals(report: &Report, out: &mut String) {
         .iter()
         .map(|goal| {
             let met = if goal.met() { "met" } else { "**not met**" };
-            let number =
-                |value: f64| format!("{value:.2}").trim_end_matches('0').trim_end_matches('.').to_owned();
             vec![
                 goal.id.to_owned(),
-                goal.subject.clone(),
-                goal.what.clone(),
+                goal.mode.to_owned(),
+                goal.what.to_owned(),
                 number(goal.value),
                 format!("≤ {}", number(goal.at_most)),
                 met.to_owned(),
             ]
         })
         .collect();
-    table(out, "Goals", &["", "subject", "figure", "measured", "goal", ""], &rows);
+    table(out, "Goals", &["", "mode", "figure", "measured", "goal", ""], &rows);
 }
 
 fn latency(report: &Report, target: Target, title: &str, out: &mut String) {
@@ -111,6 +110,8 @@ fn throughput(report: &Report, out: &mut String) {
         "8 TCP streams, Gbit/s",
         "short connections/s",
         "CPU of each, µs",
+        "failed",
+        "spread, σ",
     ];
     let rows: Vec<Vec<String>> = report
         .throughput
@@ -125,6 +126,8 @@ fn throughput(report: &Report, out: &mut String) {
                 format!("{:.1}", row.streams_gbps),
                 format!("{:.0}", row.exchanges_per_second),
                 format!("{:.1}", row.exchange_cpu_us),
+                row.failed.to_string(),
+                row.spread().map_or_else(|| "–".to_owned(), |sigma| format!("{sigma:.1}")),
             ]
         })
         .collect();

@@ -1,0 +1,34 @@
+//! ipvs mode on a machine whose kernel has no IPVS: this program runs itself in the guest kernel of the tests.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use shunt_harness::guest::Guest;
+
+use crate::report::Report;
+
+/// The mode that needs it.
+pub(crate) const MODE: &str = "ipvs";
+
+/// Most time for the guest.
+const PATIENCE: Duration = Duration::from_mins(20);
+const MEMORY_MIB: u32 = 2_048;
+
+/// Whether this kernel has IPVS.
+pub(crate) fn has_ipvs() -> bool {
+    Path::new("/proc/net/ip_vs").exists()
+}
+
+/// Measures in the guest what this process was asked to measure, ipvs mode only.
+pub(crate) fn measure() -> Result<Report> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(std::env::args_os().skip(1)).arg("--inside");
+    crate::say(format_args!("{MODE} mode in a guest"));
+    let mut output = Vec::new();
+    let guest = Guest::new()?.memory(MEMORY_MIB).timeout(PATIENCE);
+    let status = guest.pass(&command, &mut output, std::io::stderr())?;
+    ensure!(status.success(), "{MODE} in the guest: {status}");
+    serde_json::from_slice(&output).context("what the guest has measured")
+}
