@@ -21,4 +21,4 @@ pub use error::{Error, Refusal};
 pub use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 pub use netlink_sys::protocols;
 pub use socket::Socket;
-pub use wire::{Attributes, Writer, be16, be32, native16, native32, native64, text};
+pub use wire::{Attributes, Writer, be16, be32, be64, native16, native32, native64, text};

@@ -107,6 +107,11 @@ pub fn be32(value: &[u8]) -> Option<u32> {
     value.try_into().ok().map(u32::from_be_bytes)
 }
 
+/// A big-endian number of 64 bits.
+pub fn be64(value: &[u8]) -> Option<u64> {
+    value.try_into().ok().map(u64::from_be_bytes)
+}
+
 /// A number of 16 bits in the machine's byte order.
 pub fn native16(value: &[u8]) -> Option<u16> {
     value.try_into().ok().map(u16::from_ne_bytes)
@@ -162,7 +167,7 @@ mod tests {
         #[test]
         fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             for (_, value) in Attributes::new(&bytes) {
-                let _ = (text(value), be16(value), be32(value), native64(value));
+                let _ = (text(value), be16(value), be32(value), be64(value), native64(value));
             }
         }
     }

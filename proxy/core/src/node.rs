@@ -73,6 +73,7 @@ pub enum NodePortAddresses {
 
 /// Settings that the compiler needs (a part of `KubeProxyConfiguration`).
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "settings that are independent of each other")]
 pub struct Config {
     /// Masquerade all traffic to cluster IPs.
     pub masquerade_all: bool,
@@ -89,6 +90,9 @@ pub struct Config {
     /// Whether `NodePort`s answer on IPv4 loopback where `node_port_addresses` include it; only for a mode
     /// that can (`iptables.localhostNodePorts`).
     pub localhost_node_ports: bool,
+    /// Whether forwarded packets are dropped that conntrack calls INVALID; only for a mode that can (unless
+    /// `conntrack.tcpBeLiberal`).
+    pub drop_invalid: bool,
 }
 
 impl Default for Config {
@@ -101,6 +105,7 @@ impl Default for Config {
             allow_external_ips: true,
             scheduler: None,
             localhost_node_ports: false,
+            drop_invalid: false,
         }
     }
 }

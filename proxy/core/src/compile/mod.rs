@@ -74,6 +74,7 @@ impl Context {
             masquerade_bit: self.config.masquerade_bit,
             node_ports: self.node_port_match(family, &local_addresses),
             localhost_node_ports: self.localhost_node_ports(family),
+            drop_invalid: self.config.drop_invalid,
             local_addresses,
         }
     }
