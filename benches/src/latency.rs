@@ -45,14 +45,11 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    /// What is asked at a size. One Service and packets to none matter where there are many.
-    fn at(services: usize, largest: bool) -> Vec<Self> {
-        let mut targets = vec![Self::Random, Self::NodePort];
+    /// What is asked at a size. One Service among others matters where there are many.
+    fn at(largest: bool) -> Vec<Self> {
+        let mut targets = vec![Self::Random, Self::NodePort, Self::Miss];
         if largest {
             targets.push(Self::Fixed);
-        }
-        if largest || services >= 10_000 {
-            targets.push(Self::Miss);
         }
         targets
     }
@@ -125,7 +122,7 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
     eprintln!("first packets: {services} Services x {} endpoints ...", plan.endpoints);
     let shape = |services| Shape { node_ports: true, ..Shape::new(services, plan.endpoints) };
     let largest = plan.services.iter().max() == Some(&services);
-    let targets = Target::at(services, largest);
+    let targets = Target::at(largest);
     let mut clusters = vec![Cluster::new(shape(services))?];
     if largest && services > 1 {
         // One Service again beside the most, so that growth is a ratio within one run.
