@@ -8,7 +8,7 @@ use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
-use crate::{Backend, KernelError, Mode, Plan, Remedy, Unsupported, Usage, rendered};
+use crate::{Backend, KernelError, Mode, Plan, Remedy, RuleCount, Unsupported, Usage, rendered};
 
 /// What a sync did.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -27,6 +27,8 @@ pub struct Report {
     pub waiting: Duration,
     /// What the kernel has no room for: [`Plan::problems`].
     pub problems: Vec<String>,
+    /// Rules of iptables, in modes that have many.
+    pub rules: Vec<RuleCount>,
 }
 
 /// How a dump is printed.
@@ -181,14 +183,15 @@ impl<B: Backend> Driver for ModeDriver<B> {
         self.short = !plan.problems.is_empty();
         report.problems = plan.problems;
         let started = Instant::now();
-        for transaction in plan.transactions {
-            self.backend.apply(&transaction)?;
-            B::advance(&mut state, &transaction);
+        for transaction in &plan.transactions {
+            self.backend.apply(transaction)?;
+            B::advance(&mut state, transaction);
             report.transactions += 1;
             report.operations += transaction.ops.len();
         }
         report.applying = started.elapsed();
         report.waiting = self.backend.waited();
+        report.rules = B::rules(&state, &plan.transactions);
         self.state = Some(state);
         Ok(report)
     }

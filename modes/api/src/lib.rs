@@ -119,6 +119,17 @@ pub struct Unsupported {
     pub advice: String,
 }
 
+/// Rules of ours in a table of iptables.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RuleCount {
+    /// The table.
+    pub table: &'static str,
+    /// All that there are.
+    pub total: usize,
+    /// Those that the last sync wrote.
+    pub written: usize,
+}
+
 /// How full a table of the kernel is that has a limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Usage {
@@ -174,6 +185,12 @@ pub trait Backend: Send {
 
     /// How full the tables of the kernel are that have a limit. Pure.
     fn usage(_: &Self::State) -> Vec<Usage> {
+        Vec::new()
+    }
+
+    /// How many rules there are in each table of iptables, and how many of them these transactions wrote.
+    /// Pure.
+    fn rules(_: &Self::State, _written: &[Transaction<Self::Op>]) -> Vec<RuleCount> {
         Vec::new()
     }
 

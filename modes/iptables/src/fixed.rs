@@ -108,10 +108,20 @@ pub fn chains(table: &ForwardingTable) -> Chains {
     let mut chains = Chains::new();
     let mut add = |table, name: &str, rules| drop(chains.insert((table, name.into()), rules));
     add(Table::Nat, names::MARK_MASQ, vec![Rule::always(Target::SetMark(mark, mark))]);
+    let count_loopback = node.localhost_node_ports.then(|| {
+        Rule::new(
+            vec![
+                Match::OriginalDestination(false, loopback(family)),
+                Match::Counted(names::LOOPBACK_ACCEPTED.into()),
+            ],
+            // It is marked already: such connections always are.
+            Target::Jump(names::MARK_MASQ.into()),
+        )
+    });
     add(
         Table::Nat,
         names::POSTROUTING,
-        vec![
+        [
             Rule::new(
                 vec![
                     Match::Set(false, names::set(family, names::HAIRPIN), Key::FrontendSource),
@@ -120,10 +130,15 @@ pub fn chains(table: &ForwardingTable) -> Chains {
                 Target::Jump(names::MARK_MASQ.into()),
             ),
             Rule::new(vec![Match::Mark(true, mark, mark)], Target::Return),
+        ]
+        .into_iter()
+        .chain(count_loopback)
+        .chain([
             // A packet that is encapsulated comes by again and must not be taken for marked.
             Rule::always(Target::SetMark(mark, 0)),
             Rule::new(vec![comment("kubernetes service traffic requiring SNAT")], Target::Masquerade),
-        ],
+        ])
+        .collect(),
     );
     for table in Table::ALL {
         // `iptables -F` takes the rule away, `iptables -X` the chain.
@@ -133,23 +148,18 @@ pub fn chains(table: &ForwardingTable) -> Chains {
             vec![Rule::new(vec![comment("gone when rules were flushed")], Target::Return)],
         );
     }
-    add(
-        Table::Filter,
-        names::FORWARD,
-        vec![
-            Rule::new(
-                vec![comment("kubernetes forwarding rules"), Match::Mark(false, mark, mark)],
-                Target::Accept,
-            ),
-            Rule::new(
-                vec![
-                    comment("kubernetes forwarding conntrack rule"),
-                    Match::State(false, States::RELATED.or(States::ESTABLISHED)),
-                ],
-                Target::Accept,
-            ),
-        ],
-    );
+    // Let through untranslated, it would make the client reset its connection (kubernetes/kubernetes#74839).
+    let drop_invalid = node.drop_invalid.then(|| {
+        let counted = Match::Counted(names::INVALID_DROPPED.into());
+        Rule::new(vec![Match::State(false, States::INVALID), counted], Target::Drop)
+    });
+    let accept = |why, condition| Rule::new(vec![comment(why), condition], Target::Accept);
+    let answers = Match::State(false, States::RELATED.or(States::ESTABLISHED));
+    let accepted = [
+        accept("kubernetes forwarding rules", Match::Mark(false, mark, mark)),
+        accept("kubernetes forwarding conntrack rule", answers),
+    ];
+    add(Table::Filter, names::FORWARD, drop_invalid.into_iter().chain(accepted).collect());
     add(
         Table::Filter,
         names::PROXY_FIREWALL,

@@ -1,6 +1,8 @@
 //! The only file that touches the kernel: the port, and the adapter that runs the tools of iptables and
 //! speaks to ipset by netlink.
 
+mod accounting;
+
 use std::error::Error;
 use std::io;
 use std::time::Duration;
@@ -12,7 +14,7 @@ use xtables_tools::{Flavour, Namespace, Programs};
 
 use crate::fixed::Table;
 use crate::names;
-use crate::op::{About, Op, restore_text};
+use crate::op::{About, Op, counts, restore_text};
 use crate::plan;
 use crate::sets::Kind;
 use crate::state::State;
@@ -59,6 +61,9 @@ pub struct Tools {
     waited: Duration,
 }
 
+/// Chains that stay: by flavour of the tools, table and name.
+type IsKept<'a> = dyn Fn(Flavour, &str, &str) -> bool + 'a;
+
 impl Tools {
     /// The kernel of the calling thread's network namespace, in this flavour or the one that the node uses.
     pub fn open(family: IpFamily, flavour: Option<Flavour>) -> Result<Self, KernelError> {
@@ -86,15 +91,44 @@ impl Tools {
     /// Removes rules of ours in the flavour that is not in use. Sets are the same in both.
     pub fn remove_other_flavour(&mut self) -> Result<(), KernelError> {
         let used = self.flavour();
-        self.remove_rules(|flavour| Some(flavour) != used)
+        self.remove_rules(|flavour| Some(flavour) != used, &|_, _, _| false)
     }
 
-    fn remove_rules(&mut self, is_meant: impl Fn(Flavour) -> bool) -> Result<(), KernelError> {
+    /// Removes what is ours but for chains that another mode has made its own.
+    pub fn remove_beside(&mut self, is_kept: &IsKept<'_>) -> Result<(), KernelError> {
+        self.remove_rules(|_| true, is_kept)?;
+        self.remove_sets()
+    }
+
+    fn remove_sets(&mut self) -> Result<(), KernelError> {
+        if self.sets.is_ok() {
+            let mut state = State::empty(self.family);
+            self.read_sets(&mut state).map_err(|error| failed("read sets", error))?;
+            self.carry_out(&plan::removal(&state))?;
+        }
+        self.programmed = false;
+        // Where there are none, nothing is left.
+        let _ = self.namespace.inside(|| accounting::remove().map_err(io::Error::other));
+        Ok(())
+    }
+
+    fn remove_rules(
+        &mut self,
+        is_meant: impl Fn(Flavour) -> bool,
+        is_kept: &IsKept<'_>,
+    ) -> Result<(), KernelError> {
+        let lost = |error| failed("read rules", error);
+        let used = self.flavour();
         for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
             let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
+            let text = match programs.save(&self.namespace) {
+                // The kernel may not know the other one.
+                Err(_) if Some(flavour) != used => continue,
+                text => text.map_err(lost)?,
+            };
             let mut state = State::empty(self.family);
-            let text = programs.save(&self.namespace).map_err(|error| failed("read rules", error))?;
             state.read_rules(&text);
+            state.forget(&|table, chain| is_kept(flavour, table.name(), chain));
             let used = self.programs.replace(programs);
             let removed = self.carry_out(&plan::removal(&state));
             self.programs = used;
@@ -135,7 +169,15 @@ impl Tools {
     }
 
     fn restore(&mut self, ops: &[Op]) -> io::Result<()> {
-        self.waited += self.programs()?.restore(&self.namespace, &restore_text(ops))?;
+        let programs = self.programs()?;
+        let restore = |counting| programs.restore(&self.namespace, &restore_text(ops, counting));
+        let counting = ops.iter().any(counts)
+            && self.namespace.inside(|| accounting::make().map_err(io::Error::other)).unwrap_or(false);
+        self.waited += match restore(counting) {
+            // A kernel may have counters, but no condition that counts.
+            Err(_) if counting => restore(false)?,
+            done => done?,
+        };
         for op in ops {
             match op {
                 Op::SetChain(Table::Mangle, name, _) if &**name == names::CANARY => self.programmed = true,
@@ -244,6 +286,12 @@ fn failed(what: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync
     KernelError { context: what.into(), source: source.into(), remedy: Remedy::Resync }
 }
 
+/// How many packets rules counted in the calling thread's network namespace, by the names of the counters;
+/// those that are not there are left out.
+pub fn counted() -> Vec<(&'static str, u64)> {
+    accounting::read().unwrap_or_default()
+}
+
 impl Kernel for Tools {
     fn probe(&mut self) -> Result<(), Unsupported> {
         let missing = |missing: &str, advice: &str| Unsupported {
@@ -292,14 +340,7 @@ impl Kernel for Tools {
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {
-        self.remove_rules(|_| true)?;
-        if self.sets.is_ok() {
-            let mut state = State::empty(self.family);
-            self.read_sets(&mut state).map_err(|error| failed("read sets", error))?;
-            self.carry_out(&plan::removal(&state))?;
-        }
-        self.programmed = false;
-        Ok(())
+        self.remove_beside(&|_, _, _| false)
     }
 
     fn intact(&mut self) -> Result<bool, KernelError> {

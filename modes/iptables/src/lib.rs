@@ -40,7 +40,7 @@ use std::time::Duration;
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
-use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
+use shunt_mode::{Backend, KernelError, Mode, Plan, RuleCount, Transaction, Unsupported};
 
 use crate::kernel::Kernel;
 use crate::op::Op;
@@ -100,6 +100,10 @@ impl<K: Kernel + Send> Backend for Iptables<K> {
 
     fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
         trace::trace(state, local, packet)
+    }
+
+    fn rules(state: &State, written: &[Transaction<Op>]) -> Vec<RuleCount> {
+        op::count(state, written)
     }
 
     fn probe(&mut self) -> Result<(), Unsupported> {

@@ -86,6 +86,11 @@ pub fn endpoint(port: &ServicePortName, endpoint: SocketAddr) -> Name {
     format!("{ENDPOINT}{}", hash(&format!("{}{}{endpoint}", port_label(port), port.protocol))).into()
 }
 
+/// Counts forwarded packets that were dropped because they fit no flow. Counters know no family.
+pub const INVALID_DROPPED: &str = "ct_state_invalid_dropped_pkts";
+/// Counts connections to node ports on loopback.
+pub const LOOPBACK_ACCEPTED: &str = "localhost_nps_accepted_pkts";
+
 /// Cluster IPs.
 pub const CLUSTER_IPS: &str = "CLUSTER-IPS";
 /// Frontends that refuse.

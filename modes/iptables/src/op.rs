@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
 
 use shunt_core::id::IpFamily;
-use shunt_mode::Transaction;
+use shunt_mode::{RuleCount, Transaction};
 
 use crate::fixed::{Builtin, Table, anti_martian};
 use crate::names::{self, Name};
-use crate::rule::Rule;
+use crate::rule::{Match, Rule};
 use crate::sets::{Element, Kind};
 use crate::state::{Loopback, Set, State};
 
@@ -108,9 +108,15 @@ impl fmt::Display for Op {
     }
 }
 
+/// Whether rules of an operation count.
+pub fn counts(op: &Op) -> bool {
+    let counted = |rule: &Rule| rule.matches.iter().any(|m| matches!(m, Match::Counted(_)));
+    matches!(op, Op::SetChain(_, _, rules) if rules.iter().any(counted))
+}
+
 /// What `iptables-restore --noflush` is given for operations on tables, in order of the tables. Each
-/// table changes at once.
-pub fn restore_text(ops: &[Op]) -> String {
+/// table changes at once. Without `counting` rules do the same and count nothing.
+pub fn restore_text(ops: &[Op], counting: bool) -> String {
     let mut text = String::new();
     for table in Table::ALL {
         let here = || ops.iter().filter(|op| op.table() == Some(table));
@@ -146,7 +152,11 @@ pub fn restore_text(ops: &[Op]) -> String {
                 }
                 Op::SetChain(_, name, rules) => {
                     for rule in rules {
-                        let _ = writeln!(text, "-A {name} {rule}");
+                        let _ = if counting {
+                            writeln!(text, "-A {name} {rule}")
+                        } else {
+                            writeln!(text, "-A {name} {}", rule.uncounted())
+                        };
                     }
                 }
                 Op::GuardLoopback(held) => {
@@ -170,6 +180,21 @@ pub fn restore_text(ops: &[Op]) -> String {
         text.push_str("COMMIT\n");
     }
     text
+}
+
+/// Counts the rules of ours in each table, and those that transactions wrote. Hooks are no rules of ours.
+pub fn count(state: &State, written: &[Transaction<Op>]) -> Vec<RuleCount> {
+    let of = |table: Table| {
+        let total =
+            state.chains.iter().filter(|((of, _), _)| *of == table).map(|(_, rules)| rules.len()).sum();
+        let written = written.iter().flat_map(|transaction| &transaction.ops);
+        let written = written.filter_map(|op| match op {
+            Op::SetChain(of, _, rules) if *of == table => Some(rules.len()),
+            _ => None,
+        });
+        RuleCount { table: table.name(), total, written: written.sum() }
+    };
+    vec![of(Table::Filter), of(Table::Nat)]
 }
 
 /// Carries out a transaction on a state. Pure.

@@ -64,6 +64,7 @@ impl Reader {
             "--src-type" => local(inverted, Side::Source, next()?)?,
             "--dst-type" => local(inverted, Side::Destination, next()?)?,
             "--ctstate" => Match::State(inverted, States::parse(next()?)?),
+            "--ctorigdst" => Match::OriginalDestination(inverted, net(next()?)?),
             "--mark" => {
                 let (value, mask) = mark(next()?)?;
                 Match::Mark(inverted, value, mask)
@@ -79,8 +80,18 @@ impl Reader {
                 return Some(());
             }
             "-m" => {
-                let known =
-                    ["addrtype", "conntrack", "mark", "set", "statistic", "comment", "tcp", "udp", "sctp"];
+                let known = [
+                    "addrtype",
+                    "conntrack",
+                    "mark",
+                    "nfacct",
+                    "set",
+                    "statistic",
+                    "comment",
+                    "tcp",
+                    "udp",
+                    "sctp",
+                ];
                 return known.contains(&next()?).then_some(());
             }
             "--mode" => {
@@ -88,6 +99,7 @@ impl Reader {
                 return (next()? == "random").then_some(());
             }
             "--probability" => Match::Chance(parse_chance(next()?)?),
+            "--nfacct-name" => Match::Counted(next()?.into()),
             "--comment" => Match::Comment(next()?.into()),
             "-g" => {
                 self.target = Some(Target::Goto(next()?.into()));
@@ -160,6 +172,8 @@ mod tests {
             "-i veth+ -m addrtype ! --src-type LOCAL -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
             "-p udp -m statistic --mode random --probability 0.33333333349 -j DNAT --to-destination 10.0.0.1:80",
             "-j DNAT --to-destination [fd00::1]:80",
+            "-m conntrack --ctstate INVALID -m nfacct --nfacct-name ct_state_invalid_dropped_pkts -j DROP",
+            "-m conntrack ! --ctorigdst 127.0.0.0/8 -m mark --mark 0x1/0x1 -j RETURN",
             "-j MARK --set-xmark 0x4000/0x0",
             "-j MASQUERADE --random-fully",
             "-j SET --add-set S3 src --exist --timeout 20",

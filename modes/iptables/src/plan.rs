@@ -138,7 +138,7 @@ impl<'a> Planner<'a> {
     /// Gives a chain its rules, unless it has them.
     fn chain(&mut self, table: Table, name: &Name, rules: &[Rule]) {
         let key = (table, name.clone());
-        if self.observed.chains.get(&key).is_none_or(|held| held != rules) {
+        if self.observed.chains.get(&key).is_none_or(|held| !same(held, rules)) {
             self.switch.push(Op::SetChain(table, name.clone(), rules.to_vec()));
         }
         if self.desired.everything {
@@ -368,6 +368,11 @@ impl<'a> Planner<'a> {
             }
         }
     }
+}
+
+/// Whether chains do the same; those of a kernel that cannot count lack the counters.
+fn same(held: &[Rule], wanted: &[Rule]) -> bool {
+    held.len() == wanted.len() && held.iter().zip(wanted).all(|(held, wanted)| held.does_the_same(wanted))
 }
 
 fn leaf(dispatch: &Dispatch) -> Option<Rule> {

@@ -30,8 +30,11 @@ impl States {
     pub const RELATED: Self = Self(4);
     /// The destination was translated.
     pub const DNAT: Self = Self(8);
+    /// Fits no flow.
+    pub const INVALID: Self = Self(16);
 
-    const NAMES: [(Self, &'static str); 4] = [
+    const NAMES: [(Self, &'static str); 5] = [
+        (Self::INVALID, "INVALID"),
         (Self::RELATED, "RELATED"),
         (Self::ESTABLISHED, "ESTABLISHED"),
         (Self::NEW, "NEW"),
@@ -77,12 +80,16 @@ pub enum Match {
     Local(bool, Side),
     /// Conntrack state.
     State(bool, States),
+    /// Where the flow's first packet went before it was translated.
+    OriginalDestination(bool, IpNet),
     /// Value and mask of the packet mark.
     Mark(bool, u32, u32),
     /// Membership in a set, with the parts of the packet that make the key.
     Set(bool, Name, Key),
     /// By chance, in units of 2^-31, as the kernel holds it.
     Chance(u32),
+    /// Is always met, and counts. Kernels without such counters have the rule without this.
+    Counted(Name),
     /// What people are told.
     Comment(Name),
 }
@@ -188,6 +195,18 @@ impl Rule {
         matched.chain(written)
     }
 
+    /// Whether it is the same but for what it counts.
+    pub fn does_the_same(&self, other: &Self) -> bool {
+        self == other || self.uncounted() == other.uncounted()
+    }
+
+    /// The rule for a kernel that cannot count.
+    #[must_use]
+    pub fn uncounted(&self) -> Self {
+        let matches = self.matches.iter().filter(|m| !matches!(m, Match::Counted(_))).cloned().collect();
+        Self { matches, target: self.target.clone() }
+    }
+
     /// The comment.
     pub fn comment(&self) -> Option<&str> {
         self.matches.iter().find_map(|m| match m {
@@ -246,6 +265,9 @@ impl fmt::Display for Match {
                 write!(f, "-m addrtype {}--{side}-type LOCAL", not(inverted))
             }
             Self::State(inverted, states) => write!(f, "-m conntrack {}--ctstate {states}", not(inverted)),
+            Self::OriginalDestination(inverted, range) => {
+                write!(f, "-m conntrack {}--ctorigdst {range}", not(inverted))
+            }
             Self::Mark(inverted, value, mask) => {
                 write!(f, "-m mark {}--mark {value:#x}/{mask:#x}", not(inverted))
             }
@@ -256,6 +278,7 @@ impl fmt::Display for Match {
                 let chance = f64::from(*chance) / f64::from(1_u32 << 31);
                 write!(f, "-m statistic --mode random --probability {chance:.11}")
             }
+            Self::Counted(name) => write!(f, "-m nfacct --nfacct-name {name}"),
             Self::Comment(text) => write!(f, "-m comment --comment \"{text}\""),
         }
     }

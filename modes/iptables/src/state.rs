@@ -141,6 +141,15 @@ impl State {
         self.sets.insert(listed.name.as_str().into(), set);
     }
 
+    /// Leaves out chains that are somebody else's as well, and what leads to them.
+    pub fn forget(&mut self, is_kept: &dyn Fn(Table, &str) -> bool) {
+        self.chains.retain(|(table, chain), _| !is_kept(*table, chain));
+        for ((table, _), rules) in &mut self.hooks {
+            rules.retain(|rule| rule.leads_to().is_none_or(|chain| !is_kept(*table, chain)));
+        }
+        self.hooks.retain(|_, rules| !rules.is_empty());
+    }
+
     /// The chains that can be come by from a chain of the nat table, itself included.
     pub fn reachable(&self, chain: &Name, found: &mut BTreeSet<Name>) {
         reachable(&|name| self.rules(Table::Nat, name), chain, found);

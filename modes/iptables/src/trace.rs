@@ -236,13 +236,16 @@ impl<'a> Walker<'a> {
                     let dnat = if self.translated { States::DNAT.0 } else { 0 };
                     (*inverted, states.0 & (States::NEW.0 | dnat) != 0)
                 }
+                Match::OriginalDestination(inverted, range) => {
+                    (*inverted, range.contains(&self.packet.destination))
+                }
                 Match::Mark(inverted, value, mask) => (*inverted, self.mark & mask == *value),
                 Match::Set(inverted, set, key) => (*inverted, self.is_in(set, *key)?),
                 Match::Chance(_) => {
                     by_chance = true;
                     continue;
                 }
-                Match::Comment(_) => continue,
+                Match::Comment(_) | Match::Counted(_) => continue,
             };
             if met == inverted {
                 return Ok((false, false));

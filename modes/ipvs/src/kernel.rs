@@ -15,7 +15,7 @@ use ipset_netlink::{Element, Ipset};
 use ipvs_netlink::{Config, Ipvs, NetlinkError, ServiceKey};
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
-use xtables_tools::{Namespace, Programs};
+use xtables_tools::{Flavour, Namespace, Programs};
 
 use crate::drain::Drained;
 use crate::layout::{self, SetName};
@@ -435,6 +435,16 @@ impl Kernel for Linux {
     }
 
     fn remove_everything(&mut self) -> Result<(), KernelError> {
+        self.remove_beside(&|_, _, _| false)
+    }
+}
+
+/// Chains that stay: by flavour of the tools, table and name.
+type IsKept<'a> = dyn Fn(Flavour, &str, &str) -> bool + 'a;
+
+impl Linux {
+    /// Removes everything that is ours but for chains that another mode has made its own.
+    pub fn remove_beside(&mut self, is_kept: &IsKept<'_>) -> Result<(), KernelError> {
         if self.ipvs.is_none() || self.sets.is_none() {
             return Ok(());
         }
@@ -445,12 +455,31 @@ impl Kernel for Linux {
         if was_here {
             ops.extend(state.servers.keys().map(|key| Op::DeleteServer(*key)));
         }
-        if !state.rules.is_empty() {
-            ops.push(Op::SetRules(self.family, state.rules.clone(), Rules::default()));
-        }
-        ops.extend(state.sets.keys().map(|set| Op::DestroySet(self.family, *set)));
+        self.carry_out(&Transaction { ops })?;
+        self.remove_rules(is_kept)?;
+        let ops = state.sets.keys().map(|set| Op::DestroySet(self.family, *set)).collect();
         self.carry_out(&Transaction { ops })?;
         let lost = |error: NetlinkError| failed("delete the dummy link", error, Remedy::Retry);
         self.links.delete_if_empty().map_err(lost)
+    }
+
+    fn remove_rules(&mut self, is_kept: &IsKept<'_>) -> Result<(), KernelError> {
+        let lost = |error: io::Error| failed("remove rules", error, Remedy::Retry);
+        let used = self.programs().map(|programs| programs.flavour);
+        for flavour in Flavour::ALL {
+            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
+            let text = match programs.save(&self.namespace) {
+                // The kernel may not know the other one.
+                Err(_) if Some(flavour) != used => continue,
+                text => text.map_err(lost)?,
+            };
+            let mut rules = crate::parse::parse(self.family, &text);
+            rules.forget(&|table, chain| is_kept(flavour, table.name(), chain));
+            let text = tables::restore_text(self.family, &rules, &crate::rules::Rules::default());
+            if !text.is_empty() {
+                programs.restore(&self.namespace, &text).map_err(lost)?;
+            }
+        }
+        Ok(())
     }
 }

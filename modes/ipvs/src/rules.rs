@@ -186,6 +186,19 @@ impl Rules {
         self.chains.is_empty() && self.hooks.is_empty()
     }
 
+    /// Leaves out chains that are somebody else's as well, and what leads to them.
+    pub fn forget(&mut self, is_kept: &dyn Fn(Table, &str) -> bool) {
+        self.chains.retain(|chain| !is_kept(chain.table, &chain.name));
+        for hook in &mut self.hooks {
+            let table = hook.table;
+            hook.rules.retain(|rule| match &rule.target {
+                Target::Jump(chain) | Target::Goto(chain) => !is_kept(table, chain),
+                _ => true,
+            });
+        }
+        self.hooks.retain(|hook| !hook.rules.is_empty());
+    }
+
     /// A chain of ours.
     pub fn chain(&self, table: Table, name: &str) -> Option<&Chain> {
         self.chains.iter().find(|c| c.table == table && c.name == name)

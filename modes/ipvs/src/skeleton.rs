@@ -264,6 +264,11 @@ fn nat(node: &NodeFacts, rules: &mut Rules) {
     hook(rules, Table::Nat, "POSTROUTING", Rule::new(post, jump(POSTROUTING)));
 }
 
+/// Whether a chain is ours, by the name of its table.
+pub fn is_chain(table: &str, name: &str) -> bool {
+    Table::ALL.into_iter().any(|known| known.name() == table && is_ours(known, name))
+}
+
 /// Whether a rule of a chain of the kernel's leads to a chain of ours.
 pub fn leads_to_us(table: Table, words: &[String]) -> bool {
     let target = words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| w[1].as_str());

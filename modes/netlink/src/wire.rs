@@ -237,7 +237,7 @@ mod tests {
         #[test]
         fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             for (_, value) in Attributes::new(&bytes) {
-                let _ = (text(value), be16(value), be32(value), native64(value));
+                let _ = (text(value), be16(value), be32(value), be64(value), native64(value));
             }
         }
     }

@@ -81,16 +81,22 @@ pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Option
         Ok(true) => tracing::info!(%family, "removed the table of kube-proxy's nftables mode"),
         Err(error) => errors.push(error),
     }
-    // These two have chains of the same names, as kube-proxy's have: the one in use has made them its own.
-    let shares = |mode: Mode| {
-        matches!(mode, Mode::Iptables | Mode::Ipvs) && matches!(in_use, Some(Mode::Iptables | Mode::Ipvs))
-    };
-    for mode in Mode::ALL.iter().filter(|mode| Some(**mode) != in_use && !shares(**mode)) {
-        // What cannot even be opened has left nothing.
-        match open(*mode, family, options).map(|mut driver| driver.cleanup()) {
-            Ok(Ok(())) => tracing::debug!(%mode, %family, "nothing of this mode is left"),
-            Ok(Err(error)) => errors.push(error),
-            Err(error) => tracing::debug!(%mode, %family, "not cleaned up: {error}"),
+    for mode in Mode::ALL.iter().filter(|mode| Some(**mode) != in_use) {
+        let removed = match (*mode, in_use) {
+            (Mode::Iptables, Some(Mode::Ipvs)) => remove_iptables_beside_ipvs(family),
+            (Mode::Ipvs, Some(Mode::Iptables)) => remove_ipvs_beside_iptables(family, options),
+            // What cannot even be opened has left nothing.
+            _ => match open(*mode, family, options) {
+                Ok(mut driver) => driver.cleanup(),
+                Err(error) => {
+                    tracing::debug!(%mode, %family, "not cleaned up: {error}");
+                    continue;
+                }
+            },
+        };
+        match removed {
+            Ok(()) => tracing::debug!(%mode, %family, "nothing of this mode is left"),
+            Err(error) => errors.push(error),
         }
     }
     if in_use == Some(Mode::Iptables)
@@ -100,6 +106,33 @@ pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Option
         errors.push(error);
     }
     errors
+}
+
+/// How many packets the rules of iptables mode dropped or accepted, for those that are counted, in the calling
+/// thread's network namespace: name of the counter and packets.
+pub fn counted_packets(mode: Mode) -> Vec<(&'static str, u64)> {
+    match mode {
+        Mode::Iptables => shunt_mode_iptables::kernel::counted(),
+        Mode::Ebpf | Mode::Ipvs | Mode::Nftables => Vec::new(),
+    }
+}
+
+/// iptables and ipvs mode have chains of the same names, as kube-proxy's have. The one in use has made those its
+/// own, and has removed such as it does not need, in the flavour that it uses.
+fn remove_iptables_beside_ipvs(family: IpFamily) -> Result<(), KernelError> {
+    let mut tools = Tools::open(family, None)?;
+    let used = tools.flavour();
+    let is_kept = |flavour, table: &str, chain: &str| {
+        Some(flavour) == used && shunt_mode_ipvs::skeleton::is_chain(table, chain)
+    };
+    tools.remove_beside(&is_kept)
+}
+
+fn remove_ipvs_beside_iptables(family: IpFamily, options: &Options) -> Result<(), KernelError> {
+    let used = Tools::open(family, options.flavour)?.flavour();
+    let is_kept =
+        |flavour, _: &str, chain: &str| Some(flavour) == used && shunt_mode_iptables::names::is_ours(chain);
+    Linux::open(family, options.ipvs.clone())?.remove_beside(&is_kept)
 }
 
 /// Prints what a mode makes of a table, without a kernel.

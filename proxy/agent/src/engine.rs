@@ -271,7 +271,7 @@ impl Engine {
                         family.tend_at.get_or_insert(now + TEND_AFTER);
                     }
                     Err(error) => {
-                        self.account.metrics.failed(of);
+                        self.account.metrics.failed(of, matches!(step, Step::Apply(_)));
                         family.sync.finished(Err(error.remedy), Instant::now());
                         tracing::error!(
                             family = %of,

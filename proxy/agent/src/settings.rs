@@ -120,6 +120,7 @@ impl Settings {
                 scheduler: scheduler(&kube_proxy.ipvs.scheduler),
                 localhost_node_ports: mode == Mode::Iptables
                     && kube_proxy.iptables.localhost_node_ports.unwrap_or(true),
+                drop_invalid: mode == Mode::Iptables && !kube_proxy.conntrack.tcp_be_liberal,
             },
             detect_by_node_cidr: kube_proxy.detect_local_mode == "NodeCIDR",
             min_sync_period: shunt.min_sync_period.unwrap_or(of_mode.min_sync_period).to_std(),

@@ -1,11 +1,18 @@
 //! From one mode to another on a node that carries traffic: nothing is refused, nothing is left behind.
 
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use shunt_harness::lab::{ChildGuard, Lab, Probe, StormSpec, TransferSpec, require_kernel};
+use socket2::{Domain, Protocol, Socket, Type};
 
 const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 const LONG: Duration = Duration::from_mins(1);
@@ -110,6 +117,88 @@ fn modes_take_turns_under_load() -> Result<()> {
     Ok(())
 }
 
+/// All that iptables and ipvs mode have in the kernel, in no order.
+fn holdings(lab: &Lab) -> Result<BTreeSet<String>> {
+    let run = |program: &str, args: &[&str]| lab.node().exec(program, args.iter().copied(), "");
+    let mut all = BTreeSet::new();
+    for tool in ["iptables", "ip6tables"] {
+        let mut table = String::new();
+        for line in run(&format!("{tool}-legacy-save"), &[])?.lines() {
+            match line.chars().next() {
+                Some('*') => line.clone_into(&mut table),
+                Some(':') if !line.contains(" - [") => {}
+                Some(':' | '-') => {
+                    all.insert(format!("{tool} {table} {}", line.split(" [").next().unwrap_or(line)));
+                }
+                _ => {}
+            }
+        }
+    }
+    let others = [
+        run("ipset", &["list", "-name"])?,
+        run("ipvsadm", &["-Sn"])?,
+        run("ip", &["-o", "address", "show"])?,
+    ];
+    let lines = others.iter().flat_map(|text| text.lines());
+    // The index of a link depends on how many there were before it.
+    all.extend(lines.map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest).to_owned()));
+    all.retain(|line| !line.contains("scope link"));
+    Ok(all)
+}
+
+/// These two have chains of the same names. Whichever came before, there is in the end what a start on a fresh
+/// node makes, and nothing else.
+fn iptables_and_ipvs() -> Result<()> {
+    let mode = |name| ["--mode", name];
+    let alone = |name| -> Result<BTreeSet<String>> {
+        let lab = lab()?;
+        let mut agent = start(&lab, &mode(name))?;
+        let held = holdings(&lab)?;
+        agent.stop()?;
+        Ok(held)
+    };
+    let expected = BTreeMap::from([("iptables", alone("iptables")?), ("ipvs", alone("ipvs")?)]);
+    ensure!(expected["iptables"].len() > 20 && expected["ipvs"].len() > 20, "{expected:?}");
+    let lab = lab()?;
+    let mut agent = start(&lab, &mode("iptables"))?;
+    let storm = |to: &str| {
+        let probe = Probe::tcp(to.parse()?).timeout(LONG);
+        lab.client().storm(StormSpec { probe, rate: 20, duration: LONG * 5 })
+    };
+    let storms = [storm("10.96.0.10:80")?, storm("192.0.2.11:30080")?];
+    for name in ["ipvs", "iptables", "ipvs", "iptables"] {
+        std::thread::sleep(Duration::from_millis(300));
+        agent.stop()?;
+        agent = start(&lab, &mode(name))?;
+        let deadline = Instant::now() + LONG;
+        loop {
+            let held = holdings(&lab)?;
+            if held == expected[name] {
+                break;
+            }
+            let differing: Vec<_> = held.symmetric_difference(&expected[name]).collect();
+            ensure!(Instant::now() < deadline, "in {name} mode, left or missing: {differing:#?}\n{agent}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    for storm in storms {
+        let report = storm.stop()?;
+        println!("{report}");
+        ensure!(report.failures.is_empty(), "{report}");
+    }
+    agent.stop()?;
+    Ok(())
+}
+
+mod guest {
+    #[test]
+    fn iptables_and_ipvs_take_turns() {
+        shunt_harness::guest::test_in_guest(module_path!(), "iptables_and_ipvs_take_turns", || {
+            super::iptables_and_ipvs().unwrap();
+        });
+    }
+}
+
 /// Node ports on loopback: routed there only once others are kept out, and masqueraded.
 #[test]
 fn node_ports_answer_on_loopback_and_to_nobody_else() -> Result<()> {
@@ -130,5 +219,88 @@ fn node_ports_answer_on_loopback_and_to_nobody_else() -> Result<()> {
         ensure!(seen.pod().is_some(), "{to}: {seen}");
     }
     agent.stop()?;
+    let lab = self::lab()?;
+    let sysctl = || lab.node().exec("cat", ["/proc/sys/net/ipv4/conf/all/route_localnet"], "");
+    let mut agent = start(
+        &lab,
+        &["--mode", "iptables", "--nodeport-addresses", "all", "--iptables-localhost-nodeports=false"],
+    )?;
+    ensure!(sysctl()?.trim() == "0", "route_localnet although it is not wanted: {agent}");
+    ensure!(lab.node().exec("iptables-nft", ["-S", "KUBE-FIREWALL"], "").is_err(), "nobody needs it");
+    let seen = |to: &str| lab.node().probe(Probe::tcp(to.parse()?).timeout(Duration::from_secs(10)));
+    ensure!(seen("127.0.0.1:30080")?.pod().is_none(), "loopback answers");
+    ensure!(seen("192.0.2.11:30080")?.pod().is_some(), "the node's address does not");
+    agent.stop()?;
+    Ok(())
+}
+
+fn metric(text: &str, start: &str) -> Option<u64> {
+    let line = text.lines().find(|line| line.starts_with(start))?;
+    line.rsplit(' ').next()?.trim_end_matches(".0").parse().ok()
+}
+
+fn metrics(address: &str) -> Result<String> {
+    let mut stream = std::net::TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Sends TCP answers (SYN and ACK) to nothing that was ever asked.
+fn stray_answers(to: SocketAddr, count: u8) -> Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))?;
+    for n in 0..count {
+        // Ports, sequence numbers, length of the header and flags, window; nobody looks at the checksum.
+        let header = [15, 160 + n, 31, 144, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x12, 4, 0, 0, 0, 0, 0];
+        socket.send_to(&header, &to.into())?;
+    }
+    Ok(())
+}
+
+/// What `iptables` drops as INVALID and accepts on loopback is counted and shown; so are its rules.
+#[test]
+fn what_rules_count_is_shown() -> Result<()> {
+    const ADDRESS: &str = "192.0.2.11:10249";
+    if !require_kernel() {
+        return Ok(());
+    }
+    for (flavour, tool) in [("legacy", "iptables-legacy"), ("nft", "iptables-nft")] {
+        let lab = lab()?;
+        let fixed: &[&str] =
+            &["--mode", "iptables", "--nodeport-addresses", "all", "--metrics-bind-address", ADDRESS];
+        let start = |more: &[&str]| start(&lab, &[fixed, &["--iptables-flavour", flavour], more].concat());
+        let mut agent = start(&[])?;
+        let read = || lab.node().run(|| metrics(ADDRESS));
+        let invalid = "kubeproxy_iptables_ct_state_invalid_dropped_packets_total ";
+        let loopback = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total ";
+        let text = read()?;
+        ensure!(metric(&text, invalid) == Some(0) && metric(&text, loopback) == Some(0), "{text}");
+        for table in ["filter", "nat"] {
+            let labels = format!("{{ip_family=\"IPv4\",table=\"{table}\"}} ");
+            for what in ["total", "last"] {
+                let rules = metric(&text, &format!("kubeproxy_sync_proxy_rules_iptables_{what}{labels}"));
+                ensure!(rules.is_some_and(|rules| rules > 5), "{table} {what}: {rules:?}");
+            }
+        }
+        for family in ["IPv4", "IPv6"] {
+            let name = "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total";
+            ensure!(metric(&text, &format!("{name}{{ip_family=\"{family}\"}}")) == Some(0), "{text}");
+        }
+        for to in ["127.0.0.1:30080", "192.0.2.11:30080", "10.96.0.10:80", "127.0.0.1:30080"] {
+            let seen = lab.node().probe(Probe::tcp(to.parse()?).timeout(Duration::from_secs(10)))?;
+            ensure!(seen.pod().is_some(), "{to}: {seen}");
+        }
+        lab.client().run(|| stray_answers("10.244.1.11:0".parse()?, 3))?;
+        let text = read()?;
+        ensure!(metric(&text, loopback) == Some(2), "{text}");
+        ensure!(metric(&text, invalid) == Some(3), "{:?}", metric(&text, invalid));
+        agent.stop()?;
+        let mut agent = start(&["--conntrack-tcp-be-liberal"])?;
+        let rules = lab.node().exec(tool, ["-S", "KUBE-FORWARD"], "")?;
+        ensure!(!rules.contains("INVALID"), "{rules}");
+        agent.stop()?;
+    }
     Ok(())
 }

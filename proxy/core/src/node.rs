@@ -76,6 +76,7 @@ pub enum NodePortAddresses {
 
 /// Settings that the compiler needs (a part of `KubeProxyConfiguration`).
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "settings that are independent of each other")]
 pub struct Config {
     /// Masquerade all traffic to cluster IPs.
     pub masquerade_all: bool,
@@ -92,6 +93,9 @@ pub struct Config {
     /// Whether `NodePort`s answer on IPv4 loopback where `node_port_addresses` include it; only for a mode
     /// that can (`iptables.localhostNodePorts`).
     pub localhost_node_ports: bool,
+    /// Whether forwarded packets are dropped that conntrack calls INVALID; only for a mode that can (unless
+    /// `conntrack.tcpBeLiberal`).
+    pub drop_invalid: bool,
 }
 
 impl Default for Config {
@@ -104,6 +108,7 @@ impl Default for Config {
             allow_external_ips: true,
             scheduler: None,
             localhost_node_ports: false,
+            drop_invalid: false,
         }
     }
 }

@@ -280,6 +280,8 @@ pub struct NodeFacts {
     pub node_ports: NodePortMatch,
     /// Whether they answer on IPv4 loopback as well.
     pub localhost_node_ports: bool,
+    /// Whether forwarded packets are dropped that conntrack calls INVALID.
+    pub drop_invalid: bool,
     /// Addresses of the node, as far as known. Modes ask the kernel instead where they can; the
     /// reference walker uses these.
     pub local_addresses: BTreeSet<IpAddr>,
@@ -294,6 +296,7 @@ impl NodeFacts {
             masquerade_bit: 14,
             node_ports: NodePortMatch::Addresses(BTreeSet::new()),
             localhost_node_ports: false,
+            drop_invalid: false,
             local_addresses: BTreeSet::new(),
         }
     }

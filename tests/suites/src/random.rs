@@ -252,6 +252,7 @@ fn config() -> impl Strategy<Value = Config> {
             allow_external_ips,
             scheduler: None,
             localhost_node_ports: false,
+            drop_invalid: false,
         },
     )
 }

@@ -26,7 +26,7 @@ use shunt_node::health::Endpoint;
 use shunt_watch::{Answered, Kind};
 
 use crate::connections::Count;
-use process::Process;
+use process::{CountedPackets, Process};
 
 /// Kubernetes version whose kube-proxy this is compatible with.
 const KUBERNETES: (&str, &str) = ("1", "36");
@@ -137,7 +137,10 @@ pub(crate) struct Metrics {
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
     sync_failures: Family<OfFamily, Counter>,
+    partial_failures: Family<OfFamily, Counter>,
     cleanup_failures: Family<OfFamily, Counter>,
+    rules: Family<FamilyAnd, Gauge>,
+    rules_written: Family<FamilyAnd, Gauge>,
     conntrack_sync: Histograms<OfFamily>,
     conntrack_deleted: Family<OfFamily, Counter>,
     requests: Family<[(&'static str, String); 3], Counter>,
@@ -176,7 +179,10 @@ impl Metrics {
             healthz: Family::default(),
             livez: Family::default(),
             sync_failures: Family::default(),
+            partial_failures: Family::default(),
             cleanup_failures: Family::default(),
+            rules: Family::default(),
+            rules_written: Family::default(),
             conntrack_sync: histograms(sync_buckets),
             conntrack_deleted: Family::default(),
             requests: Family::default(),
@@ -198,6 +204,7 @@ impl Metrics {
         metrics.register_kube_proxy(mode, &mut registry);
         metrics.register_own(mode, &mut registry);
         registry.register_collector(Box::new(Process::default()));
+        registry.register_collector(Box::new(CountedPackets(mode)));
         // What there is from the start is shown from the start.
         for family in IpFamily::ALL {
             drop(metrics.sync.get_or_create(&of(family)));
@@ -206,6 +213,7 @@ impl Metrics {
             drop(metrics.programming.get_or_create(&of(family)));
             drop(metrics.drift.get_or_create(&of(family)));
             drop(metrics.sync_failures.get_or_create(&of(family)));
+            drop(metrics.partial_failures.get_or_create(&of(family)));
             drop(metrics.cleanup_failures.get_or_create(&of(family)));
             drop(metrics.conntrack_sync.get_or_create(&of(family)));
             drop(metrics.conntrack_deleted.get_or_create(&of(family)));
@@ -309,6 +317,23 @@ impl Metrics {
                 self.cleanup_failures.clone(),
             );
         }
+        if mode == Mode::Iptables {
+            r.register(
+                "sync_proxy_rules_iptables_partial_restore_failures",
+                "Cumulative proxy iptables partial restore failures",
+                self.partial_failures.clone(),
+            );
+            r.register(
+                "sync_proxy_rules_iptables_total",
+                "Total number of iptables rules owned by kube-proxy",
+                self.rules.clone(),
+            );
+            r.register(
+                "sync_proxy_rules_iptables_last",
+                "Number of iptables rules written by kube-proxy in last sync",
+                self.rules_written.clone(),
+            );
+        }
         if mode.uses_conntrack() {
             r.register(
                 "conntrack_reconciler_sync_duration_seconds",
@@ -410,11 +435,20 @@ impl Metrics {
             }
         }
         self.operations.get_or_create(&of(family)).inc_by(report.operations as u64);
+        let number = |n| i64::try_from(n).unwrap_or(i64::MAX);
+        for rules in &report.rules {
+            let labels = FamilyAnd(family, ("table", rules.table));
+            self.rules.get_or_create(&labels).set(number(rules.total));
+            self.rules_written.get_or_create(&labels).set(number(rules.written));
+        }
     }
 
-    /// A sync of a family failed.
-    pub(crate) fn failed(&self, family: IpFamily) {
+    /// A sync of a family failed; `partial` if it was one of a change.
+    pub(crate) fn failed(&self, family: IpFamily, partial: bool) {
         self.sync_failures.get_or_create(&of(family)).inc();
+        if partial {
+            self.partial_failures.get_or_create(&of(family)).inc();
+        }
     }
 
     /// A look at the kernel found this many differences that nobody asked for.

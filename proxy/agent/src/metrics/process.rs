@@ -1,5 +1,5 @@
-//! What is read when it is asked for: the process (`process_*`, as Prometheus' clients name it) and the
-//! kernel's table of tracked connections.
+//! What is read when it is asked for: the process (`process_*`, as Prometheus' clients name it), the
+//! kernel's table of tracked connections, and packets that it counts.
 
 use std::fmt;
 
@@ -8,6 +8,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use shunt_mode::Mode;
 use shunt_node::sysctl::Sysctls;
 
 /// Reads /proc at each scrape.
@@ -73,6 +74,30 @@ impl Collector for Process {
             if let Ok(value) = self.sysctls.number(&format!("proc/sys/net/netfilter/{file}")) {
                 gauge(&mut encoder, name, help, float(value))?;
             }
+        }
+        Ok(())
+    }
+}
+
+/// Packets that the kernel counts in rules of a mode: read at each scrape.
+#[derive(Debug)]
+pub(crate) struct CountedPackets(pub(crate) Mode);
+
+impl Collector for CountedPackets {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, packets) in shunt_modes::counted_packets(self.0) {
+            let (metric, help) = match name {
+                "ct_state_invalid_dropped_pkts" => (
+                    "kubeproxy_iptables_ct_state_invalid_dropped_packets",
+                    "packets dropped by iptables to work around conntrack problems",
+                ),
+                "localhost_nps_accepted_pkts" => (
+                    "kubeproxy_iptables_localhost_nodeports_accepted_packets",
+                    "Number of packets accepted on nodeports of loopback interface",
+                ),
+                _ => continue,
+            };
+            counter(&mut encoder, metric, help, float(packets))?;
         }
         Ok(())
     }

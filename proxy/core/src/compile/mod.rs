@@ -74,6 +74,7 @@ impl Context {
             masquerade_bit: self.config.masquerade_bit,
             node_ports: self.node_port_match(family, &local_addresses),
             localhost_node_ports: self.localhost_node_ports(family),
+            drop_invalid: self.config.drop_invalid,
             local_addresses,
         }
     }
@@ -416,5 +417,36 @@ mod tests {
         assert_eq!(and(&["10.0.0.0/8"]), ["10.0.0.1 192.0.2.1", "2001:db8::1"]);
         assert_eq!(and(&["127.0.0.0/8", "fd00::/8"]), ["192.0.2.1", "2001:db8::1 fd00::1"]);
         assert_eq!(and(&["0.0.0.0/0"]), ["all", "2001:db8::1"]);
+    }
+
+    /// Where kube-proxy lets loopback answer.
+    #[test]
+    fn loopback_answers_in_ipv4_where_it_is_included_and_wanted() {
+        let ranges = |texts: &[&str]| {
+            NodePortAddresses::Ranges(texts.iter().map(|text| text.parse().unwrap()).collect())
+        };
+        for (node_port_addresses, wanted, answers) in [
+            (NodePortAddresses::All, true, true),
+            (NodePortAddresses::All, false, false),
+            (NodePortAddresses::Primary, true, false),
+            (ranges(&["192.0.2.0/24", "127.0.0.0/8"]), true, true),
+            (ranges(&["127.0.0.0/8"]), false, false),
+            (ranges(&["192.0.2.0/24"]), true, false),
+            // Ranges of the other family alone say nothing of this one.
+            (ranges(&["2001:db8::/64"]), true, true),
+            (ranges(&["2001:db8::/64", "192.0.2.0/24"]), true, false),
+        ] {
+            let config = Config { node_port_addresses, localhost_node_ports: wanted, ..Config::default() };
+            let context = Context::new("node", config);
+            let facts = context.facts(IpFamily::V4);
+            assert_eq!(facts.localhost_node_ports, answers, "{:?}", context.config);
+            assert!(!facts.drop_invalid);
+            assert!(!context.facts(IpFamily::V6).localhost_node_ports);
+        }
+        let config = Config { drop_invalid: true, ..Config::default() };
+        assert!(
+            IpFamily::ALL.map(|family| Context::new("node", config.clone()).facts(family).drop_invalid)
+                == [true; 2]
+        );
     }
 }

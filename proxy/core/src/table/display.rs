@@ -37,6 +37,9 @@ impl fmt::Display for NodeFacts {
         if self.localhost_node_ports {
             f.write_str("; node-ports on 127.0.0.0/8")?;
         }
+        if self.drop_invalid {
+            f.write_str("; drop invalid")?;
+        }
         match &self.node_ports {
             NodePortMatch::AllLocal => f.write_str("; node-ports on all local addresses"),
             NodePortMatch::Addresses(a) if a.is_empty() => f.write_str("; node-ports nowhere"),
