@@ -312,6 +312,13 @@ fn processor_time() -> Duration {
     micros(usage.user_time()) + micros(usage.system_time())
 }
 
+/// Resident memory of the process, the most so far and now.
+fn memory() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let lines = status.lines().filter(|line| line.starts_with("VmHWM") || line.starts_with("VmRSS"));
+    lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>().join(", ")
+}
+
 /// What 10,000 Services with 10 endpoints each cost the kernel. The limits are far above what is measured
 /// on an idle machine: `cargo test --release -p shunt-suites --test ebpf -- --nocapture scale`.
 #[test]
@@ -338,7 +345,7 @@ fn scale() {
     let mut lap = |what: &str| {
         let now = (Instant::now(), processor_time());
         let (wall, processor) = (now.0 - started.0, now.1.saturating_sub(started.1));
-        println!("{what}: {wall:?}, on processors {processor:?}");
+        println!("{what}: {wall:?}, on processors {processor:?}; {}", memory());
         started = (Instant::now(), processor_time());
         processor
     };
@@ -373,8 +380,7 @@ fn scale() {
     }
     times.sort();
     println!("one endpoint replaced: p50 {:?}, p99 {:?}", times[100], times[197]);
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    println!("{}", status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or_default());
+    println!("{}", memory());
     assert!(cold < Duration::from_secs(10) && times[100] < Duration::from_millis(20));
     kernel.backend.cleanup().unwrap();
 }
