@@ -74,7 +74,7 @@ impl Cluster {
         let lab = lab.build()?;
         for from in [lab.client(), lab.pod("shop")?] {
             // Few enough that every port is used again while the kernel still remembers its last connection.
-            from.set_sysctl("net/ipv4/ip_local_port_range", "20000 20499")?;
+            from.set_sysctl("net/ipv4/ip_local_port_range", "20000 20999")?;
         }
         let server = ApiServer::start_inside(lab.node())?;
         let internal = NODE.map(|address| json!({ "type": "InternalIP", "address": address }));

@@ -32,6 +32,7 @@ impl Kernel {
             }
             program
         };
+        need("nice", "coreutils");
         need("setpriv", "util-linux");
         need("unshare", "util-linux");
         need("modprobe", "kmod");
