@@ -243,6 +243,14 @@ fn run(mut args: RunArgs) -> Result<()> {
     Ok(())
 }
 
+/// What was measured; of an error is only told, so that the other parts are not lost.
+fn keep<T: Default>(what: &str, measured: Result<T>, failures: &mut Vec<String>) -> T {
+    measured.unwrap_or_else(|error| {
+        failures.push(format!("{what}: {error:#}"));
+        T::default()
+    })
+}
+
 fn measure(args: &RunArgs) -> Result<Report> {
     let defaults = match (args.inside, args.quick) {
         (false, false) => THOROUGH,
@@ -283,10 +291,10 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 reference_limit: args.reference_limit,
             },
             &mut report.failures,
-        )?;
+        );
     }
     if args.parts.contains(&Part::Throughput) {
-        report.throughput = throughput::measure(
+        let measured = throughput::measure(
             &throughput::Plan {
                 services: defaults.throughput,
                 repetitions: many.min(5),
@@ -294,10 +302,11 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 subjects,
             },
             &mut report.failures,
-        )?;
+        );
+        report.throughput = keep("throughput", measured, &mut report.failures);
     }
     if args.parts.contains(&Part::Control) {
-        report.control = control::measure(
+        let measured = control::measure(
             &control::Plan {
                 programs,
                 shapes: args.shapes.clone().unwrap_or_else(|| defaults.shapes.to_vec()),
@@ -308,11 +317,13 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 rest,
             },
             &mut report.failures,
-        )?;
+        );
+        report.control = keep("control", measured, &mut report.failures);
     }
     // The other modes are not measured without a kernel.
     if args.parts.contains(&Part::Growth) && args.modes.iter().any(|mode| mode == "nftables") {
-        report.growth = growth::measure("nftables", defaults.growth)?;
+        let measured = growth::measure("nftables", defaults.growth);
+        report.growth = keep("growth", measured, &mut report.failures);
     }
     Ok(report)
 }
