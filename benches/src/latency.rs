@@ -129,6 +129,7 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Vec<Cell> {
 }
 
 fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Result<Vec<Cell>> {
+    crate::in_time()?;
     crate::say(format_args!("first packets: {services} Services x {} endpoints", plan.endpoints));
     let shape = |services| Shape { node_ports: true, ..Shape::new(services, plan.endpoints) };
     let largest = plan.services.iter().max() == Some(&services);
