@@ -40,6 +40,7 @@ pub(crate) fn work(mode: &str, services: usize, changes: usize) -> Result<()> {
 pub(crate) fn measure(mode: &str, sizes: &[usize]) -> Result<Vec<Growth>> {
     let mut found = Vec::new();
     for &services in sizes {
+        crate::in_time()?;
         crate::say(format_args!("instructions and allocations of a change, {mode}, {services} Services"));
         let collect = ["--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=*one_change*"];
         let text = valgrind(&collect, mode, services, CHANGES)?;

@@ -124,6 +124,9 @@ struct RunArgs {
     /// Small sizes and few repetitions: shows that everything runs, not how fast.
     #[arg(long)]
     quick: bool,
+    /// Begins nothing new after so many minutes; what is left out is named.
+    #[arg(long)]
+    minutes: Option<u64>,
     /// Name of this machine in file names.
     #[arg(long)]
     machine: Option<String>,
@@ -138,10 +141,24 @@ struct RunArgs {
     inside: bool,
 }
 
+/// Time since the start.
+fn elapsed() -> Duration {
+    static STARTED: OnceLock<Instant> = OnceLock::new();
+    STARTED.get_or_init(Instant::now).elapsed()
+}
+
+/// After so long nothing new is begun.
+static TIME: OnceLock<Duration> = OnceLock::new();
+
+/// Fails when the time is up.
+fn in_time() -> Result<()> {
+    ensure!(TIME.get().is_none_or(|time| elapsed() < *time), "no time was left");
+    Ok(())
+}
+
 /// Says what is being done, and since when.
 fn say(what: std::fmt::Arguments<'_>) {
-    static STARTED: OnceLock<Instant> = OnceLock::new();
-    let seconds = STARTED.get_or_init(Instant::now).elapsed().as_secs();
+    let seconds = elapsed().as_secs();
     eprintln!("{:3}:{:02} {what}", seconds / 60, seconds % 60);
 }
 
@@ -213,6 +230,10 @@ const GUEST_QUICK: Defaults = Defaults { connections: 50, shapes: &[(100, 3)], .
 
 fn run(mut args: RunArgs) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
+    if let Some(minutes) = args.minutes {
+        elapsed();
+        TIME.get_or_init(|| Duration::from_mins(minutes));
+    }
     if args.inside {
         args.modes = vec![guest::MODE.to_owned()];
         println!("{}", serde_json::to_string(&measure(&args)?)?);
@@ -241,6 +262,14 @@ fn run(mut args: RunArgs) -> Result<()> {
     }
     ensure!(failures == 0, "{failures} measurements failed, see above");
     Ok(())
+}
+
+/// What was measured; of an error is only told, so that the other parts are not lost.
+fn keep<T: Default>(what: &str, measured: Result<T>, failures: &mut Vec<String>) -> T {
+    measured.unwrap_or_else(|error| {
+        failures.push(format!("{what}: {error:#}"));
+        T::default()
+    })
 }
 
 fn measure(args: &RunArgs) -> Result<Report> {
@@ -283,10 +312,10 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 reference_limit: args.reference_limit,
             },
             &mut report.failures,
-        )?;
+        );
     }
     if args.parts.contains(&Part::Throughput) {
-        report.throughput = throughput::measure(
+        let measured = throughput::measure(
             &throughput::Plan {
                 services: defaults.throughput,
                 repetitions: many.min(5),
@@ -294,10 +323,11 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 subjects,
             },
             &mut report.failures,
-        )?;
+        );
+        report.throughput = keep("throughput", measured, &mut report.failures);
     }
     if args.parts.contains(&Part::Control) {
-        report.control = control::measure(
+        let measured = control::measure(
             &control::Plan {
                 programs,
                 shapes: args.shapes.clone().unwrap_or_else(|| defaults.shapes.to_vec()),
@@ -308,11 +338,13 @@ fn measure(args: &RunArgs) -> Result<Report> {
                 rest,
             },
             &mut report.failures,
-        )?;
+        );
+        report.control = keep("control", measured, &mut report.failures);
     }
     // The other modes are not measured without a kernel.
     if args.parts.contains(&Part::Growth) && args.modes.iter().any(|mode| mode == "nftables") {
-        report.growth = growth::measure("nftables", defaults.growth)?;
+        let measured = growth::measure("nftables", defaults.growth);
+        report.growth = keep("growth", measured, &mut report.failures);
     }
     Ok(report)
 }

@@ -81,6 +81,7 @@ const CONCURRENCY: usize = 32;
 
 /// Measures all subjects that can be set up; the others are named in `failures`.
 pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row>> {
+    crate::in_time()?;
     crate::say(format_args!("throughput: {} Services x 10 endpoints", plan.services));
     let udp = Cluster::new(Shape { udp: true, node_ports: true, ..Shape::new(plan.services, ENDPOINTS) })?;
     let tcp = Cluster::new(Shape::new(plan.services, ENDPOINTS))?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+use shunt_harness::guest::require_guest;
 use shunt_harness::lab::require_kernel;
 
 const MODES: [&str; 3] = ["nftables", "iptables-legacy", "ebpf"];
@@ -68,7 +69,7 @@ fn of<'v>(list: &'v Value, subject: &str) -> Vec<&'v Value> {
     list.as_array().unwrap().iter().filter(|item| item["subject"] == subject).collect()
 }
 
-fn packets_were_measured(report: &Value, subject: &str) {
+fn connections_were_measured(report: &Value, subject: &str) {
     let cells = of(&report["latency"], subject);
     for target in ["random", "node_port"] {
         let cell = cells.iter().find(|cell| cell["target"] == target);
@@ -76,6 +77,10 @@ fn packets_were_measured(report: &Value, subject: &str) {
         assert!(cell["connections"].as_u64() > Some(0) && cell["p50_us"].as_f64() > Some(0.0), "{cell}");
         assert_eq!(cell["failed"], 0, "{cell}");
     }
+}
+
+fn packets_were_measured(report: &Value, subject: &str) {
+    connections_were_measured(report, subject);
     let rows = of(&report["throughput"], subject);
     assert_eq!(rows.len(), 1, "{subject}");
     for (figure, value) in rows[0].as_object().unwrap() {
@@ -130,5 +135,19 @@ fn everything_is_measured_and_written() {
     for mode in MODES {
         shunt_was_measured(&report, &format!("shunt {mode}"));
         assert!(markdown.contains(&format!("| shunt {mode} |")), "{markdown}");
+    }
+}
+
+#[test]
+fn ipvs_is_measured_in_a_guest() {
+    if require_guest().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = ["--modes", "ipvs", "--parts", "latency", "--services", "5", "--connections", "50"];
+    let (report, _) = run(folder.path(), &[&arguments[..], &["--repetitions", "1"]].concat());
+    assert_eq!(report["failures"].as_array().unwrap().len(), 0, "{}", report["failures"]);
+    for subject in ["direct", "kube-proxy ipvs layout", "shunt ipvs", "kube-proxy ipvs"] {
+        connections_were_measured(&report, subject);
     }
 }

@@ -56,7 +56,8 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
         for program in plan.programs.iter().filter(|program| services <= program.most_services()) {
             let what = format!("{}, cold start with {services} x {endpoints}", program.name());
             crate::say(format_args!("{what}"));
-            match cold::measure(program, &cluster, plan.repetitions) {
+            let measured = crate::in_time().and_then(|()| cold::measure(program, &cluster, plan.repetitions));
+            match measured {
                 Ok(cold) => control.cold.push(cold),
                 Err(error) => failures.push(format!("{what}: {error:#}")),
             }
@@ -67,7 +68,8 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Control
         for program in plan.programs.iter().filter(|program| services <= program.most_services()) {
             let what = format!("{}, changes among {services} Services", program.name());
             crate::say(format_args!("{what}"));
-            if let Err(error) = changes(plan, program, &cluster, &mut control) {
+            let measured = crate::in_time().and_then(|()| changes(plan, program, &cluster, &mut control));
+            if let Err(error) = measured {
                 failures.push(format!("{what}: {error:#}"));
             }
         }
