@@ -224,6 +224,11 @@ fn each_mode_has_an_overlay() -> Result<()> {
                 "{container}"
             );
         }
+        // Modes that write rules of iptables need its tools, and the lock that all of them share.
+        let pod = &find(&built, "DaemonSet")?["spec"]["template"]["spec"];
+        let with_tools = pod["containers"][0]["image"] == "registry.example/shunt-iptables:0.1.0"
+            && pod.to_string().contains("/run/xtables.lock");
+        assert_eq!(with_tools, matches!(mode.name(), "iptables" | "ipvs"), "{mode}: {pod}");
     }
     Ok(())
 }

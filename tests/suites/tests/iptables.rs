@@ -4,6 +4,7 @@
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
@@ -15,6 +16,7 @@ use shunt_core::walk::{Outcome, Packet, walk};
 use shunt_harness::cases::{self, Case};
 use shunt_harness::lab::{Lab, require_kernel};
 use shunt_mode::{Backend, rendered};
+use shunt_mode_iptables::kernel::Tools;
 use shunt_suites::driver::{CaseRun, Synced};
 use shunt_suites::mode::{IptablesLegacy, IptablesNft, ModeUnderTest};
 use shunt_suites::random::Step;
@@ -153,4 +155,87 @@ fn a_health_check_node_port_is_one_rule() {
     }
     let context = Context::new(cases::NODE, Config::default());
     assert!(!context.facts(IpFamily::V4).localhost_node_ports);
+}
+
+/// What ipvs mode makes of the chains that both have, in short, and one that only it has.
+const TAKEN_OVER: &str = "*filter
+:KUBE-FORWARD - [0:0]
+:KUBE-PROXY-FIREWALL - [0:0]
+:KUBE-IPVS-FILTER - [0:0]
+-A INPUT -j KUBE-IPVS-FILTER
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-IPVS-FILTER -j RETURN
+COMMIT
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+-A KUBE-SERVICES -s 10.9.0.0/16 -j KUBE-MARK-MASQ
+-A KUBE-POSTROUTING -j RETURN
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+COMMIT
+";
+
+/// After a switch to ipvs mode what only iptables mode had goes, in the flavour in use and in the other one; chains
+/// that ipvs mode has taken over stay as they are, with what leads to them.
+fn chains_that_ipvs_mode_has_taken_over_stay<M, N>(
+    flavour: &str,
+    tools: impl Fn(&mut N::Real) -> &mut Tools,
+) -> Result<()>
+where
+    M: ModeUnderTest,
+    N: ModeUnderTest,
+{
+    if !require_kernel() {
+        return Ok(());
+    }
+    let case = case("044-session-affinity");
+    let mut run = CaseRun::new(&case, M::MODE);
+    run.next_step();
+    let family = IpFamily::V4;
+    let lab = Lab::builder().build()?;
+    let table = run.cluster.table(family);
+    lab.node().run(|| Ok(Synced::<M::Real>::adopt(M::real(family)?)?.sync(table, &Change::everything())?))?;
+    let mut kernel = lab.node().run(|| Ok(Synced::<N::Real>::adopt(N::real(family)?)?))?;
+    kernel.sync(table, &Change::everything())?;
+    let rules = |what: &str| {
+        let text = lab.node().exec(&format!("iptables-{what}-save"), [""; 0], "")?;
+        let lines = text.lines().filter(|line| line.starts_with("-A") || line.contains(" - ["));
+        Ok::<_, anyhow::Error>(
+            lines.map(|line| line.split(" [").next().unwrap().to_owned()).collect::<BTreeSet<_>>(),
+        )
+    };
+    lab.node().exec(&format!("iptables-{flavour}-restore"), ["--noflush", "--wait"], TAKEN_OVER)?;
+    let before = rules(flavour)?;
+    tools(&mut kernel.backend).remove_beside(&|used, table, chain| {
+        used.name() == flavour && shunt_mode_ipvs::skeleton::is_chain(table, chain)
+    })?;
+    let left = rules(flavour)?;
+    ensure!(left.is_subset(&before), "made anew: {left:?}");
+    for text in TAKEN_OVER.lines().filter(|line| line.starts_with([':', '-'])) {
+        let line = text.split(" [").next().unwrap();
+        ensure!(left.contains(line), "{line} is gone: {left:?}");
+    }
+    let led: Vec<&str> = left.iter().filter_map(|l| l.rsplit_once("-j ").map(|(_, to)| to)).collect();
+    let ours = ["SHUNT-", "KUBE-SVC-", "KUBE-SEP-", "KUBE-EXT-", "KUBE-NODEPORTS", "KUBE-PROXY-CANARY"];
+    let stale: Vec<&String> =
+        left.iter().filter(|line| ours.iter().any(|name| line.contains(name))).collect();
+    ensure!(stale.is_empty(), "left: {stale:?}");
+    ensure!(led.iter().filter(|to| **to == "KUBE-SERVICES").count() == 2, "hooks of the nat table: {left:?}");
+    let other = if flavour == "legacy" { "nft" } else { "legacy" };
+    let stale = rules(other)?;
+    ensure!(stale.is_empty(), "in the other flavour: {stale:?}");
+    ensure!(lab.node().exec("ipset", ["list", "-name"], "")?.is_empty(), "sets are left");
+    Ok(())
+}
+
+#[test]
+fn legacy_chains_that_ipvs_mode_has_taken_over_stay() {
+    chains_that_ipvs_mode_has_taken_over_stay::<IptablesNft, IptablesLegacy>("legacy", |m| m.kernel())
+        .unwrap();
+}
+
+#[test]
+fn nft_chains_that_ipvs_mode_has_taken_over_stay() {
+    chains_that_ipvs_mode_has_taken_over_stay::<IptablesLegacy, IptablesNft>("nft", |m| m.kernel()).unwrap();
 }
