@@ -140,6 +140,15 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
                 _ => must(Endpoint { flags: to.flags, ..held } == *to, "changed while in use"),
             }
         }
+        Op::SetMaglev(group, None) => must(state.maglev().contains_key(group), "no such entry"),
+        Op::SetMaglev(group, Some(members)) => {
+            let (service, local) = (group >> 1, group & 1 != 0);
+            let full = state.maglev().len() >= state.sizes.maglev as usize;
+            must(!full || state.maglev().contains_key(group), "the map is full")?;
+            must(is_service_id(state, service), "no service id of this family")?;
+            let is_member = |id| lookup::is_member(&state.endpoint(id), service, local);
+            must(members.iter().all(|m| is_member(m.id())), "an endpoint that is not of the group")
+        }
         Op::SetAddress(address, _) => must(state.owns_address(address), "another family's"),
         Op::AddRange(owner, range) => {
             must(state.owns_range(*owner), "another family's")?;

@@ -4,12 +4,14 @@
 //! whichever comes first makes it, the other one adopts it, and so does the next process.
 
 mod attach;
+mod clsact;
 mod devices;
+mod maglev;
 mod maps;
 mod sys;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +24,7 @@ use shunt_ebpf_abi::{
 };
 use shunt_mode::{KernelError, Mode, Remedy, Unsupported};
 
-use self::attach::{AttachError, Pins};
+use self::attach::{AttachError, Pins, Places, Way};
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
 use crate::op::Op;
@@ -62,6 +64,16 @@ pub struct Options {
     pub flows: u32,
     /// Most clients with session affinity, counted once for each Service port.
     pub clients: u32,
+    /// Most groups of endpoints that are chosen by hash: 64 KiB each.
+    pub maglev: u32,
+    /// Seconds after which an idle established flow of TCP or SCTP is forgotten.
+    pub tcp_timeout: u32,
+    /// Seconds after which a flow that is opening or closing is forgotten.
+    pub tcp_transient_timeout: u32,
+    /// Seconds after which an idle flow of UDP is forgotten.
+    pub udp_timeout: u32,
+    /// Put programs at devices by filters, as where the kernel has no links for them.
+    pub clsact: bool,
     /// The programs' object.
     pub object: Cow<'static, [u8]>,
 }
@@ -75,6 +87,11 @@ impl Default for Options {
             endpoints: size::ENDPOINTS,
             flows: size::FLOWS,
             clients: size::AFFINITY,
+            maglev: size::MAGLEV,
+            tcp_timeout: Config::DEFAULT.tcp_timeout,
+            tcp_transient_timeout: Config::DEFAULT.tcp_transient_timeout,
+            udp_timeout: Config::DEFAULT.udp_timeout,
+            clsact: false,
             object: Cow::Borrowed(OBJECT),
         }
     }
@@ -93,6 +110,7 @@ impl Options {
             (map::FLOWS, self.flows),
             (map::SOCKETS, (self.flows / 2).max(2)),
             (map::AFFINITY, self.clients),
+            (map::MAGLEV, self.maglev),
         ])
     }
 
@@ -218,8 +236,9 @@ impl Bpf {
             Some(path) => path.clone(),
             None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
         };
-        let (pins, devices, replace) = (&self.pins, &self.devices.by_index, self.loaded);
-        self.inside(|| attach::attach(pins, &cgroup, devices, replace).map_err(io::Error::other))?;
+        let (pins, replace) = (&self.pins, self.loaded);
+        let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way: self.way()? };
+        self.inside(|| attach::attach(pins, &places, replace).map_err(io::Error::other))?;
         if self.loaded {
             // Only now: whoever comes after a crash in between starts over.
             let name = self.options.object_name();
@@ -229,10 +248,19 @@ impl Bpf {
         Ok(())
     }
 
+    /// How programs are put at devices.
+    fn way(&self) -> Result<Way, KernelError> {
+        if self.options.clsact {
+            return Ok(Way::Clsact);
+        }
+        Way::of_kernel(&self.pins).map_err(|e| failed("ask for links at devices", e))
+    }
+
     /// Reads devices and addresses and tells the programs.
     fn look_at_devices(&mut self) -> Result<(), KernelError> {
         let pods = self.maps()?.pods().map_err(of_map)?;
         let devices = self.inside(|| Devices::read(&pods))?;
+        let options = self.options.clone();
         let maps = self.maps()?;
         let interfaces = devices.by_index.iter().map(|(index, device)| (*index, device.interface)).collect();
         maps.set_interfaces(&interfaces).map_err(of_map)?;
@@ -241,6 +269,9 @@ impl Bpf {
             config.masquerade4 = devices.fallback(true);
             config.masquerade6 = devices.fallback(false);
             (config.masquerade_port_min, config.masquerade_port_max) = devices.ports;
+            config.tcp_timeout = options.tcp_timeout;
+            config.tcp_transient_timeout = options.tcp_transient_timeout;
+            config.udp_timeout = options.udp_timeout;
         })
         .map_err(of_map)?;
         self.devices = devices;
@@ -305,6 +336,7 @@ impl Kernel for Bpf {
             state.sizes.services = sizes[map::FRONTENDS];
             state.sizes.endpoints = sizes[map::ENDPOINTS];
             state.sizes.slots = sizes[map::SLOTS];
+            state.sizes.maglev = sizes[map::MAGLEV];
             return Ok(state);
         };
         let mut state = maps.observe(family).map_err(of_map)?;
@@ -313,9 +345,9 @@ impl Kernel for Bpf {
         if in_use && same {
             let pods = maps.pods().map_err(of_map)?;
             self.devices = self.inside(|| Devices::read(&pods))?;
-            let wanted = attach::wanted_links(&self.pins, &self.devices.by_index);
+            let wanted = attach::wanted_links(&self.pins, self.way()?, &self.devices.by_index);
             let wanted = wanted.map_err(|e| failed("list programs", e))?;
-            let held = self.pins.link_names().map_err(|e| failed("list links", e))?;
+            let held = self.inside(|| attach::held_links(&self.pins))?;
             state.installed = wanted == held;
         }
         Ok(state)
@@ -348,6 +380,7 @@ impl Kernel for Bpf {
 
     fn remove(&mut self) -> Result<(), KernelError> {
         self.maps = None;
+        self.inside(|| attach::remove_filters(&self.pins, &BTreeSet::new()))?;
         self.pins.remove().map_err(|e| failed("remove pins", e))
     }
 }

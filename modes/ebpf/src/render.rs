@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use shunt_core::id::{IpFamily, Protocol, ServicePortName};
 use shunt_core::node::LocalDetector;
-use shunt_core::service::TrafficPolicy;
+use shunt_core::service::{Algorithm, TrafficPolicy};
 use shunt_core::table::{
     self, Change, ForwardingTable, Frontend, FrontendEntry, LocalEndpoint, NodePortMatch, PortEntry, Target,
 };
@@ -33,6 +33,8 @@ pub struct Port {
     pub protocol: Protocol,
     /// Its endpoints, by address and port.
     pub members: Vec<Member>,
+    /// The groups, of the Cluster and of the Local policy, among which some frontend chooses by hash.
+    pub maglev: [bool; 2],
     /// Sources that frontends with [`frontend_flags::SOURCE_RANGES`] let pass.
     pub ranges: BTreeSet<IpNet>,
 }
@@ -192,6 +194,9 @@ fn frontend(
                 flags |= frontend_flags::ALLOW_OWN_SOURCE;
             }
         }
+        if entry.algorithm == Algorithm::Maglev {
+            flags |= frontend_flags::MAGLEV;
+        }
         let affinity = port.affinity.map_or(0, |t| u32::try_from(t.as_secs()).unwrap_or(u32::MAX).max(1));
         Dispatch { port: name, verdicts: entry.verdicts.map(verdict), affinity, flags }
     });
@@ -226,6 +231,11 @@ fn render_port(table: &ForwardingTable, name: &ServicePortName) -> Port {
             }
         }
     }
+    let mut maglev = [false; 2];
+    let hashing = same().flat_map(|port| &port.frontends).filter(|f| f.algorithm == Algorithm::Maglev);
+    for verdict in hashing.flat_map(|entry| entry.verdicts).map(verdict).filter(|v| v.is_forward()) {
+        maglev[usize::from(verdict.is_local())] = true;
+    }
     let entries = same().flat_map(|port| &port.frontends);
     let ranges = entries.filter_map(|entry| entry.source_ranges.as_deref()).flat_map(|r| &r.ranges);
     Port {
@@ -234,6 +244,7 @@ fn render_port(table: &ForwardingTable, name: &ServicePortName) -> Port {
             .into_iter()
             .map(|((address, port), flags)| Member { address, port, flags })
             .collect(),
+        maglev,
         ranges: ranges.map(IpNet::trunc).filter(is_plain).collect(),
     }
 }

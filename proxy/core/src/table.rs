@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use crate::id::{IpFamily, NamespacedName, Protocol, ServicePortName};
 use crate::node::LocalDetector;
-use crate::service::{Scheduler, TrafficPolicy};
+use crate::service::{Algorithm, Scheduler, TrafficPolicy};
 
 /// What a packet must match: destination address (or any address on which the node serves
 /// `NodePort`s), protocol and port.
@@ -179,6 +179,9 @@ pub struct FrontendEntry {
     pub verdicts: [Verdict; 3],
     /// Sources allowed at all; `None` for every source.
     pub source_ranges: Option<Arc<SourceRanges>>,
+    /// How endpoints are chosen, in modes that can hash; others choose by chance. Session affinity goes
+    /// first.
+    pub algorithm: Algorithm,
 }
 
 impl FrontendEntry {

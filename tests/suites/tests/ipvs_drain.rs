@@ -66,6 +66,7 @@ impl Town {
             external_policy: TrafficPolicy::Cluster,
             affinity: None,
             scheduler: None,
+            algorithm: None,
             health_check_node_port: None,
         })));
         let kernel = adopt(&lab);

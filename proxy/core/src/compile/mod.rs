@@ -163,6 +163,11 @@ fn compile_port(
     let external = external_verdicts(service.external_policy, usable.any, no_local);
     let guard = source_ranges(service, family, context);
 
+    let algorithm = |kind| match kind {
+        FrontendKind::ClusterIp => service.algorithm.unwrap_or_default(),
+        _ => service.algorithm.unwrap_or(context.config.external_algorithm),
+    };
+
     let mut frontends: Vec<FrontendEntry> = addresses
         .into_iter()
         .map(|(address, kind)| FrontendEntry {
@@ -170,6 +175,7 @@ fn compile_port(
             kind,
             verdicts: if kind == FrontendKind::ClusterIp { internal } else { external },
             source_ranges: guard.clone().filter(|_| kind == FrontendKind::LoadBalancer),
+            algorithm: algorithm(kind),
         })
         .collect();
     frontends.extend(port.node_port.map(|node_port| FrontendEntry {
@@ -177,6 +183,7 @@ fn compile_port(
         kind: FrontendKind::NodePort,
         verdicts: external,
         source_ranges: None,
+        algorithm: algorithm(FrontendKind::NodePort),
     }));
     frontends.sort_by_key(|f| (f.kind, f.frontend));
 

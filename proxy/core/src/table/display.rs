@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{ForwardingTable, NodeFacts, NodePortMatch, ServiceEntry};
 use crate::node::LocalDetector;
+use crate::service::Algorithm;
 
 impl fmt::Display for ForwardingTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -87,6 +88,9 @@ impl fmt::Display for DisplayService<'_> {
                     let ranges: Vec<_> = guard.ranges.iter().map(ToString::to_string).collect();
                     let vip = if guard.allow_vip_source { ", or the VIP itself" } else { "" };
                     write!(f, "; only from {}{vip}", ranges.join(", "))?;
+                }
+                if entry.algorithm == Algorithm::Maglev {
+                    f.write_str("; maglev")?;
                 }
                 f.write_str("\n")?;
             }
