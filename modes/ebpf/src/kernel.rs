@@ -8,13 +8,14 @@ mod clsact;
 mod devices;
 mod maglev;
 mod maps;
+mod probe;
 mod sys;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
@@ -22,7 +23,7 @@ use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Config, ENDPOINT_BLOCK, SERVICE_BLOCK, ServiceCounters, VERSION, config_flags, map, size,
 };
-use shunt_mode::{KernelError, Mode, Remedy, Unsupported};
+use shunt_mode::{KernelError, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins, Places, Way};
 use self::devices::Devices;
@@ -234,7 +235,9 @@ impl Bpf {
         self.look_at_devices()?;
         let cgroup = match &self.options.cgroup_root {
             Some(path) => path.clone(),
-            None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
+            None => {
+                probe::cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?
+            }
         };
         let (pins, replace) = (&self.pins, self.loaded);
         let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way: self.way()? };
@@ -281,48 +284,7 @@ impl Bpf {
 
 impl Kernel for Bpf {
     fn probe(&mut self) -> Result<(), Unsupported> {
-        let cannot = |missing: String, advice: &str| {
-            Err(Unsupported { mode: Mode::Ebpf, missing, advice: advice.to_owned() })
-        };
-        let root = &self.options.bpf_root;
-        match nix::sys::statfs::statfs(root) {
-            Ok(stat) if stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC => {}
-            Ok(_) | Err(nix::errno::Errno::ENOENT) => {
-                return cannot(
-                    format!("{} is no bpffs", root.display()),
-                    "mount one (mount -t bpf bpf /sys/fs/bpf) and hand it to the container, or name another one with --bpf-fs-root",
-                );
-            }
-            Err(error) => {
-                return cannot(format!("{} ({error})", root.display()), "see --bpf-fs-root");
-            }
-        }
-        let Some(cgroup) = self.options.cgroup_root.clone().or_else(cgroup2) else {
-            return cannot(
-                "no cgroup2 is mounted".to_owned(),
-                "mount one (mount -t cgroup2 none /run/cgroup2), and name it with --cgroup-root",
-            );
-        };
-        match nix::sys::statfs::statfs(&cgroup) {
-            Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => {}
-            _ => {
-                return cannot(
-                    format!("{} is no cgroup2", cgroup.display()),
-                    "name the root of the cgroup2 with --cgroup-root",
-                );
-            }
-        }
-        match aya::sys::is_program_supported(aya::programs::ProgramType::CgroupSockAddr) {
-            Ok(true) => Ok(()),
-            Ok(false) => cannot(
-                "the kernel has no BPF programs at cgroups".to_owned(),
-                "it needs CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF",
-            ),
-            Err(error) => cannot(
-                format!("BPF programs may not be loaded ({error})"),
-                "the process needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (or CAP_SYS_ADMIN), and the kernel CONFIG_BPF_SYSCALL",
-            ),
-        }
+        probe::probe(&self.options)
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {
@@ -398,16 +360,6 @@ pub fn network_namespace_cookie() -> io::Result<u64> {
 
 const fn is_structural(op: &Op) -> bool {
     matches!(op, Op::Install | Op::Attach)
-}
-
-/// The root of the first cgroup2 that is mounted.
-fn cgroup2() -> Option<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let path = fields.next()?;
-        (fields.next()? == "cgroup2").then(|| Path::new(path).to_owned())
-    })
 }
 
 fn failed(context: &str, error: io::Error) -> KernelError {

@@ -200,6 +200,9 @@ pub struct PortEntry {
     pub cluster: Option<EndpointGroup>,
     /// Endpoints for the Local policy; `None` when the port never uses that policy.
     pub local: Option<EndpointGroup>,
+    /// Endpoints of a UDP port that terminate, still serve and get no new flows: flows that have them keep
+    /// them, in modes that know flows themselves.
+    pub terminating: EndpointGroup,
     /// Whether any usable endpoint exists anywhere in the cluster.
     pub has_any_endpoints: bool,
     /// Timeout of the session affinity by client address.

@@ -313,16 +313,50 @@ fn filters_serve_where_there_are_no_links() {
     assert!(!kernel.mirror.installed);
     kernel.sync(&table, &Change::everything()).unwrap();
     assert_eq!(ours(), 1);
-    under_load(&lab, || {
-        start(&lab, &links).sync(&table, &Change::everything()).unwrap();
-        assert_eq!(ours(), 0, "links take the place of filters");
-        start(&lab, &filters).sync(&table, &Change::everything()).unwrap();
-        assert_eq!(ours(), 1);
-    });
+    start(&lab, &links).sync(&table, &Change::everything()).unwrap();
+    assert_eq!(ours(), 0, "links take the place of filters");
+    start(&lab, &filters).sync(&table, &Change::everything()).unwrap();
+    assert_eq!(ours(), 1);
     kernel.backend.cleanup().unwrap();
     assert!(!filters.bpf_root.join("shunt").exists());
     let left = tc(&["filter", "show", "dev", device, "ingress"]);
     assert!(left.contains("bytecode") && !left.contains("shunt"), "{left}");
     // Disciplines that were ours went.
     assert_eq!(tc(&["qdisc", "show"]).matches("clsact").count(), 1);
+}
+
+/// A UDP flow stays with its endpoint while that terminates and serves, though new ones go
+/// elsewhere; when it is gone the flow goes elsewhere, too.
+#[test]
+fn flows_stay_with_an_endpoint_that_terminates() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(2);
+    let options = lab.node().run(place::options).unwrap();
+    let mut cluster = cluster(Config::default());
+    let udp = Protocol::Udp;
+    cluster.steps(&[service(1, udp, None), slice(1, udp, &ready([pod(1), pod(2)]))]);
+    let mut kernel = start(&lab, &options);
+    kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+    let outside = || Probe::udp(SocketAddr::new(NODE, 3001)).timeout(Duration::from_secs(2));
+    let ask = |port| lab.client().probe(outside().from_port(port)).unwrap().pod().unwrap().to_owned();
+    let home = ask(20_000);
+    let old: IpAddr = home.parse().unwrap();
+    let other = if old == pod(1) { pod(2) } else { pod(1) };
+    let terminating = Conditions { ready: false, serving: true, terminating: true };
+    let mut change = |kernel: &mut Synced<Ebpf<Bpf>>, endpoints: &[(IpAddr, Conditions)]| {
+        cluster.step(&slice(1, udp, endpoints));
+        let change = cluster.take_change(V4);
+        kernel.sync(cluster.table(V4), &change).unwrap();
+        assert_eq!(kernel.backend.observe().unwrap(), kernel.mirror);
+    };
+    change(&mut kernel, &[(old, terminating), (other, Conditions::default())]);
+    assert_eq!(ask(20_000), home);
+    for port in 20_001..20_010 {
+        assert_eq!(ask(port), other.to_string(), "a new flow");
+    }
+    change(&mut kernel, &[(other, Conditions::default())]);
+    assert_eq!(ask(20_000), other.to_string());
+    kernel.backend.cleanup().unwrap();
 }

@@ -193,6 +193,11 @@ fn compile_port(
             port: port.name.clone(),
             protocol: port.protocol,
         },
+        terminating: if port.protocol == crate::id::Protocol::Udp {
+            usable.terminating(&candidates)
+        } else {
+            [].into()
+        },
         cluster: usable.cluster,
         local: usable.local,
         has_any_endpoints: usable.any,

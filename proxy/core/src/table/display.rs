@@ -103,6 +103,10 @@ impl fmt::Display for DisplayService<'_> {
                 let targets = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
                 writeln!(f, "  {name} endpoints: {targets}")?;
             }
+            if !port.terminating.is_empty() {
+                let targets: Vec<_> = port.terminating.iter().map(ToString::to_string).collect();
+                writeln!(f, "  terminating endpoints: {}", targets.join(", "))?;
+            }
         }
         Ok(())
     }
