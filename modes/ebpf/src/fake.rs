@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{Endpoint, FIRST_SERVICE_ID, Frontend, lookup};
-use shunt_mode::{KernelError, Remedy, Unsupported};
+use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
 use crate::kernel::Kernel;
 use crate::op::Op;
@@ -77,6 +77,10 @@ impl Kernel for FakeKernel {
 
     fn refresh(&mut self) -> Result<(), KernelError> {
         Ok(())
+    }
+
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        Ok(Vec::new())
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {

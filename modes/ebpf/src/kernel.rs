@@ -23,13 +23,14 @@ use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Config, ENDPOINT_BLOCK, SERVICE_BLOCK, ServiceCounters, VERSION, config_flags, map, size,
 };
-use shunt_mode::{KernelError, Remedy, Unsupported};
+use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins, Places, Way};
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
 use crate::op::Op;
-use crate::state::State;
+use crate::render::unlabel;
+use crate::state::{State, parity};
 
 /// The programs, built by `make ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ebpf/shunt.o");
@@ -45,6 +46,8 @@ pub trait Kernel {
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError>;
     /// Takes in that the node's devices or addresses have changed.
     fn refresh(&mut self) -> Result<(), KernelError>;
+    /// What the programs have counted of the family's Service ports.
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
     /// Removes programs and maps of both families if they are there.
     fn remove(&mut self) -> Result<(), KernelError>;
 }
@@ -338,6 +341,20 @@ impl Kernel for Bpf {
             return Ok(());
         }
         self.attach()
+    }
+
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        let family = self.family;
+        let Some(maps) = self.open_maps()? else { return Ok(Vec::new()) };
+        let mut names = maps.names().map_err(of_map)?;
+        names.retain(|id, _| id & 1 == parity(family));
+        let counters = maps::counters(&self.pins.maps(), &names).map_err(of_map)?;
+        // A name that was shortened to fit cannot be read back.
+        let named = names.into_keys().zip(counters).filter_map(|(counter, (name, c))| {
+            let ServiceCounters { forwarded, rejected, dropped } = c;
+            Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped })
+        });
+        Ok(named.collect())
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use shunt_core::id::{IpFamily, Protocol, ServicePortName};
+use shunt_core::id::{IpFamily, NamespacedName, Protocol, ServicePortName};
 use shunt_core::node::LocalDetector;
 use shunt_core::service::{Algorithm, TrafficPolicy};
 use shunt_core::table::{
@@ -292,4 +292,46 @@ pub fn label(port: &ServicePortName) -> Arc<str> {
         label += &end;
     }
     label.into()
+}
+
+/// The Service port of a [`label`]; `None` if that was shortened, or is none.
+pub fn unlabel(label: &str) -> Option<ServicePortName> {
+    let (rest, protocol) = label.rsplit_once('/')?;
+    let (namespace, rest) = rest.split_once('/')?;
+    let (name, port) = rest.split_once(':').unwrap_or((rest, ""));
+    let plain = |part: &str| -> Option<String> {
+        let mut bytes = Vec::new();
+        let mut rest = part.bytes();
+        while let Some(byte) = rest.next() {
+            if byte == b'_' {
+                let hex = [rest.next()?, rest.next()?];
+                bytes.push(u8::from_str_radix(std::str::from_utf8(&hex).ok()?, 16).ok()?);
+            } else {
+                bytes.push(byte);
+            }
+        }
+        String::from_utf8(bytes).ok()
+    };
+    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let protocol = protocols.into_iter().find(|p| p.to_string() == protocol)?;
+    let service = NamespacedName::new(plain(namespace)?, plain(name)?);
+    Some(ServicePortName { service, port: plain(port)?.into(), protocol })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_written() {
+        for (name, port) in [("web", ""), ("web", "http"), ("a.b-c", "p_1:x/y"), ("\u{e9}", "A")] {
+            let service = NamespacedName::new("ns", name);
+            let port = ServicePortName { service, port: port.into(), protocol: Protocol::Udp };
+            assert_eq!(unlabel(&label(&port)), Some(port));
+        }
+        let service = NamespacedName::new("ns", "x".repeat(300));
+        let long = ServicePortName { service, port: "".into(), protocol: Protocol::Tcp };
+        assert_eq!(unlabel(&label(&long)), None);
+        assert_eq!(unlabel("prefix veth"), None);
+    }
 }

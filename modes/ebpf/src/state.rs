@@ -11,6 +11,7 @@ use shunt_core::table::{self, Change};
 use shunt_ebpf_abi::{
     Address, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, config_flags, range_owner, size,
 };
+use shunt_mode::Usage;
 
 /// How much there is room for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -459,6 +460,19 @@ impl State {
             ids.dedup();
             self.maglev.insert(group, ids.into());
         }
+    }
+
+    /// How full the maps are, as far as this family may fill them.
+    pub fn usage(&self) -> Vec<Usage> {
+        let of = |table, entries, limit: u32| Usage { table, entries, limit: limit as usize };
+        // Ids of the two families alternate; the first ones are never given away.
+        vec![
+            of("frontends", self.frontends.len(), self.sizes.frontends),
+            of("services", self.names.len(), self.sizes.services.saturating_sub(FIRST_SERVICE_ID) / 2),
+            of("endpoints", self.endpoints().count(), self.sizes.endpoints.saturating_sub(2) / 2),
+            of("slots", self.used_slots().count(), self.sizes.slots / 2),
+            of("maglev", self.maglev.len(), self.sizes.maglev),
+        ]
     }
 
     /// Brings up to date what follows from what refers to a service id.

@@ -224,6 +224,13 @@ fn packets_from_outside_are_hashed() {
         reached.len()
     };
     assert_eq!(check(&table(&plan, &kernel.mirror, "svc1/"), 20_000..20_040), 4);
+    let counted = kernel.backend.counted().unwrap();
+    let of: Vec<_> = counted.iter().map(|c| (c.port.to_string(), c.forwarded, c.rejected)).collect();
+    assert_eq!(of, [("ns/svc1/tcp".to_owned(), 40, 0)]);
+    let tables = Ebpf::<Bpf>::usage(&kernel.mirror);
+    let used: Vec<_> = tables.iter().map(|u| (u.table, u.entries)).collect();
+    assert_eq!(used, [("frontends", 2), ("services", 1), ("endpoints", 4), ("slots", 4), ("maglev", 1)]);
+    assert_eq!((tables[4].limit, tables[2].limit), (4096, 16_382 / 2));
     // One goes.
     cluster.step(&slice(1, tcp, &ready((1..=3).map(pod))));
     let change = cluster.take_change(V4);
