@@ -84,6 +84,7 @@ fn name(number: usize) -> NamespacedName {
 fn service(number: usize) -> Service {
     Service {
         scheduler: None,
+        algorithm: None,
         name: name(number),
         created: 1,
         cluster_ips: vec![address(Ipv4Addr::new(10, 96, 0, 1), number)],

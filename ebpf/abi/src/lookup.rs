@@ -8,7 +8,8 @@
 //! Everything is inlined: programs built from host bitcode cannot return aggregates from functions.
 
 use crate::service::{
-    Endpoint, Frontend, FrontendKey, address_flags, config_flags, endpoint_flags, frontend_flags, range_owner,
+    Endpoint, Frontend, FrontendKey, Group, address_flags, config_flags, endpoint_flags, frontend_flags,
+    range_owner,
 };
 use crate::{Address, MAGLEV_SIZE, Tuple};
 
@@ -24,6 +25,8 @@ pub trait Tables {
     fn slot(&self, number: u32) -> Option<u32>;
     /// An element of `endpoints`.
     fn endpoint(&self, id: u32) -> Option<Endpoint>;
+    /// An entry of a table of `maglev`, by [`Group::id`].
+    fn maglev(&self, group: u32, entry: u32) -> Option<u32>;
     /// [`crate::Config::flags`].
     fn flags(&self) -> u32;
 }
@@ -199,6 +202,22 @@ pub fn choose<T: Tables>(
     let Found::Frontend(again) = find(tables, key) else { return None };
     let found = in_slot(tables, &again, local, scale(random, again.group(local).count));
     if found.is_some() { found } else { in_slot(tables, &again, local, 0) }
+}
+
+/// The endpoint in an entry of a group's Maglev table; `None` when there is no table, or its endpoint is
+/// gone.
+#[inline(always)]
+pub fn hashed<T: Tables>(
+    tables: &T,
+    frontend: &Frontend,
+    local: bool,
+    entry: u32,
+) -> Option<(u32, Endpoint)> {
+    if frontend.flags & frontend_flags::MAGLEV == 0 {
+        return None;
+    }
+    let id = tables.maglev(Group::id(frontend.service, local), entry)?;
+    Some((id, member(tables, frontend.service, local, id)?))
 }
 
 /// A number below `count` (0 for 0), uniform if `random` is.

@@ -20,6 +20,11 @@ impl Member {
         let skip = hash(!seed, address, port) % (size - 1) + 1;
         Self { id, next, skip }
     }
+
+    /// Its id.
+    pub const fn id(&self) -> u32 {
+        self.id
+    }
 }
 
 const fn hash(seed: u32, address: &Address, port: u16) -> u32 {

@@ -44,6 +44,10 @@ impl Tables for Memory {
     fn endpoint(&self, id: u32) -> Option<Endpoint> {
         self.endpoints.get(&id).copied()
     }
+    fn maglev(&self, _group: u32, _entry: u32) -> Option<u32> {
+        None
+    }
+
     fn flags(&self) -> u32 {
         self.flags
     }

@@ -2,12 +2,12 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
-use shunt_ebpf_abi::lookup::{Tables as _, choose, is_member, maglev_entry, member};
+use shunt_ebpf_abi::lookup::{Tables as _, choose, hashed, is_member, maglev_entry};
 use shunt_ebpf_abi::{
-    Affinity, AffinityKey, Endpoint, Event, Frontend, FrontendKey, Group, Tuple, frontend_flags,
+    Affinity, AffinityKey, Endpoint, Event, Frontend, FrontendKey, Tuple, frontend_flags,
 };
 
-use crate::maps::{AFFINITY, MAGLEV};
+use crate::maps::AFFINITY;
 use crate::tables::{Kernel, event};
 use crate::tc::Work;
 
@@ -102,9 +102,11 @@ fn pick_anew(
 ) -> Option<(u32, Endpoint)> {
     if let Some(tuple) = tuple
         && frontend.flags & frontend_flags::MAGLEV != 0
-        && let Some(found) = by_hash(kernel, key, frontend, local, tuple)
     {
-        return Some(found);
+        let entry = maglev_entry(kernel.config.maglev_seed, tuple, key.protocol);
+        if let Some(found) = hashed(kernel, frontend, local, entry) {
+            return Some(found);
+        }
     }
     // SAFETY: the helper only makes a number.
     let random = unsafe { bpf_get_prandom_u32() };
@@ -113,20 +115,4 @@ fn pick_anew(
         event(Event::NoEndpoint);
     }
     found
-}
-
-#[inline(always)]
-fn by_hash(
-    kernel: &Kernel,
-    key: &FrontendKey,
-    frontend: &Frontend,
-    local: bool,
-    tuple: &Tuple,
-) -> Option<(u32, Endpoint)> {
-    let entry = maglev_entry(kernel.config.maglev_seed, tuple, key.protocol) as usize;
-    let group = Group::id(frontend.service, local);
-    // SAFETY: tables are never changed, and live until the program has ended.
-    let table = unsafe { MAGLEV.get_value(&group, &0) }?;
-    let id = *table.get(entry)?;
-    Some((id, member(kernel, frontend.service, local, id)?))
 }

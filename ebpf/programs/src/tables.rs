@@ -8,7 +8,7 @@ use shunt_ebpf_abi::{
 };
 
 use crate::maps::{
-    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, RANGES, SERVICE_STATS, SLOTS,
+    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, MAGLEV, RANGES, SERVICE_STATS, SLOTS,
 };
 
 /// The kernel's maps.
@@ -55,6 +55,13 @@ impl Tables for Kernel {
     #[inline(always)]
     fn endpoint(&self, id: u32) -> Option<Endpoint> {
         ENDPOINTS.get(id).copied()
+    }
+
+    #[inline(always)]
+    fn maglev(&self, group: u32, entry: u32) -> Option<u32> {
+        // SAFETY: tables are never changed, and live until the program has ended.
+        let table = unsafe { MAGLEV.get_value(&group, &0) }?;
+        table.get(entry as usize).copied()
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@ use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
-use crate::{Backend, KernelError, Mode, Plan, Remedy, RuleCount, Unsupported, Usage, rendered};
+use crate::{Backend, Counted, KernelError, Mode, Plan, Remedy, RuleCount, Unsupported, Usage, rendered};
 
 /// What a sync did.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -87,6 +87,8 @@ pub trait Driver: Send {
     fn trace(&mut self, table: &ForwardingTable, packets: &[Packet]) -> Result<Traces, KernelError>;
     /// How full the kernel's tables are, as far as known.
     fn usage(&self) -> Vec<Usage>;
+    /// What was counted by Service port, in modes that count.
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
     /// Takes in that the node's devices or addresses have changed.
     fn refresh(&mut self) -> Result<(), KernelError>;
     /// Removes everything that the mode owns.
@@ -236,6 +238,10 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn usage(&self) -> Vec<Usage> {
         self.state.as_ref().map(B::usage).unwrap_or_default()
+    }
+
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        self.backend.counted()
     }
 
     fn refresh(&mut self) -> Result<(), KernelError> {

@@ -22,7 +22,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use shunt_core::id::IpFamily;
+use shunt_core::id::{IpFamily, ServicePortName};
 use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
@@ -141,6 +141,21 @@ pub struct Usage {
     pub limit: usize,
 }
 
+/// What a mode has counted of a Service port, ever since the kernel's counter was made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Counted {
+    /// The Service port.
+    pub port: ServicePortName,
+    /// The kernel's counter. It may belong to another Service port later, and then goes on from where it is.
+    pub counter: u32,
+    /// New flows that were sent to an endpoint.
+    pub forwarded: u64,
+    /// Flows that were refused.
+    pub rejected: u64,
+    /// Packets that were dropped.
+    pub dropped: u64,
+}
+
 /// One mode for one IP family.
 ///
 /// Implementations hold a handle to the kernel and nothing else; what is known of the kernel is
@@ -218,6 +233,11 @@ pub trait Backend: Send {
         _now: Instant,
     ) -> Result<(Plan<Self::Op>, Option<Instant>), KernelError> {
         Ok((Plan::default(), None))
+    }
+
+    /// What was counted by Service port; nothing in modes that leave that to conntrack.
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        Ok(Vec::new())
     }
 
     /// Takes in that the node's devices or addresses have changed. Modes whose rules ask the kernel

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{Endpoint, FIRST_SERVICE_ID, Frontend, lookup};
-use shunt_mode::{KernelError, Remedy, Unsupported};
+use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
 use crate::kernel::Kernel;
 use crate::op::Op;
@@ -79,6 +79,10 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        Ok(Vec::new())
+    }
+
     fn remove(&mut self) -> Result<(), KernelError> {
         let sizes = self.state.sizes;
         self.state = State::empty(self.state.family);
@@ -139,6 +143,15 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
                 }
                 _ => must(Endpoint { flags: to.flags, ..held } == *to, "changed while in use"),
             }
+        }
+        Op::SetMaglev(group, None) => must(state.maglev().contains_key(group), "no such entry"),
+        Op::SetMaglev(group, Some(members)) => {
+            let (service, local) = (group >> 1, group & 1 != 0);
+            let full = state.maglev().len() >= state.sizes.maglev as usize;
+            must(!full || state.maglev().contains_key(group), "the map is full")?;
+            must(is_service_id(state, service), "no service id of this family")?;
+            let is_member = |id| lookup::is_member(&state.endpoint(id), service, local);
+            must(members.iter().all(|m| is_member(m.id())), "an endpoint that is not of the group")
         }
         Op::SetAddress(address, _) => must(state.owns_address(address), "another family's"),
         Op::AddRange(owner, range) => {

@@ -4,32 +4,34 @@
 //! whichever comes first makes it, the other one adopts it, and so does the next process.
 
 mod attach;
+mod clsact;
 mod devices;
+mod maglev;
 mod maps;
+mod probe;
 mod sys;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use aya::programs::ProgramType;
-use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Config, ENDPOINT_BLOCK, SERVICE_BLOCK, ServiceCounters, VERSION, config_flags, map, size,
 };
-use shunt_mode::{KernelError, Mode, Remedy, Unsupported};
+use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
-use self::attach::{AttachError, Pins};
+use self::attach::{AttachError, Pins, Places, Way};
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
 use crate::op::Op;
-use crate::state::State;
+use crate::render::unlabel;
+use crate::state::{State, parity};
 
 /// The programs, built by `make ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ebpf/shunt.o");
@@ -48,6 +50,8 @@ pub trait Kernel {
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError>;
     /// Takes in that the node's devices or addresses have changed.
     fn refresh(&mut self) -> Result<(), KernelError>;
+    /// What the programs have counted of the family's Service ports.
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
     /// Removes programs and maps of both families if they are there.
     fn remove(&mut self) -> Result<(), KernelError>;
 }
@@ -68,6 +72,16 @@ pub struct Options {
     pub flows: u32,
     /// Most clients with session affinity, counted once for each Service port.
     pub clients: u32,
+    /// Most groups of endpoints that are chosen by hash: 64 KiB each.
+    pub maglev: u32,
+    /// Seconds after which an idle established flow of TCP or SCTP is forgotten.
+    pub tcp_timeout: u32,
+    /// Seconds after which a flow that is opening or closing is forgotten.
+    pub tcp_transient_timeout: u32,
+    /// Seconds after which an idle flow of UDP is forgotten.
+    pub udp_timeout: u32,
+    /// Put programs at devices by filters, as where the kernel has no links for them.
+    pub clsact: bool,
     /// The programs' object.
     pub object: Cow<'static, [u8]>,
 }
@@ -81,6 +95,11 @@ impl Default for Options {
             endpoints: size::ENDPOINTS,
             flows: size::FLOWS,
             clients: size::AFFINITY,
+            maglev: size::MAGLEV,
+            tcp_timeout: Config::DEFAULT.tcp_timeout,
+            tcp_transient_timeout: Config::DEFAULT.tcp_transient_timeout,
+            udp_timeout: Config::DEFAULT.udp_timeout,
+            clsact: false,
             object: Cow::Borrowed(OBJECT),
         }
     }
@@ -99,6 +118,7 @@ impl Options {
             (map::FLOWS, self.flows),
             (map::SOCKETS, (self.flows / 2).max(2)),
             (map::AFFINITY, self.clients),
+            (map::MAGLEV, self.maglev),
         ])
     }
 
@@ -232,10 +252,13 @@ impl Bpf {
         }
         let cgroup = match &self.options.cgroup_root {
             Some(path) => path.clone(),
-            None => cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?,
+            None => {
+                probe::cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?
+            }
         };
-        let (pins, devices, replace) = (&self.pins, &self.devices.by_index, self.loaded);
-        self.inside(|| attach::attach(pins, &cgroup, devices, replace).map_err(io::Error::other))?;
+        let (pins, replace) = (&self.pins, self.loaded);
+        let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way: self.way()? };
+        self.inside(|| attach::attach(pins, &places, replace).map_err(io::Error::other))?;
         if self.loaded {
             // Only now: whoever comes after a crash in between starts over.
             let name = self.options.object_name();
@@ -245,10 +268,19 @@ impl Bpf {
         Ok(())
     }
 
+    /// How programs are put at devices.
+    fn way(&self) -> Result<Way, KernelError> {
+        if self.options.clsact {
+            return Ok(Way::Clsact);
+        }
+        Way::of_kernel(&self.pins).map_err(|e| failed("ask for links at devices", e))
+    }
+
     /// Reads devices and addresses and tells the programs.
     fn look_at_devices(&mut self) -> Result<(), KernelError> {
         let pods = self.maps()?.pods().map_err(of_map)?;
         let devices = self.inside(|| Devices::read(&pods))?;
+        let options = self.options.clone();
         let maps = self.maps()?;
         let interfaces = devices.by_index.iter().map(|(index, device)| (*index, device.interface)).collect();
         maps.set_interfaces(&interfaces).map_err(of_map)?;
@@ -257,6 +289,9 @@ impl Bpf {
             config.masquerade4 = devices.fallback(true);
             config.masquerade6 = devices.fallback(false);
             (config.masquerade_port_min, config.masquerade_port_max) = devices.ports;
+            config.tcp_timeout = options.tcp_timeout;
+            config.tcp_transient_timeout = options.tcp_transient_timeout;
+            config.udp_timeout = options.udp_timeout;
         })
         .map_err(of_map)?;
         self.devices = devices;
@@ -266,55 +301,7 @@ impl Bpf {
 
 impl Kernel for Bpf {
     fn probe(&mut self) -> Result<(), Unsupported> {
-        const HOOKS: ProgramType = ProgramType::CgroupSockAddr;
-        let cannot = |missing: String, advice: &str| {
-            Err(Unsupported { mode: Mode::Ebpf, missing, advice: advice.to_owned() })
-        };
-        let root = &self.options.bpf_root;
-        match nix::sys::statfs::statfs(root) {
-            Ok(stat) if stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC => {}
-            Ok(_) | Err(nix::errno::Errno::ENOENT) => {
-                return cannot(
-                    format!("{} is no bpffs", root.display()),
-                    "mount one (mount -t bpf bpf /sys/fs/bpf) and hand it to the container, or name another one with --bpf-fs-root",
-                );
-            }
-            Err(error) => {
-                return cannot(format!("{} ({error})", root.display()), "see --bpf-fs-root");
-            }
-        }
-        let Some(cgroup) = self.options.cgroup_root.clone().or_else(cgroup2) else {
-            return cannot(
-                "no cgroup2 is mounted".to_owned(),
-                "mount one (mount -t cgroup2 none /run/cgroup2), and name it with --cgroup-root",
-            );
-        };
-        match nix::sys::statfs::statfs(&cgroup) {
-            Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => {}
-            _ => {
-                return cannot(
-                    format!("{} is no cgroup2", cgroup.display()),
-                    "name the root of the cgroup2 with --cgroup-root",
-                );
-            }
-        }
-        // The youngest helper that the programs call.
-        let helper = is_helper_supported(HOOKS, BpfHelper::BPF_FUNC_set_retval);
-        match (is_program_supported(HOOKS), helper) {
-            (Ok(true), Ok(true)) => Ok(()),
-            (Ok(true), Ok(false)) => cannot(
-                "the kernel has no helper bpf_set_retval for programs at cgroups".to_owned(),
-                "it needs Linux 5.18",
-            ),
-            (Ok(false), _) => cannot(
-                "the kernel has no BPF programs at cgroups".to_owned(),
-                "it needs CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF",
-            ),
-            (Err(error), _) | (_, Err(error)) => cannot(
-                format!("BPF programs may not be loaded ({error})"),
-                "the process needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (or CAP_SYS_ADMIN), and the kernel CONFIG_BPF_SYSCALL",
-            ),
-        }
+        probe::probe(&self.options)
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {
@@ -328,6 +315,7 @@ impl Kernel for Bpf {
             state.sizes.services = sizes[map::FRONTENDS];
             state.sizes.endpoints = sizes[map::ENDPOINTS];
             state.sizes.slots = sizes[map::SLOTS];
+            state.sizes.maglev = sizes[map::MAGLEV];
             return Ok(state);
         };
         let mut state = maps.observe(family).map_err(of_map)?;
@@ -336,9 +324,9 @@ impl Kernel for Bpf {
         if in_use && same {
             let pods = maps.pods().map_err(of_map)?;
             self.devices = self.inside(|| Devices::read(&pods))?;
-            let wanted = attach::wanted_links(&self.pins, &self.devices.by_index);
+            let wanted = attach::wanted_links(&self.pins, self.way()?, &self.devices.by_index);
             let wanted = wanted.map_err(|e| failed("list programs", e))?;
-            let held = self.pins.link_names().map_err(|e| failed("list links", e))?;
+            let held = self.inside(|| attach::held_links(&self.pins))?;
             state.installed = wanted == held;
         }
         Ok(state)
@@ -369,8 +357,23 @@ impl Kernel for Bpf {
         self.attach()
     }
 
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        let family = self.family;
+        let Some(maps) = self.open_maps()? else { return Ok(Vec::new()) };
+        let mut names = maps.names().map_err(of_map)?;
+        names.retain(|id, _| id & 1 == parity(family));
+        let counters = maps::counters(&self.pins.maps(), &names).map_err(of_map)?;
+        // A name that was shortened to fit cannot be read back.
+        let named = names.into_keys().zip(counters).filter_map(|(counter, (name, c))| {
+            let ServiceCounters { forwarded, rejected, dropped } = c;
+            Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped })
+        });
+        Ok(named.collect())
+    }
+
     fn remove(&mut self) -> Result<(), KernelError> {
         self.maps = None;
+        self.inside(|| attach::remove_filters(&self.pins, &BTreeSet::new()))?;
         self.pins.remove().map_err(|e| failed("remove pins", e))
     }
 }
@@ -388,16 +391,6 @@ pub fn network_namespace_cookie() -> io::Result<u64> {
 
 const fn is_structural(op: &Op) -> bool {
     matches!(op, Op::Install | Op::Attach)
-}
-
-/// The root of the first cgroup2 that is mounted.
-fn cgroup2() -> Option<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let path = fields.next()?;
-        (fields.next()? == "cgroup2").then(|| Path::new(path).to_owned())
-    })
 }
 
 fn failed(context: &str, error: io::Error) -> KernelError {

@@ -34,7 +34,7 @@ use std::net::IpAddr;
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::{Outcome, Packet};
-use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
+use shunt_mode::{Backend, Counted, KernelError, Mode, Plan, Transaction, Unsupported, Usage};
 
 use crate::kernel::Kernel;
 use crate::op::Op;
@@ -95,6 +95,14 @@ impl<K: Kernel + Send> Backend for Ebpf<K> {
 
     fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result<Outcome, String> {
         trace::trace(state, local, packet)
+    }
+
+    fn usage(state: &State) -> Vec<Usage> {
+        state.usage()
+    }
+
+    fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
+        self.kernel.counted()
     }
 
     fn probe(&mut self) -> Result<(), Unsupported> {

@@ -4,10 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use shunt_ebpf_abi::maglev::Member;
 use shunt_ebpf_abi::{Address, Endpoint, Frontend, FrontendKey};
 
 use crate::state::State;
-use crate::state::text::{address_text, endpoint_text, frontend_text, key_text, owner_text};
+use crate::state::text::{
+    address_text, endpoint_text, frontend_text, key_text, maglev_text as group_text, owner_text,
+};
 
 /// One operation.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -35,6 +38,8 @@ pub enum Op {
     SetSlots(u32, Vec<u32>),
     /// Fill an entry of the endpoints.
     SetEndpoint(u32, Endpoint),
+    /// Put a group's Maglev table in place, made of these endpoints ([`Group::id`](shunt_ebpf_abi::Group::id)), or remove it.
+    SetMaglev(u32, Option<Arc<[Member]>>),
     /// Set what is known of an address; 0 removes it.
     SetAddress(Address, u32),
     /// Add a range of an owner.
@@ -60,6 +65,10 @@ impl Op {
                 }
             }
             Self::SetEndpoint(id, to) => state.set_endpoint(*id, *to),
+            Self::SetMaglev(group, members) => {
+                let ids = members.iter().flat_map(|m| m.iter()).map(Member::id);
+                state.set_maglev(*group, ids.collect());
+            }
             Self::SetAddress(address, flags) => state.set_address(*address, *flags),
             Self::AddRange(owner, range) => state.add_range(*owner, *range),
             Self::DeleteRange(owner, range) => state.remove_range(*owner, range),
@@ -87,6 +96,11 @@ impl fmt::Display for Op {
                 ids.iter().try_for_each(|id| write!(f, " {id}"))
             }
             Self::SetEndpoint(id, to) => write!(f, "endpoints {id} = {}", endpoint_text(to)),
+            Self::SetMaglev(group, Some(members)) => {
+                write!(f, "maglev {} =", group_text(*group))?;
+                members.iter().try_for_each(|member| write!(f, " {}", member.id()))
+            }
+            Self::SetMaglev(group, None) => write!(f, "maglev {}: delete", group_text(*group)),
             Self::SetAddress(address, 0) => write!(f, "addresses {address}: delete"),
             Self::SetAddress(address, flags) => write!(f, "addresses {address} = {}", address_text(*flags)),
             Self::AddRange(owner, range) => write!(f, "ranges {} {range} = 1", owner_text(*owner)),

@@ -8,6 +8,8 @@
 //! 3. frontends that go;
 //! 4. what nothing leads to any more; settings that go.
 
+mod maglev;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -18,7 +20,7 @@ use shunt_ebpf_abi::{
 use shunt_mode::Plan;
 
 use crate::op::Op;
-use crate::render::{Desired, Dispatch, Port};
+use crate::render::{Desired, Dispatch, Member, Port};
 use crate::slots::{Room, extent};
 use crate::state::{FamilyFlags, State};
 
@@ -57,8 +59,9 @@ const fn rank_before(op: &Op) -> u8 {
         Op::AddRange(..) => 2,
         Op::SetEndpoint(..) => 3,
         Op::SetSlots(..) => 4,
-        Op::SetPods(_) => 5,
-        _ => 6,
+        Op::SetMaglev(..) => 5,
+        Op::SetPods(_) => 6,
+        _ => 7,
     }
 }
 
@@ -68,12 +71,13 @@ const fn rank_after(op: &Op) -> u8 {
         Op::SetPods(Some(_)) => 0,
         Op::SetFlags { .. } => 1,
         Op::SetPods(None) => 2,
-        Op::SetSlots(..) => 3,
-        Op::SetEndpoint(..) => 4,
-        Op::SetAddress(..) => 5,
-        Op::DeleteRange(..) => 6,
-        Op::SetName(..) => 7,
-        _ => 8,
+        Op::SetMaglev(..) => 3,
+        Op::SetSlots(..) => 4,
+        Op::SetEndpoint(..) => 5,
+        Op::SetAddress(..) => 6,
+        Op::DeleteRange(..) => 7,
+        Op::SetName(..) => 8,
+        _ => 9,
     }
 }
 
@@ -91,6 +95,8 @@ struct Planner<'a> {
     placed: BTreeMap<Arc<str>, Placed>,
     free_services: Box<dyn Iterator<Item = u32> + 'a>,
     free_endpoints: Box<dyn Iterator<Item = u32> + 'a>,
+    /// Maglev tables that there will be, before any goes.
+    tables: usize,
     /// Room for groups, once somebody asked.
     room: Option<Room>,
     /// Slots of groups that stay in place; only where everything is looked at.
@@ -119,6 +125,7 @@ impl<'a> Planner<'a> {
             placed: BTreeMap::new(),
             free_services: Box::new(observed.free_service_ids()),
             free_endpoints: Box::new(observed.free_endpoint_ids()),
+            tables: observed.maglev().len(),
             room: None,
             kept: Room::new(observed.sizes.slots_of(observed.family), std::iter::empty()),
         }
@@ -164,10 +171,11 @@ impl<'a> Planner<'a> {
         self.ranges(id, &port.ranges);
         let members = self.endpoints(name, id, port);
         let ids_of = |flag| -> Vec<u32> {
-            members.iter().filter(|(_, flags)| flags & flag != 0).map(|(id, _)| *id).collect()
+            members.iter().filter(|(_, member)| member.flags & flag != 0).map(|(id, _)| *id).collect()
         };
         let cluster = self.group(name, id, false, &ids_of(endpoint_flags::CLUSTER));
         let local = self.group(name, id, true, &ids_of(endpoint_flags::LOCAL));
+        self.tables(name, id, port, &members);
         self.placed.insert(name.clone(), Placed { id, cluster, local });
         if !self.desired.everything {
             self.empty_slots(&self.groups_of(id), &[cluster, local]);
@@ -180,8 +188,8 @@ impl<'a> Planner<'a> {
         self.after.extend(held.difference(wanted).map(|range| Op::DeleteRange(owner, *range)));
     }
 
-    /// Endpoints of a port: ids and flags of those that there will be.
-    fn endpoints(&mut self, name: &str, service: u32, port: &Port) -> Vec<(u32, u16)> {
+    /// Endpoints of a port: those that there will be, by address and port, with their ids.
+    fn endpoints(&mut self, name: &str, service: u32, port: &Port) -> Vec<(u32, Member)> {
         let held = self.observed.users(service).into_iter().flat_map(|u| &u.endpoints);
         let mut ids: BTreeMap<(Address, u16), u32> = BTreeMap::new();
         let mut gone = Vec::new();
@@ -204,7 +212,7 @@ impl<'a> Planner<'a> {
                 if meanwhile != member.flags {
                     self.after.push(Op::SetEndpoint(id, Endpoint { flags: member.flags, ..endpoint }));
                 }
-                members.push((id, member.flags));
+                members.push((id, *member));
             } else if let Some(id) = self.free_endpoints.next() {
                 let endpoint = Endpoint {
                     address: member.address,
@@ -215,7 +223,7 @@ impl<'a> Planner<'a> {
                     reserved: 0,
                 };
                 self.before.push(Op::SetEndpoint(id, endpoint));
-                members.push((id, member.flags));
+                members.push((id, *member));
             } else {
                 left_out += 1;
             }
@@ -549,6 +557,7 @@ impl<'a> Planner<'a> {
                 self.free(*endpoint);
             }
             self.ranges(id, &BTreeSet::new());
+            self.no_tables(id);
             if self.observed.names().contains_key(&id) {
                 self.after.push(Op::SetName(id, None));
             }

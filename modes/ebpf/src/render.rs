@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use shunt_core::id::{IpFamily, Protocol, ServicePortName};
+use shunt_core::id::{IpFamily, NamespacedName, Protocol, ServicePortName};
 use shunt_core::node::LocalDetector;
-use shunt_core::service::TrafficPolicy;
+use shunt_core::service::{Algorithm, TrafficPolicy};
 use shunt_core::table::{
     self, Change, ForwardingTable, Frontend, FrontendEntry, LocalEndpoint, NodePortMatch, PortEntry, Target,
 };
@@ -33,6 +33,8 @@ pub struct Port {
     pub protocol: Protocol,
     /// Its endpoints, by address and port.
     pub members: Vec<Member>,
+    /// The groups, of the Cluster and of the Local policy, among which some frontend chooses by hash.
+    pub maglev: [bool; 2],
     /// Sources that frontends with [`frontend_flags::SOURCE_RANGES`] let pass.
     pub ranges: BTreeSet<IpNet>,
 }
@@ -192,6 +194,9 @@ fn frontend(
                 flags |= frontend_flags::ALLOW_OWN_SOURCE;
             }
         }
+        if entry.algorithm == Algorithm::Maglev {
+            flags |= frontend_flags::MAGLEV;
+        }
         let affinity = port.affinity.map_or(0, |t| u32::try_from(t.as_secs()).unwrap_or(u32::MAX).max(1));
         Dispatch { port: name, verdicts: entry.verdicts.map(verdict), affinity, flags }
     });
@@ -226,6 +231,17 @@ fn render_port(table: &ForwardingTable, name: &ServicePortName) -> Port {
             }
         }
     }
+    for target in same().flat_map(|port| port.terminating.iter()) {
+        let address = Address::from(target.address);
+        if is_of(&address, table.family()) {
+            *members.entry((address, target.port.to_be())).or_default() |= endpoint_flags::SERVING;
+        }
+    }
+    let mut maglev = [false; 2];
+    let hashing = same().flat_map(|port| &port.frontends).filter(|f| f.algorithm == Algorithm::Maglev);
+    for verdict in hashing.flat_map(|entry| entry.verdicts).map(verdict).filter(|v| v.is_forward()) {
+        maglev[usize::from(verdict.is_local())] = true;
+    }
     let entries = same().flat_map(|port| &port.frontends);
     let ranges = entries.filter_map(|entry| entry.source_ranges.as_deref()).flat_map(|r| &r.ranges);
     Port {
@@ -234,6 +250,7 @@ fn render_port(table: &ForwardingTable, name: &ServicePortName) -> Port {
             .into_iter()
             .map(|((address, port), flags)| Member { address, port, flags })
             .collect(),
+        maglev,
         ranges: ranges.map(IpNet::trunc).filter(is_plain).collect(),
     }
 }
@@ -275,4 +292,46 @@ pub fn label(port: &ServicePortName) -> Arc<str> {
         label += &end;
     }
     label.into()
+}
+
+/// The Service port of a [`label`]; `None` if that was shortened, or is none.
+pub fn unlabel(label: &str) -> Option<ServicePortName> {
+    let (rest, protocol) = label.rsplit_once('/')?;
+    let (namespace, rest) = rest.split_once('/')?;
+    let (name, port) = rest.split_once(':').unwrap_or((rest, ""));
+    let plain = |part: &str| -> Option<String> {
+        let mut bytes = Vec::new();
+        let mut rest = part.bytes();
+        while let Some(byte) = rest.next() {
+            if byte == b'_' {
+                let hex = [rest.next()?, rest.next()?];
+                bytes.push(u8::from_str_radix(std::str::from_utf8(&hex).ok()?, 16).ok()?);
+            } else {
+                bytes.push(byte);
+            }
+        }
+        String::from_utf8(bytes).ok()
+    };
+    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let protocol = protocols.into_iter().find(|p| p.to_string() == protocol)?;
+    let service = NamespacedName::new(plain(namespace)?, plain(name)?);
+    Some(ServicePortName { service, port: plain(port)?.into(), protocol })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_written() {
+        for (name, port) in [("web", ""), ("web", "http"), ("a.b-c", "p_1:x/y"), ("\u{e9}", "A")] {
+            let service = NamespacedName::new("ns", name);
+            let port = ServicePortName { service, port: port.into(), protocol: Protocol::Udp };
+            assert_eq!(unlabel(&label(&port)), Some(port));
+        }
+        let service = NamespacedName::new("ns", "x".repeat(300));
+        let long = ServicePortName { service, port: "".into(), protocol: Protocol::Tcp };
+        assert_eq!(unlabel(&label(&long)), None);
+        assert_eq!(unlabel("prefix veth"), None);
+    }
 }

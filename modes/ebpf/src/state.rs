@@ -11,6 +11,7 @@ use shunt_core::table::{self, Change};
 use shunt_ebpf_abi::{
     Address, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, config_flags, range_owner, size,
 };
+use shunt_mode::Usage;
 
 /// How much there is room for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,6 +24,8 @@ pub struct Sizes {
     pub endpoints: u32,
     /// Slots of both families.
     pub slots: u32,
+    /// Maglev tables of this family.
+    pub maglev: u32,
 }
 
 impl Default for Sizes {
@@ -32,6 +35,7 @@ impl Default for Sizes {
             services: size::FRONTENDS,
             endpoints: size::ENDPOINTS,
             slots: size::SLOTS,
+            maglev: size::MAGLEV,
         }
     }
 }
@@ -159,6 +163,9 @@ pub struct State {
     pub addresses: BTreeMap<Address, u32>,
     /// Ranges by owner.
     ranges: BTreeMap<u32, BTreeSet<IpNet>>,
+    /// Endpoints in Maglev tables, in ascending order, by [`Group::id`]. Ids, addresses and seed say what a table
+    /// holds.
+    maglev: BTreeMap<u32, Arc<[u32]>>,
 
     // What follows from the above.
     by_name: BTreeSet<(Arc<str>, u32)>,
@@ -181,6 +188,7 @@ impl PartialEq for State {
             && self.endpoints == other.endpoints
             && self.addresses == other.addresses
             && self.ranges == other.ranges
+            && self.maglev == other.maglev
     }
 }
 
@@ -201,6 +209,7 @@ impl State {
             endpoints: Vec::new(),
             addresses: BTreeMap::new(),
             ranges: BTreeMap::new(),
+            maglev: BTreeMap::new(),
             by_name: BTreeSet::new(),
             users: BTreeMap::new(),
             service_ids: Ids { free: BTreeSet::new(), end: FIRST_SERVICE_ID + parity(family) },
@@ -219,6 +228,7 @@ impl State {
             && self.users.is_empty()
             && self.addresses.is_empty()
             && self.ranges.is_empty()
+            && self.maglev.is_empty()
     }
 
     /// Whether an address is of the family.
@@ -263,7 +273,8 @@ impl State {
     /// Service ids that something refers to, named or not.
     pub fn used_ids(&self) -> BTreeSet<u32> {
         let owners = self.ranges.keys().copied().filter(|owner| *owner >= FIRST_SERVICE_ID);
-        self.names.keys().copied().chain(self.users.keys().copied()).chain(owners).collect()
+        let hashing = self.maglev.keys().map(|group| group >> 1);
+        self.names.keys().copied().chain(self.users.keys().copied()).chain(owners).chain(hashing).collect()
     }
 
     /// Service ids that are free, the smallest first.
@@ -435,6 +446,35 @@ impl State {
         }
     }
 
+    /// Endpoints in Maglev tables by [`Group::id`].
+    pub const fn maglev(&self) -> &BTreeMap<u32, Arc<[u32]>> {
+        &self.maglev
+    }
+
+    /// Sets the endpoints of a group's Maglev table; without any there is none.
+    pub fn set_maglev(&mut self, group: u32, mut ids: Vec<u32>) {
+        if ids.is_empty() {
+            self.maglev.remove(&group);
+        } else {
+            ids.sort_unstable();
+            ids.dedup();
+            self.maglev.insert(group, ids.into());
+        }
+    }
+
+    /// How full the maps are, as far as this family may fill them.
+    pub fn usage(&self) -> Vec<Usage> {
+        let of = |table, entries, limit: u32| Usage { table, entries, limit: limit as usize };
+        // Ids of the two families alternate; the first ones are never given away.
+        vec![
+            of("frontends", self.frontends.len(), self.sizes.frontends),
+            of("services", self.names.len(), self.sizes.services.saturating_sub(FIRST_SERVICE_ID) / 2),
+            of("endpoints", self.endpoints().count(), self.sizes.endpoints.saturating_sub(2) / 2),
+            of("slots", self.used_slots().count(), self.sizes.slots / 2),
+            of("maglev", self.maglev.len(), self.sizes.maglev),
+        ]
+    }
+
     /// Brings up to date what follows from what refers to a service id.
     fn settle(&mut self, id: u32) {
         if self.users.get(&id).is_some_and(|u| u.frontends.is_empty() && u.endpoints.is_empty()) {
@@ -463,6 +503,12 @@ impl State {
             left.set_name(frontend.service, self.names.get(&frontend.service).cloned());
             for range in self.ranges_of(frontend.service) {
                 left.add_range(frontend.service, *range);
+            }
+            for local in [false, true] {
+                let group = Group::id(frontend.service, local);
+                if let Some(ids) = self.maglev.get(&group) {
+                    left.maglev.insert(group, ids.clone());
+                }
             }
             for group in [frontend.cluster, frontend.local] {
                 for number in (group.base..).take(group.count as usize) {

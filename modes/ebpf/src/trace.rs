@@ -5,8 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use shunt_core::walk::{Outcome, Packet};
-use shunt_ebpf_abi::lookup::{Found, Judgement, Tables, choose, class, find, hairpin, judge, may_pass};
-use shunt_ebpf_abi::{Address, Endpoint, Frontend, FrontendKey, address_flags};
+use shunt_ebpf_abi::lookup::{
+    Found, Judgement, Tables, choose, class, find, hairpin, hashed, judge, may_pass,
+};
+use shunt_ebpf_abi::{Address, Endpoint, Frontend, FrontendKey, Group, address_flags};
 
 use crate::state::State;
 
@@ -38,6 +40,11 @@ impl Tables for Walked<'_> {
 
     fn endpoint(&self, id: u32) -> Option<Endpoint> {
         (id < self.state.sizes.endpoints).then(|| self.state.endpoint(id))
+    }
+
+    /// Every endpoint of a table once: which entry a packet falls in depends on ports that are not given.
+    fn maglev(&self, group: u32, entry: u32) -> Option<u32> {
+        self.state.maglev().get(&group)?.get(entry as usize).copied()
     }
 
     fn flags(&self) -> u32 {
@@ -82,9 +89,7 @@ pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result
         Judgement::Drop => Ok(Outcome::Drop),
         Judgement::Forward { local, masquerade } => {
             let mut endpoints = BTreeMap::new();
-            let count = frontend.group(local).count;
-            for slot in 0..count {
-                let chosen = choose(&tables, &key, &frontend, local, random_for(slot, count));
+            for chosen in choices(&tables, &key, &frontend, local) {
                 let Some((_, endpoint)) = chosen else { return Ok(Outcome::Drop) };
                 let to = SocketAddr::new(endpoint.address.into(), u16::from_be(endpoint.port));
                 endpoints.insert(to, masquerade || hairpin(&source, &endpoint));
@@ -95,6 +100,24 @@ pub fn trace(state: &State, local: &BTreeSet<IpAddr>, packet: &Packet) -> Result
             Ok(Outcome::Forward(endpoints.into_iter().collect()))
         }
     }
+}
+
+/// What a packet may be given: by hash what is in the table, by chance what is in the slots.
+fn choices(
+    tables: &Walked<'_>,
+    key: &FrontendKey,
+    frontend: &Frontend,
+    local: bool,
+) -> Vec<Option<(u32, Endpoint)>> {
+    let table = Group::id(frontend.service, local);
+    let entries = tables.state.maglev().get(&table).map_or(0, |ids| ids.len() as u32);
+    let by_hash: Vec<_> = (0..entries).map(|entry| hashed(tables, frontend, local, entry)).collect();
+    if !by_hash.is_empty() && by_hash.iter().all(Option::is_some) {
+        return by_hash;
+    }
+    let count = frontend.group(local).count;
+    let by_chance = (0..count).map(|slot| choose(tables, key, frontend, local, random_for(slot, count)));
+    by_hash.into_iter().flatten().map(Some).chain(by_chance).collect()
 }
 
 /// A random number that leads to a slot.

@@ -95,6 +95,7 @@ fn trial(family: IpFamily) -> Compiler {
         let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
         store.apply(Event::Service(Service {
             scheduler: None,
+            algorithm: None,
             name: name.clone(),
             created: 0,
             cluster_ips: vec![address(n)],

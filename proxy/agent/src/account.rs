@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use shunt_core::compile::Compiler;
 use shunt_core::health::{HealthCheck, health_check, ports_without_local_endpoints};
-use shunt_core::id::{IpFamily, NamespacedName};
+use shunt_core::id::{IpFamily, NamespacedName, ServicePortName};
 use shunt_core::store::{Dirty, Event, Store};
 use shunt_core::table::NodePortMatch;
+use shunt_mode::Counted;
 use shunt_mode::driver::{Driver, Report};
 use shunt_node::health::Health;
 use shunt_node::health::service::ServiceHealth;
@@ -37,6 +38,9 @@ struct Family {
     servers: ServiceHealth,
     /// When the kernel's tables were counted last: that walks them.
     usage_at: Option<Instant>,
+    /// When flows were counted last, and what the kernel's counters said, with whose they were.
+    counted_at: Option<Instant>,
+    counted: BTreeMap<u32, (ServicePortName, [u64; 3])>,
     /// Something about the checks changed.
     dirty: bool,
     /// Ports that could not be opened: it is said once.
@@ -92,6 +96,8 @@ impl Account {
             no_local: BTreeMap::new(),
             no_local_sum: [0, 0],
             usage_at: None,
+            counted_at: None,
+            counted: BTreeMap::new(),
             checks: BTreeMap::new(),
             addresses: BTreeSet::new(),
             servers: ServiceHealth::new(health.clone()),
@@ -195,11 +201,55 @@ impl Account {
                 self.metrics.table(of, usage.table, usage.entries, usage.limit);
             }
         }
+        self.metrics.not_programmed(of, report.problems.len());
         for trigger in std::mem::take(&mut family.triggers).into_values() {
             self.metrics.programmed(of, trigger);
         }
         self.pending = [0, 0];
         self.metrics.pending(0, 0);
+    }
+
+    /// Reads what the mode counts, now and then.
+    pub(crate) fn count(&mut self, driver: &mut dyn Driver, now: Instant) {
+        let of = driver.family();
+        let family = &mut self.families[of as usize];
+        if family.counted_at.is_some_and(|at| at + USAGE > now) {
+            return;
+        }
+        family.counted_at = Some(now);
+        let counted = match driver.counted() {
+            Ok(counted) => counted,
+            Err(error) => {
+                tracing::debug!(family = %of, "flows are not counted: {error}");
+                return;
+            }
+        };
+        let before = std::mem::take(&mut family.counted);
+        let mut gone: BTreeSet<ServicePortName> = before.values().map(|(port, _)| port.clone()).collect();
+        for Counted { port, counter, forwarded, rejected, dropped } in counted {
+            let now = [forwarded, rejected, dropped];
+            // What was counted before the first look, or for another Service port, is not this one's.
+            let base = before.get(&counter).map_or(now, |(_, counts)| *counts);
+            let counts = [0, 1, 2].map(|i| now[i].saturating_sub(base[i]));
+            self.metrics.service_flows(of, &port, counts);
+            gone.remove(&port);
+            family.counted.insert(counter, (port, now));
+        }
+        for port in gone {
+            self.metrics.no_service_flows(of, &port);
+        }
+    }
+
+    /// Tells of something that the kernel has no room for.
+    pub(crate) fn no_room(&self, note: &str) {
+        // Nobody may be there to send it, or too much to send.
+        let _ = self.events.try_send(Notice {
+            regarding: Regarding::Node,
+            event_type: EventType::Warning,
+            reason: "KernelTableFull",
+            action: "Sync",
+            note: format!("node {}: {note}", self.node_name),
+        });
     }
 
     /// When ports are to be tried again.

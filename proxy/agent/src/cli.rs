@@ -151,19 +151,46 @@ pub(crate) struct ModeArgs {
     /// least recently are forgotten first. Default: 65536.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=33_554_432))]
     pub ebpf_clients_max: Option<u32>,
+    /// Most groups of endpoints in ebpf mode among which Maglev chooses, 64 KiB each; endpoints of others
+    /// are chosen by chance. Default: 4096.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=262_144))]
+    pub ebpf_maglev_max: Option<u32>,
+    /// How ebpf mode chooses endpoints for external traffic, where a Service does not say: random or
+    /// maglev. Default: random.
+    #[arg(long, value_name = "ALGORITHM", value_enum)]
+    pub ebpf_external_algorithm: Option<ExternalAlgorithm>,
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum ExternalAlgorithm {
+    /// By chance.
+    Random,
+    /// By a consistent hash of addresses and ports.
+    Maglev,
 }
 
 impl ModeArgs {
-    /// The same for the modes.
-    pub(crate) fn options(&self) -> shunt_modes::Options {
+    /// What the configuration says of the modes, unless a flag says otherwise.
+    pub(crate) fn options(&self, file: &shunt_config::shunt::Ebpf) -> shunt_modes::Options {
         let default = shunt_modes::EbpfOptions::default();
+        let path = |flag: &Option<PathBuf>, text: &Option<String>| {
+            flag.clone().or_else(|| text.as_ref().map(PathBuf::from))
+        };
+        let size = |flag: Option<u32>, field: Option<u32>, default| flag.or(field).unwrap_or(default);
+        let seconds = |t: shunt_config::Duration| u32::try_from(t.to_std().as_secs()).unwrap_or(u32::MAX);
         let ebpf = shunt_modes::EbpfOptions {
-            cgroup_root: self.cgroup_root.clone(),
-            bpf_root: self.bpf_fs_root.clone().unwrap_or(default.bpf_root),
-            frontends: self.ebpf_frontends_max.unwrap_or(default.frontends),
-            endpoints: self.ebpf_endpoints_max.unwrap_or(default.endpoints),
-            flows: self.ebpf_flows_max.unwrap_or(default.flows),
-            clients: self.ebpf_clients_max.unwrap_or(default.clients),
+            cgroup_root: path(&self.cgroup_root, &file.cgroup_root),
+            bpf_root: path(&self.bpf_fs_root, &file.bpf_fs_root).unwrap_or(default.bpf_root),
+            frontends: size(self.ebpf_frontends_max, file.frontends_max, default.frontends),
+            endpoints: size(self.ebpf_endpoints_max, file.endpoints_max, default.endpoints),
+            flows: size(self.ebpf_flows_max, file.flows_max, default.flows),
+            clients: size(self.ebpf_clients_max, file.clients_max, default.clients),
+            maglev: size(self.ebpf_maglev_max, file.maglev_max, default.maglev),
+            tcp_timeout: seconds(file.tcp_timeout),
+            tcp_transient_timeout: seconds(file.tcp_transient_timeout),
+            udp_timeout: seconds(file.udp_timeout),
+            clsact: default.clsact,
             object: default.object,
         };
         shunt_modes::Options { flavour: self.iptables_flavour, ebpf: ebpf.into(), ..Default::default() }

@@ -263,6 +263,7 @@ impl Engine {
                         if step != Step::Check {
                             self.account.synced(&*family.driver, full, &report, now);
                         }
+                        self.account.count(&mut *family.driver, now);
                         problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
                         if let Some(options) = family.leftovers.take() {
@@ -301,6 +302,9 @@ impl Engine {
             }
         }
         for problem in problems {
+            if !self.said.contains(&problem) {
+                self.account.no_room(&problem);
+            }
             self.complain(problem);
         }
     }

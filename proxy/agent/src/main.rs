@@ -113,7 +113,7 @@ fn dashed(argument: OsString) -> OsString {
 
 /// Removes what our modes put into the kernel, or what one of them did.
 fn cleanup_modes(only: Option<&str>, modes: &cli::ModeArgs) -> anyhow::Result<()> {
-    let options = modes.options();
+    let options = modes.options(&shunt_config::shunt::Ebpf::default());
     let only: Option<Mode> = only.map(str::parse).transpose()?;
     for mode in Mode::ALL.iter().filter(|mode| only.is_none_or(|only| only == **mode)) {
         for family in IpFamily::ALL {
@@ -126,7 +126,7 @@ fn cleanup_modes(only: Option<&str>, modes: &cli::ModeArgs) -> anyhow::Result<()
 
 /// Removes everything of ours and of kube-proxy's.
 fn cleanup(modes: &cli::ModeArgs) -> anyhow::Result<()> {
-    let options = modes.options();
+    let options = modes.options(&shunt_config::shunt::Ebpf::default());
     let mut failed = None;
     for family in IpFamily::ALL {
         for error in shunt_modes::remove_leftovers(None, family, &options) {

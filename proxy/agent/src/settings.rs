@@ -10,12 +10,12 @@ use ipnet::IpNet;
 use shunt_config::shunt::Leftovers;
 use shunt_config::{ConfigError, KubeProxyConfiguration, ShuntConfiguration};
 use shunt_core::node::{Config, LocalDetector, Node, NodePortAddresses};
-use shunt_core::service::Scheduler;
+use shunt_core::service::{Algorithm, Scheduler};
 use shunt_mode::Mode;
 use shunt_modes::{IpvsOptions, Options};
 use shunt_node::sysctl::Sizing;
 
-use crate::cli::{ModeArgs, SettingArgs};
+use crate::cli::{ExternalAlgorithm, ModeArgs, SettingArgs};
 use crate::flags::{self, KubeProxyFlags};
 
 /// Everything that flags and configuration decide.
@@ -118,6 +118,7 @@ impl Settings {
                 node_port_addresses: node_ports(kube_proxy.node_port_addresses.as_deref())?,
                 allow_external_ips,
                 scheduler: scheduler(&kube_proxy.ipvs.scheduler),
+                external_algorithm: external_algorithm(shunt, modes),
                 localhost_node_ports: mode == Mode::Iptables
                     && kube_proxy.iptables.localhost_node_ports.unwrap_or(true),
                 drop_invalid: mode == Mode::Iptables && !kube_proxy.conntrack.tcp_be_liberal,
@@ -155,6 +156,16 @@ impl Settings {
     }
 }
 
+/// A flag goes first.
+fn external_algorithm(shunt: &ShuntConfiguration, modes: &ModeArgs) -> Algorithm {
+    match (modes.ebpf_external_algorithm, shunt.ebpf.external_algorithm) {
+        (Some(ExternalAlgorithm::Maglev), _) | (None, shunt_config::shunt::Algorithm::Maglev) => {
+            Algorithm::Maglev
+        }
+        _ => Algorithm::Random,
+    }
+}
+
 /// kube-proxy lets `mh` hash source ports too.
 fn scheduler(name: &str) -> Option<Arc<Scheduler>> {
     (!name.is_empty()).then(|| Arc::new(Scheduler { name: name.into(), flags: [false, name == "mh", false] }))
@@ -165,7 +176,7 @@ fn options(
     shunt: &ShuntConfiguration,
     modes: &ModeArgs,
 ) -> Result<Options> {
-    let mut options = modes.options();
+    let mut options = modes.options(&shunt.ebpf);
     options.ipvs = ipvs(&kube_proxy.ipvs)?;
     if let Some(flavour) = &shunt.iptables_flavour {
         options.flavour = Some(flavour.parse().map_err(|error| anyhow!("iptablesFlavour: {error}"))?);
@@ -293,6 +304,35 @@ mod tests {
         let settings = Settings::of(&kube_proxy, &shunt, &ModeArgs::default()).unwrap();
         assert!(!settings.auto && !settings.remove_leftovers);
         assert_eq!((settings.mode, settings.min_sync_period), (Mode::Nftables, Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn flags_of_ebpf_mode_override_its_section() {
+        let kube_proxy = KubeProxyConfiguration::with_defaults();
+        let ebpf = shunt_config::shunt::Ebpf {
+            external_algorithm: shunt_config::shunt::Algorithm::Maglev,
+            flows_max: Some(1000),
+            clients_max: Some(2000),
+            cgroup_root: Some("/file".to_owned()),
+            udp_timeout: shunt_config::Duration::from_secs(30),
+            ..Default::default()
+        };
+        let shunt = ShuntConfiguration { ebpf, ..ShuntConfiguration::default() };
+        let flags = ModeArgs {
+            cgroup_root: Some("/flag".into()),
+            ebpf_flows_max: Some(3000),
+            ebpf_external_algorithm: Some(ExternalAlgorithm::Random),
+            ..ModeArgs::default()
+        };
+        let of = |flags: &ModeArgs| Settings::of(&kube_proxy, &shunt, flags).unwrap();
+        let (file, both) = (of(&ModeArgs::default()), of(&flags));
+        assert_eq!(file.config.external_algorithm, Algorithm::Maglev);
+        assert_eq!(both.config.external_algorithm, Algorithm::Random);
+        let ebpf = |settings: &Settings| settings.options.ebpf.clone();
+        assert_eq!((ebpf(&file).flows, ebpf(&file).cgroup_root.clone()), (1000, Some("/file".into())));
+        assert_eq!((ebpf(&both).flows, ebpf(&both).cgroup_root.clone()), (3000, Some("/flag".into())));
+        assert_eq!((ebpf(&both).clients, ebpf(&both).udp_timeout), (2000, 30));
+        assert_eq!(ebpf(&file).endpoints, shunt_modes::EbpfOptions::default().endpoints);
     }
 
     #[test]

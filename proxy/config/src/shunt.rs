@@ -28,6 +28,64 @@ pub struct ShuntConfiguration {
     /// Whether a larger value of a sysctl that an administrator set is lowered to the configured one,
     /// as kube-proxy does.
     pub lower_sysctls: bool,
+    /// Settings of ebpf mode.
+    pub ebpf: Ebpf,
+}
+
+/// `ebpf`. Flags override.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Ebpf {
+    /// cgroup2 folder whose processes are served at their sockets; null for the root of the first cgroup2.
+    pub cgroup_root: Option<String>,
+    /// bpffs in which maps, programs and links are kept; null for `/sys/fs/bpf`.
+    pub bpf_fs_root: Option<String>,
+    /// How endpoints are chosen for external traffic, where the Service does not say.
+    pub external_algorithm: Algorithm,
+    /// Most frontends; null for the default, as below.
+    pub frontends_max: Option<u32>,
+    /// Most endpoints, counted once for each Service port.
+    pub endpoints_max: Option<u32>,
+    /// Entries of the connection table.
+    pub flows_max: Option<u32>,
+    /// Most clients with session affinity.
+    pub clients_max: Option<u32>,
+    /// Most groups of endpoints among which Maglev chooses.
+    pub maglev_max: Option<u32>,
+    /// Idle established flows of TCP and SCTP are forgotten.
+    pub tcp_timeout: Duration,
+    /// Flows of TCP and SCTP that are opening or closing are forgotten.
+    pub tcp_transient_timeout: Duration,
+    /// Idle flows of UDP are forgotten.
+    pub udp_timeout: Duration,
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Algorithm {
+    /// By chance.
+    #[default]
+    Random,
+    /// By a consistent hash of addresses and ports.
+    Maglev,
+}
+
+impl Default for Ebpf {
+    fn default() -> Self {
+        Self {
+            cgroup_root: None,
+            bpf_fs_root: None,
+            external_algorithm: Algorithm::Random,
+            frontends_max: None,
+            endpoints_max: None,
+            flows_max: None,
+            clients_max: None,
+            maglev_max: None,
+            tcp_timeout: Duration::from_secs(86_400),
+            tcp_transient_timeout: Duration::from_secs(120),
+            udp_timeout: Duration::from_secs(120),
+        }
+    }
 }
 
 /// What to do with rules of kube-proxy and of modes that are not in use.
@@ -52,6 +110,7 @@ impl Default for ShuntConfiguration {
             admin_socket: None,
             leftovers: Leftovers::Remove,
             lower_sysctls: false,
+            ebpf: Ebpf::default(),
         }
     }
 }

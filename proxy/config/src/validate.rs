@@ -214,6 +214,9 @@ impl KubeProxyConfiguration {
     }
 }
 
+/// Elements of the largest map.
+const EBPF_SIZE_MAX: u32 = 4_194_304;
+
 impl ShuntConfiguration {
     /// Everything that is wrong with it.
     pub fn validate(&self) -> Vec<Invalid> {
@@ -238,6 +241,27 @@ impl ShuntConfiguration {
         }
         if self.resync_period <= Duration::ZERO {
             add("resyncPeriod", self.resync_period.to_string(), POSITIVE);
+        }
+        let ebpf = &self.ebpf;
+        for (field, size, least) in [
+            ("ebpf.frontendsMax", ebpf.frontends_max, 64),
+            ("ebpf.endpointsMax", ebpf.endpoints_max, 64),
+            ("ebpf.flowsMax", ebpf.flows_max, 64),
+            ("ebpf.clientsMax", ebpf.clients_max, 64),
+            ("ebpf.maglevMax", ebpf.maglev_max, 1),
+        ] {
+            if let Some(size) = size.filter(|size| !(least..=EBPF_SIZE_MAX).contains(size)) {
+                add(field, size.to_string(), &format!("must be within the range [{least}, {EBPF_SIZE_MAX}]"));
+            }
+        }
+        for (field, time) in [
+            ("ebpf.tcpTimeout", ebpf.tcp_timeout),
+            ("ebpf.tcpTransientTimeout", ebpf.tcp_transient_timeout),
+            ("ebpf.udpTimeout", ebpf.udp_timeout),
+        ] {
+            if time < Duration::from_secs(1) {
+                add(field, time.to_string(), "must be at least 1s");
+            }
         }
         problems
     }

@@ -4,6 +4,7 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 use serde_json::{Value, json};
+use shunt_config::shunt::Algorithm;
 use shunt_config::{ConfigError, Duration, KubeProxyConfiguration, Loaded, decode, from_value, write};
 
 const KUBEADM: &str = include_str!("data/kubeadm.yaml");
@@ -99,14 +100,22 @@ fn unknown_and_repeated_fields_are_named_and_ignored() {
 #[test]
 fn both_kinds_in_one_file_or_one_alone() {
     let ours = "apiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: auto\nleftovers: Keep\n\
-                resyncPeriod: 10m\nadminSocket: null\nfuture: 1\n";
+                resyncPeriod: 10m\nadminSocket: null\nfuture: 1\n\
+                ebpf: {externalAlgorithm: Maglev, flowsMax: 1000, cgroupRoot: null, more: 1}\n";
     let both = format!("{DEFAULTS}---\n{ours}---\napiVersion: v1\nkind: ConfigMap\n");
     let loaded = decode(&both).unwrap();
     assert_eq!(
         loaded.warnings,
-        ["ShuntConfiguration: unknown field \"future\": ignored", "document of kind \"ConfigMap\": ignored"]
+        [
+            "ShuntConfiguration: unknown field \"ebpf.more\": ignored",
+            "ShuntConfiguration: unknown field \"future\": ignored",
+            "document of kind \"ConfigMap\": ignored"
+        ]
     );
     let shunt = loaded.shunt.clone().unwrap();
+    let ebpf = &shunt.ebpf;
+    assert_eq!((ebpf.external_algorithm, ebpf.flows_max), (Algorithm::Maglev, Some(1000)));
+    assert_eq!(ebpf.udp_timeout, Duration::from_secs(120));
     assert_eq!((shunt.mode.as_deref(), shunt.resync_period), (Some("auto"), Duration::from_secs(600)));
     assert_eq!(kube_proxy(loaded), KubeProxyConfiguration::with_defaults());
     let alone = decode(ours).unwrap();
@@ -126,6 +135,15 @@ fn what_is_no_configuration_is_refused() {
             "kind: ShuntConfiguration\napiVersion: shunt/v1alpha1\nresyncPeriod: 0s\nmode: userspace\n",
             "[ShuntConfiguration.mode: Invalid value: \"userspace\": must be auto, ebpf, iptables, ipvs, nftables or blank, \
              ShuntConfiguration.resyncPeriod: Invalid value: 0s: must be greater than 0]",
+        ),
+        (
+            "kind: ShuntConfiguration\napiVersion: shunt/v1alpha1\nebpf: {flowsMax: 1, udpTimeout: 0s}\n",
+            "[ShuntConfiguration.ebpf.flowsMax: Invalid value: 1: must be within the range [64, 4194304], \
+             ShuntConfiguration.ebpf.udpTimeout: Invalid value: 0s: must be at least 1s]",
+        ),
+        (
+            "kind: ShuntConfiguration\napiVersion: shunt/v1alpha1\nebpf: {externalAlgorithm: chance}\n",
+            "ebpf.externalAlgorithm",
         ),
     ] {
         let error = decode(text).unwrap_err().to_string();

@@ -74,6 +74,7 @@ mod tests {
         let port = ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None };
         store.apply(Event::Service(Service {
             scheduler: None,
+            algorithm: None,
             name: name.clone(),
             created: 0,
             cluster_ips: vec!["10.96.0.1".parse().unwrap()],

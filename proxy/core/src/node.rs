@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::id::IpFamily;
-use crate::service::Scheduler;
+use crate::service::{Algorithm, Scheduler};
 
 /// Label that holds a node's zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
@@ -90,6 +90,8 @@ pub struct Config {
     pub allow_external_ips: bool,
     /// How IPVS chooses among the endpoints of Services that do not say (`ipvs.scheduler`).
     pub scheduler: Option<Arc<Scheduler>>,
+    /// How the endpoints of Services that do not say are chosen for external traffic.
+    pub external_algorithm: Algorithm,
     /// Whether `NodePort`s answer on IPv4 loopback where `node_port_addresses` include it; only for a mode
     /// that can (`iptables.localhostNodePorts`).
     pub localhost_node_ports: bool,
@@ -107,6 +109,7 @@ impl Default for Config {
             node_port_addresses: NodePortAddresses::Primary,
             allow_external_ips: true,
             scheduler: None,
+            external_algorithm: Algorithm::Random,
             localhost_node_ports: false,
             drop_invalid: false,
         }

@@ -13,6 +13,11 @@ pub const LABEL_SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-
 /// Label that marks headless Services and their `EndpointSlice`s.
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 
+/// Annotation that says how the endpoints of a Service are chosen: `random` or `maglev`.
+pub const ANNOTATION_ALGORITHM: &str = "shunt/lb-algorithm";
+/// Cilium's annotation with the same values.
+pub const ANNOTATION_CILIUM_ALGORITHM: &str = "service.cilium.io/lb-algorithm";
+
 /// Where traffic of a Service may go: to any endpoint or to those of this node.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum TrafficPolicy {
@@ -34,6 +39,17 @@ pub struct ServicePort {
     pub port: u16,
     /// Port on the node's addresses; `None` when there is none.
     pub node_port: Option<u16>,
+}
+
+/// How a mode that can hash chooses the endpoint of a new flow.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum Algorithm {
+    /// Each endpoint with the same chance.
+    #[default]
+    Random,
+    /// By a consistent hash of addresses and ports (Maglev): every node chooses the same, and few flows
+    /// move when endpoints change.
+    Maglev,
 }
 
 /// How IPVS chooses among endpoints.
@@ -87,6 +103,8 @@ pub struct Service {
     pub affinity: Option<Duration>,
     /// How IPVS should choose among its endpoints (annotations of kube-router); other modes choose at random.
     pub scheduler: Option<Arc<Scheduler>>,
+    /// How its endpoints should be chosen ([`ANNOTATION_ALGORITHM`]); `None` for the default.
+    pub algorithm: Option<Algorithm>,
     /// `spec.healthCheckNodePort`, for `externalTrafficPolicy: Local` load balancers.
     pub health_check_node_port: Option<u16>,
 }

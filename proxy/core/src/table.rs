@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use crate::id::{IpFamily, NamespacedName, Protocol, ServicePortName};
 use crate::node::LocalDetector;
-use crate::service::{Scheduler, TrafficPolicy};
+use crate::service::{Algorithm, Scheduler, TrafficPolicy};
 
 /// What a packet must match: destination address (or any address on which the node serves
 /// `NodePort`s), protocol and port.
@@ -179,6 +179,9 @@ pub struct FrontendEntry {
     pub verdicts: [Verdict; 3],
     /// Sources allowed at all; `None` for every source.
     pub source_ranges: Option<Arc<SourceRanges>>,
+    /// How endpoints are chosen, in modes that can hash; others choose by chance. Session affinity goes
+    /// first.
+    pub algorithm: Algorithm,
 }
 
 impl FrontendEntry {
@@ -197,6 +200,9 @@ pub struct PortEntry {
     pub cluster: Option<EndpointGroup>,
     /// Endpoints for the Local policy; `None` when the port never uses that policy.
     pub local: Option<EndpointGroup>,
+    /// Endpoints of a UDP port that terminate, still serve and get no new flows: flows that have them keep
+    /// them, in modes that know flows themselves.
+    pub terminating: EndpointGroup,
     /// Whether any usable endpoint exists anywhere in the cluster.
     pub has_any_endpoints: bool,
     /// Timeout of the session affinity by client address.

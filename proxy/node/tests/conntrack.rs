@@ -190,6 +190,7 @@ fn stale_service(cluster_ip: &str) -> StaleFlows {
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
         scheduler: None,
+        algorithm: None,
         health_check_node_port: None,
     }));
     let compiler = Compiler::full(Context::new("worker-1", Config::default()), &store);

@@ -132,6 +132,10 @@ pub(crate) struct Annotations<'a> {
     pub(crate) scheduler: Option<Text<'a>>,
     #[serde(rename = "kube-router.io/service.schedflags", borrow)]
     pub(crate) scheduler_flags: Option<Text<'a>>,
+    #[serde(rename = "shunt/lb-algorithm", borrow)]
+    pub(crate) algorithm: Option<Text<'a>>,
+    #[serde(rename = "service.cilium.io/lb-algorithm", borrow)]
+    pub(crate) cilium_algorithm: Option<Text<'a>>,
 }
 
 /// Any object, its metadata only: bookmarks, and the name of what does not fit otherwise.

@@ -15,7 +15,7 @@ use shunt_core::compile::Context;
 use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice, Hints};
 use shunt_core::id::{IpFamily, NamespacedName, Protocol};
 use shunt_core::node::{Config, LocalDetector, Node, NodePortAddresses};
-use shunt_core::service::{Service, ServicePort, TrafficPolicy};
+use shunt_core::service::{Algorithm, Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_core::table::ForwardingTable;
 use shunt_core::walk::Packet;
@@ -145,7 +145,7 @@ fn service() -> impl Strategy<Value = Service> {
             ports.retain(|p| seen.insert((p.name.clone(), p.protocol)));
             ports
         }),
-        (policy(), policy(), option::weighted(0.5, select(vec![10_u64, 10_800]))),
+        (policy(), policy(), option::weighted(0.5, select(vec![10_u64, 10_800])), algorithm()),
     )
         .prop_map(
             |(
@@ -155,7 +155,7 @@ fn service() -> impl Strategy<Value = Service> {
                 ports,
                 rest,
             )| {
-                let (internal_policy, external_policy, affinity) = rest;
+                let (internal_policy, external_policy, affinity, algorithm) = rest;
                 Service {
                     name,
                     created,
@@ -168,10 +168,15 @@ fn service() -> impl Strategy<Value = Service> {
                     external_policy,
                     affinity: affinity.map(Duration::from_secs),
                     scheduler: None,
+                    algorithm,
                     health_check_node_port: None,
                 }
             },
         )
+}
+
+fn algorithm() -> impl Strategy<Value = Option<Algorithm>> {
+    select(vec![None, Some(Algorithm::Random), Some(Algorithm::Maglev)])
 }
 
 fn hints() -> impl Strategy<Value = Option<Arc<Hints>>> {
@@ -243,16 +248,19 @@ fn config() -> impl Strategy<Value = Config> {
         1 => Just(NodePortAddresses::Ranges(nets(&["10.0.0.0/8", "::/0"]))),
         1 => Just(NodePortAddresses::PrimaryAnd(nets(&["192.168.0.0/16"]))),
     ];
-    (any::<bool>(), select(vec![14_u8, 5]), detector, node_ports, any::<bool>()).prop_map(
-        |(masquerade_all, masquerade_bit, local_detector, node_port_addresses, allow_external_ips)| Config {
-            masquerade_all,
-            masquerade_bit,
-            local_detector,
-            node_port_addresses,
-            allow_external_ips,
-            scheduler: None,
-            localhost_node_ports: false,
-            drop_invalid: false,
+    (any::<bool>(), select(vec![14_u8, 5]), detector, node_ports, any::<bool>(), algorithm()).prop_map(
+        |(masquerade_all, masquerade_bit, local_detector, node_port_addresses, external_ips, algorithm)| {
+            Config {
+                masquerade_all,
+                masquerade_bit,
+                local_detector,
+                node_port_addresses,
+                allow_external_ips: external_ips,
+                scheduler: None,
+                external_algorithm: algorithm.unwrap_or_default(),
+                localhost_node_ports: false,
+                drop_invalid: false,
+            }
         },
     )
 }

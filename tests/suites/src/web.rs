@@ -85,6 +85,7 @@ impl Web {
             external_policy: TrafficPolicy::Cluster,
             affinity: None,
             scheduler: None,
+            algorithm: None,
             health_check_node_port: None,
         };
         let kernel = adopt(&lab, Options::default());

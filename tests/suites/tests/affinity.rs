@@ -259,6 +259,7 @@ impl<M: ModeUnderTest> Street<M> {
             external_policy: TrafficPolicy::Cluster,
             affinity: Some(Duration::from_secs(timeout)),
             scheduler: None,
+            algorithm: None,
             health_check_node_port: None,
         };
         let mut cluster = Cluster::new(Context::new(NODE, Config::default()));
@@ -536,6 +537,7 @@ fn a_changed_endpoint_is_a_handful_of_operations<M: ModeUnderTest>() {
         external_policy: TrafficPolicy::Local,
         affinity: Some(Duration::from_mins(1)),
         scheduler: None,
+        algorithm: None,
         health_check_node_port: None,
     })));
     cluster.step(&event(1..50));

@@ -328,13 +328,21 @@ fn the_schema_of_our_configuration_has_its_fields() -> Result<()> {
     let path = deploy().join("../docs/shuntconfiguration.schema.json");
     let schema: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
     let defaults = serde_json::to_value(shunt_config::ShuntConfiguration::default())?;
+    has_its_fields(&schema, &defaults)
+}
+
+fn has_its_fields(schema: &Value, defaults: &Value) -> Result<()> {
     let keys = |v: &Value| v.as_object().map(|o| o.keys().cloned().collect::<Vec<_>>());
-    assert_eq!(keys(&schema["properties"]), keys(&defaults));
+    assert_eq!(keys(&schema["properties"]), keys(defaults));
     for (key, value) in defaults.as_object().context("object")? {
         let of = &schema["properties"][key];
+        assert!(of["description"].is_string(), "{key}");
+        if value.is_object() {
+            has_its_fields(of, value)?;
+            continue;
+        }
         let default = of.get("default").or_else(|| of.get("const")).unwrap_or(&Value::Null);
         assert_eq!(default, value, "{key}");
-        assert!(of["description"].is_string(), "{key}");
     }
     Ok(())
 }

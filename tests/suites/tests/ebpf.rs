@@ -42,6 +42,7 @@ fn service(n: u32, node_port: Option<u16>) -> Step {
     let [_, high, middle, low] = n.to_be_bytes();
     Step::Event(Event::Service(Service {
         scheduler: None,
+        algorithm: None,
         name: NamespacedName::new("ns", format!("svc{n}")),
         created: 0,
         cluster_ips: vec![[172, 16 + high, middle, low].into()],
@@ -265,7 +266,7 @@ fn new_devices_are_served() {
 /// Services for which there is no room are named and not served, the others are; room that comes is used.
 #[test]
 fn what_does_not_fit_is_named_and_left_out_as_a_whole() {
-    let sizes = Sizes { frontends: 4, services: 16 + 2 * 8, endpoints: 2 * 7, slots: 64 };
+    let sizes = Sizes { frontends: 4, services: 16 + 2 * 8, endpoints: 2 * 7, slots: 64, maglev: 4 };
     let mut kernel = Synced::adopt(Ebpf::new(FakeKernel::new(V4).with_sizes(sizes))).unwrap();
     let mut cluster = cluster();
     let pod = |n: u8| -> IpAddr { [10, 180, 0, n].into() };

@@ -163,6 +163,7 @@ fn objects(family: &Family, ranges: &[IpNet]) -> Vec<Step> {
             external_policy: TrafficPolicy::Cluster,
             affinity: None,
             scheduler: None,
+            algorithm: None,
             health_check_node_port: None,
         }))
     };

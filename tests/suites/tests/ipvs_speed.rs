@@ -50,6 +50,7 @@ fn service(n: u32) -> Step {
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
         scheduler: None,
+        algorithm: None,
         health_check_node_port: None,
     }))
 }

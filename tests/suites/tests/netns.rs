@@ -322,6 +322,7 @@ fn service(name: &str, cluster_ip: IpAddr, vip: Option<IpAddr>) -> Service {
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
         scheduler: None,
+        algorithm: None,
         health_check_node_port: None,
     }
 }

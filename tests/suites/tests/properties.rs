@@ -344,6 +344,7 @@ fn one_endpoint_costs_the_same_in_any_cluster<M: ModeUnderTest>() {
                 external_policy: TrafficPolicy::Cluster,
                 affinity: None,
                 scheduler: None,
+                algorithm: None,
                 health_check_node_port: None,
             })));
             cluster.step(&slice(n, &(0..ENDPOINTS).collect::<Vec<u8>>()));

@@ -13,6 +13,7 @@ use aya::programs::{CgroupAttachMode, LinkOrder, Program, ProgramError, SchedCla
 use aya::{Ebpf, EbpfLoader};
 use shunt_ebpf_abi::map;
 
+use super::clsact::{self, Filters};
 use super::devices::Device;
 use super::sys;
 
@@ -20,6 +21,8 @@ use super::sys;
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
     root: PathBuf,
+    /// Notes of filters.
+    notes: PathBuf,
 }
 
 /// Why programs cannot be loaded or attached.
@@ -48,7 +51,8 @@ fn io_at(what: impl Into<String>) -> impl FnOnce(io::Error) -> AttachError {
 
 impl Pins {
     pub(super) fn new(bpf_root: &Path) -> Self {
-        Self { root: bpf_root.join("shunt") }
+        let root = bpf_root.join("shunt");
+        Self { notes: clsact::notes(&root), root }
     }
 
     pub(super) fn maps(&self) -> PathBuf {
@@ -63,8 +67,12 @@ impl Pins {
         self.root.join("links")
     }
 
+    fn tables(&self) -> PathBuf {
+        self.root.join(TABLES)
+    }
+
     fn make(&self) -> Result<(), AttachError> {
-        for folder in [self.maps(), self.programs(), self.links()] {
+        for folder in [self.maps(), self.tables(), self.programs(), self.links()] {
             std::fs::create_dir_all(&folder).map_err(io_at(folder.display().to_string()))?;
         }
         Ok(())
@@ -76,7 +84,7 @@ impl Pins {
         for name in self.link_names()? {
             sys::detach_link(sys::open_pinned(&self.links().join(name))?.as_fd())?;
         }
-        for folder in [self.links(), self.programs(), self.maps()] {
+        for folder in [self.links(), self.programs(), self.maps(), self.tables()] {
             for name in names(&folder)? {
                 std::fs::remove_file(folder.join(name))?;
             }
@@ -90,6 +98,9 @@ impl Pins {
         names(&self.links())
     }
 }
+
+/// Folder of the tables of `maglev`.
+pub(super) const TABLES: &str = "maglev";
 
 fn names(folder: &Path) -> io::Result<BTreeSet<String>> {
     match std::fs::read_dir(folder) {
@@ -239,15 +250,43 @@ const HOOKS: [(&str, Hook); 12] = {
     ]
 };
 
+/// How programs are put at devices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Way {
+    /// By links.
+    Tcx,
+    /// By filters ([`clsact`]): before Linux 6.6.
+    Clsact,
+}
+
+impl Way {
+    /// What the kernel can, asked by a trial: whoever has links misses the device that there is not, others
+    /// do not know what is meant.
+    pub(super) fn of_kernel(pins: &Pins) -> io::Result<Self> {
+        let program = sys::open_pinned(&pins.programs().join("ingress"))?;
+        Ok(if sys::has_tcx(program.as_fd()) { Self::Tcx } else { Self::Clsact })
+    }
+}
+
+/// What there is to attach to, and how.
+#[derive(Debug)]
+pub(super) struct Places<'a> {
+    /// Its processes are served, with those of all cgroups below.
+    pub(super) cgroup: &'a Path,
+    /// Devices by index.
+    pub(super) devices: &'a BTreeMap<u32, Device>,
+    /// How programs are put at these.
+    pub(super) way: Way,
+}
+
 /// Makes the links that are missing: at the cgroup, and at each device. Those of devices that are gone are
 /// removed. With `replace`, links that are there get the pinned programs in place of theirs.
-pub(super) fn attach(
-    pins: &Pins,
-    cgroup: &Path,
-    devices: &BTreeMap<u32, Device>,
-    replace: bool,
-) -> Result<(), AttachError> {
-    let links = pins.link_names().map_err(io_at(pins.links().display().to_string()))?;
+pub(super) fn attach(pins: &Pins, places: &Places<'_>, replace: bool) -> Result<(), AttachError> {
+    let links = held_links(pins).map_err(io_at(pins.links().display().to_string()))?;
+    let mut filters = match places.way {
+        Way::Tcx => None,
+        Way::Clsact => Some(Filters::open(&pins.notes).map_err(io_at("clsact"))?),
+    };
     let programs = names(&pins.programs()).map_err(io_at(pins.programs().display().to_string()))?;
     let mut wanted = BTreeSet::new();
     for (name, hook) in HOOKS.iter().filter(|(name, _)| programs.contains(*name)) {
@@ -259,14 +298,22 @@ pub(super) fn attach(
                         update(pins, name, name)?;
                     }
                 } else {
-                    attach_cgroup(pins, name, *at, cgroup)?;
+                    attach_cgroup(pins, name, *at, places.cgroup)?;
                 }
             }
             Hook::Tc(at) => {
-                for (index, device) in devices {
-                    let link = format!("{name}-{index}");
+                for (index, device) in places.devices {
+                    let link = device_link(places.way, name, *index);
                     let program = if device.ethernet { (*name).to_owned() } else { format!("{name}_l3") };
-                    if links.contains(&link) {
+                    if let Some(filters) = &mut filters {
+                        if replace || !links.contains(&link) {
+                            let attached = filters.attach(*index, name, &pins.programs().join(&program));
+                            if attached.is_err() && is_gone(&device.name) {
+                                continue;
+                            }
+                            attached.map_err(io_at(format!("{program} at {}", device.name)))?;
+                        }
+                    } else if links.contains(&link) {
                         if replace {
                             update(pins, &program, &link)?;
                         }
@@ -278,21 +325,53 @@ pub(super) fn attach(
             }
         }
     }
-    for gone in links.difference(&wanted) {
+    let but = if filters.is_some() { places.devices.keys().copied().collect() } else { BTreeSet::new() };
+    remove_filters(pins, &but).map_err(io_at("clsact"))?;
+    for gone in links.difference(&wanted).filter(|name| !name.starts_with("clsact-")) {
         let path = pins.links().join(gone);
         std::fs::remove_file(&path).map_err(io_at(path.display().to_string()))?;
     }
     Ok(())
 }
 
+/// The name of what puts a program at a device.
+fn device_link(way: Way, hook: &str, index: u32) -> String {
+    match way {
+        Way::Tcx => format!("{hook}-{index}"),
+        Way::Clsact => clsact::name(hook, index),
+    }
+}
+
+/// Names of links and filters that there are.
+pub(super) fn held_links(pins: &Pins) -> io::Result<BTreeSet<String>> {
+    let mut held = pins.link_names()?;
+    if pins.notes.exists() {
+        held.extend(Filters::open(&pins.notes)?.held()?);
+    }
+    Ok(held)
+}
+
+/// Removes filters from all devices but some.
+pub(super) fn remove_filters(pins: &Pins, but: &BTreeSet<u32>) -> io::Result<()> {
+    if !pins.notes.exists() {
+        return Ok(());
+    }
+    Filters::open(&pins.notes)?.remove(but)?;
+    if but.is_empty() { remove_folder(&pins.notes) } else { Ok(()) }
+}
+
 /// The links that there should be.
-pub(super) fn wanted_links(pins: &Pins, devices: &BTreeMap<u32, Device>) -> io::Result<BTreeSet<String>> {
+pub(super) fn wanted_links(
+    pins: &Pins,
+    way: Way,
+    devices: &BTreeMap<u32, Device>,
+) -> io::Result<BTreeSet<String>> {
     let programs = names(&pins.programs())?;
     let hooks = HOOKS.iter().filter(|(name, _)| programs.contains(*name));
     Ok(hooks
         .flat_map(|(name, hook)| match hook {
             Hook::Cgroup(_) => vec![(*name).to_owned()],
-            Hook::Tc(_) => devices.keys().map(|index| format!("{name}-{index}")).collect(),
+            Hook::Tc(_) => devices.keys().map(|index| device_link(way, name, *index)).collect(),
         })
         .collect())
 }
@@ -322,6 +401,10 @@ fn attach_cgroup(
     pin_link(pins, name, link.try_into())
 }
 
+fn is_gone(device: &str) -> bool {
+    nix::net::if_::if_nametoindex(device).is_err()
+}
+
 fn attach_device(
     pins: &Pins,
     name: &str,
@@ -334,7 +417,7 @@ fn attach_device(
     let first = TcAttachOptions::TcxOrder(LinkOrder::first());
     let id = match program.attach_with_options(device, at, first) {
         // Gone meanwhile: the next look at the devices will not find it.
-        Err(_) if nix::net::if_::if_nametoindex(device).is_err() => return Ok(()),
+        Err(_) if is_gone(device) => return Ok(()),
         attached => attached.map_err(refused)?,
     };
     let link = program.take_link(id).map_err(refused)?;

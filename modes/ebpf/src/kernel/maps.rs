@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::maps::{Map, MapData, PerCpuArray};
@@ -40,6 +40,9 @@ pub(super) struct Maps {
     ranges: Table<Prefix, u32>,
     interfaces: Table<u32, Interface>,
     names: Table<u32, Name>,
+    pub(super) maglev: Table<u32, u32>,
+    /// Where the tables of `maglev` are pinned.
+    pub(super) tables: PathBuf,
     /// Local addresses that `addresses` knows.
     local: BTreeSet<Address>,
 }
@@ -64,7 +67,7 @@ impl MapError {
     }
 }
 
-fn at(map: &'static str) -> impl Fn(io::Error) -> MapError {
+pub(super) fn at(map: &'static str) -> impl Fn(io::Error) -> MapError {
     move |source| MapError { map, source }
 }
 
@@ -129,6 +132,8 @@ impl Maps {
             ranges: open(folder, map::RANGES)?,
             interfaces: open(folder, map::INTERFACES)?,
             names: open(folder, map::NAMES)?,
+            maglev: open(folder, map::MAGLEV)?,
+            tables: folder.with_file_name(super::attach::TABLES),
             local: BTreeSet::new(),
         })
     }
@@ -249,6 +254,7 @@ impl Maps {
             services: frontends_size,
             endpoints: self.endpoints.size().map_err(at(map::ENDPOINTS))?,
             slots: self.slots.size().map_err(at(map::SLOTS))?,
+            maglev: 0,
         };
         for (key, frontend) in frontends {
             state.set_frontend(key, Some(frontend));
@@ -286,6 +292,7 @@ impl Maps {
                 }
             })
             .map_err(at(map::RANGES))?;
+        self.observe_maglev(&mut state)?;
         self.local.clear();
         let local = &mut self.local;
         self.addresses
@@ -322,6 +329,7 @@ impl Maps {
                     let (ids, endpoints): (Vec<u32>, Vec<Endpoint>) = entries.unzip();
                     self.endpoints.update(&ids, &endpoints).map_err(at(map::ENDPOINTS))?;
                 }
+                Some(Op::SetMaglev(..)) => self.set_maglev(run)?,
                 Some(Op::SetAddress(..)) => self.set_addresses(run)?,
                 Some(Op::SetName(..)) => self.set_names(run)?,
                 Some(Op::AddRange(..)) => {

@@ -17,6 +17,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
@@ -68,6 +69,23 @@ pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
         link: i32,
     }
     bpf(BPF_LINK_DETACH, &mut Attr { link: link.as_raw_fd() }).map(drop)
+}
+
+/// Whether programs can be linked to devices (TCX). Asked with a device that there is not, so that nothing
+/// happens.
+pub(super) fn has_tcx(program: BorrowedFd<'_>) -> bool {
+    const BPF_TCX_INGRESS: u32 = 46;
+    #[repr(C)]
+    struct Attr {
+        program: i32,
+        device: i32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let program = program.as_raw_fd();
+    let mut attr = Attr { program, device: i32::MAX, attach_type: BPF_TCX_INGRESS, flags: 0 };
+    let refused = bpf(BPF_LINK_CREATE, &mut attr).err().and_then(|error| error.raw_os_error());
+    refused == Some(libc::ENODEV)
 }
 
 /// The cookie of the calling thread's network namespace (`SO_NETNS_COOKIE`).

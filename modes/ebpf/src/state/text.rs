@@ -102,6 +102,16 @@ pub(crate) fn owner_text(owner: u32) -> String {
     }
 }
 
+fn ids_text(ids: &[u32]) -> String {
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    ids.join(" ")
+}
+
+/// A group, by its id among the Maglev tables.
+pub(crate) fn maglev_text(group: u32) -> String {
+    format!("service {} {}", group >> 1, if group & 1 == 0 { "cluster" } else { "local" })
+}
+
 impl State {
     /// A family's bits in the settings.
     pub(crate) fn flags_text(&self, flags: u32) -> String {
@@ -136,6 +146,7 @@ impl State {
                 self.addresses.iter().map(|(a, flags)| (a.to_string(), address_text(*flags))).collect(),
             ),
             ("ranges", ranges.collect()),
+            ("maglev", self.maglev.iter().map(|(group, ids)| (maglev_text(*group), ids_text(ids))).collect()),
         ]
     }
 

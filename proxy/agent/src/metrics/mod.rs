@@ -28,6 +28,9 @@ use shunt_watch::{Answered, Kind};
 use crate::connections::Count;
 use process::{CountedPackets, Process};
 
+/// What becomes of a new flow.
+const RESULTS: [&str; 3] = ["forwarded", "rejected", "dropped"];
+
 /// Kubernetes version whose kube-proxy this is compatible with.
 const KUBERNETES: (&str, &str) = ("1", "36");
 
@@ -60,13 +63,13 @@ impl EncodeLabelSet for FamilyAnd {
     }
 }
 
-/// A Service port, and perhaps a direction.
+/// A Service port, and perhaps another label.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(crate) struct OfService(IpFamily, ServicePortName, Option<&'static str>);
+pub(crate) struct OfService(IpFamily, ServicePortName, Option<(&'static str, &'static str)>);
 
 impl EncodeLabelSet for OfService {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> std::fmt::Result {
-        let Self(family, name, direction) = self;
+        let Self(family, name, other) = self;
         [
             ("namespace", &*name.service.namespace),
             ("service", &*name.service.name),
@@ -76,7 +79,7 @@ impl EncodeLabelSet for OfService {
         .encode(encoder)?;
         // As the API writes it.
         [("protocol", name.protocol.to_string().to_uppercase())].encode(encoder)?;
-        direction.iter().try_for_each(|direction| [("direction", *direction)].encode(encoder))
+        other.iter().try_for_each(|other| [*other].encode(encoder))
     }
 }
 
@@ -154,6 +157,8 @@ pub(crate) struct Metrics {
     contact: Family<OfKind, FloatGauge>,
     connected: Family<OfKind, Gauge>,
     problems: Counter,
+    not_programmed: Family<OfFamily, Gauge>,
+    service_flows: Family<OfService, Counter>,
     service_connections: Family<OfService, Gauge>,
     service_bytes: Family<OfService, Gauge>,
     /// Which Service ports these two are shown for.
@@ -196,6 +201,8 @@ impl Metrics {
             contact: Family::default(),
             connected: Family::default(),
             problems: Counter::default(),
+            not_programmed: Family::default(),
+            service_flows: Family::default(),
             service_connections: Family::default(),
             service_bytes: Family::default(),
             service_names: Arc::default(),
@@ -416,6 +423,18 @@ impl Metrics {
                 self.service_bytes.clone(),
             );
         }
+        if mode == Mode::Ebpf {
+            r.register(
+                "not_programmed",
+                "Service ports and frontends for which the kernel's tables have no room, wholly or in part",
+                self.not_programmed.clone(),
+            );
+            r.register(
+                "service_flows",
+                "New flows to a Service port, by what became of them: forwarded, rejected, dropped",
+                self.service_flows.clone(),
+            );
+        }
         r.register("object_problems", "Fields of objects that could not be used", self.problems.clone());
     }
 
@@ -531,18 +550,19 @@ impl Metrics {
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         let mut shown = self.shown(family);
         for (name, count) in counts {
-            let set = |gauges: &Family<OfService, Gauge>, direction, value| {
-                gauges.get_or_create(&OfService(family, name.clone(), direction)).set(number(value));
+            let set = |gauges: &Family<OfService, Gauge>, other, value| {
+                gauges.get_or_create(&OfService(family, name.clone(), other)).set(number(value));
             };
             set(&self.service_connections, None, count.connections);
-            set(&self.service_bytes, Some("request"), count.bytes[0]);
-            set(&self.service_bytes, Some("response"), count.bytes[1]);
+            set(&self.service_bytes, Some(("direction", "request")), count.bytes[0]);
+            set(&self.service_bytes, Some(("direction", "response")), count.bytes[1]);
             shown.remove(name);
         }
         for name in shown {
             self.service_connections.remove(&OfService(family, name.clone(), None));
             for direction in ["request", "response"] {
-                self.service_bytes.remove(&OfService(family, name.clone(), Some(direction)));
+                let direction = Some(("direction", direction));
+                self.service_bytes.remove(&OfService(family, name.clone(), direction));
             }
         }
         if let Ok(mut all) = self.service_names.lock() {
@@ -563,6 +583,26 @@ impl Metrics {
         self.requests.get_or_create(&of_request).inc();
         let of_time = [("verb", method.clone()), ("host", host.clone())];
         self.request_times.get_or_create(&of_time).observe(took.as_secs_f64());
+    }
+
+    /// So many things have no room in the kernel.
+    pub(crate) fn not_programmed(&self, family: IpFamily, count: usize) {
+        self.not_programmed.get_or_create(&of(family)).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// New flows to a Service port since they were counted last.
+    pub(crate) fn service_flows(&self, family: IpFamily, port: &ServicePortName, counts: [u64; 3]) {
+        for (result, count) in RESULTS.into_iter().zip(counts) {
+            let labels = OfService(family, port.clone(), Some(("result", result)));
+            self.service_flows.get_or_create(&labels).inc_by(count);
+        }
+    }
+
+    /// A Service port is no more.
+    pub(crate) fn no_service_flows(&self, family: IpFamily, port: &ServicePortName) {
+        for result in RESULTS {
+            self.service_flows.remove(&OfService(family, port.clone(), Some(("result", result))));
+        }
     }
 
     /// A field of an object cannot be used.

@@ -3,7 +3,7 @@
 //! Follows kube-proxy's `CategorizeEndpoints` (pkg/proxy/topology.go), KEP-1669 (terminating
 //! endpoints), KEP-2433 and KEP-3015 (topology hints).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -78,6 +78,16 @@ pub struct Usable {
     pub local: Option<EndpointGroup>,
     /// Whether any usable endpoint exists anywhere.
     pub any: bool,
+}
+
+impl Usable {
+    /// Candidates that terminate and still serve, but get no new flows.
+    pub fn terminating(&self, candidates: &[Candidate]) -> EndpointGroup {
+        let groups = [&self.cluster, &self.local].into_iter().flatten();
+        let chosen: BTreeSet<Target> = groups.flat_map(|group| group.iter().copied()).collect();
+        let left = candidates.iter().filter(|c| c.serving_terminating() && !chosen.contains(&c.target));
+        left.map(|c| c.target).collect()
+    }
 }
 
 /// Merges the slices of a Service into the endpoints of one port, sorted by address and port.

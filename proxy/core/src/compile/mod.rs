@@ -168,6 +168,11 @@ fn compile_port(
     let external = external_verdicts(service.external_policy, usable.any, no_local);
     let guard = source_ranges(service, family, context);
 
+    let algorithm = |kind| match kind {
+        FrontendKind::ClusterIp => service.algorithm.unwrap_or_default(),
+        _ => service.algorithm.unwrap_or(context.config.external_algorithm),
+    };
+
     let mut frontends: Vec<FrontendEntry> = addresses
         .into_iter()
         .map(|(address, kind)| FrontendEntry {
@@ -175,6 +180,7 @@ fn compile_port(
             kind,
             verdicts: if kind == FrontendKind::ClusterIp { internal } else { external },
             source_ranges: guard.clone().filter(|_| kind == FrontendKind::LoadBalancer),
+            algorithm: algorithm(kind),
         })
         .collect();
     frontends.extend(port.node_port.map(|node_port| FrontendEntry {
@@ -182,6 +188,7 @@ fn compile_port(
         kind: FrontendKind::NodePort,
         verdicts: external,
         source_ranges: None,
+        algorithm: algorithm(FrontendKind::NodePort),
     }));
     frontends.sort_by_key(|f| (f.kind, f.frontend));
 
@@ -190,6 +197,11 @@ fn compile_port(
             service: service.name.clone(),
             port: port.name.clone(),
             protocol: port.protocol,
+        },
+        terminating: if port.protocol == crate::id::Protocol::Udp {
+            usable.terminating(&candidates)
+        } else {
+            [].into()
         },
         cluster: usable.cluster,
         local: usable.local,

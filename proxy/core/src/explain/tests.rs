@@ -35,6 +35,7 @@ fn service() -> Service {
         external_policy: TrafficPolicy::Cluster,
         affinity: None,
         scheduler: None,
+        algorithm: None,
         health_check_node_port: None,
     }
 }

@@ -45,6 +45,7 @@ fn service(name: &str, cluster_ip: &str, protocols: &[Protocol], node_port: Opti
         external_policy: crate::service::TrafficPolicy::Cluster,
         affinity: None,
         scheduler: None,
+        algorithm: None,
         health_check_node_port: None,
     }
 }

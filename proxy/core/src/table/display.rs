@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{ForwardingTable, NodeFacts, NodePortMatch, ServiceEntry};
 use crate::node::LocalDetector;
+use crate::service::Algorithm;
 
 impl fmt::Display for ForwardingTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -91,6 +92,9 @@ impl fmt::Display for DisplayService<'_> {
                     let vip = if guard.allow_vip_source { ", or the VIP itself" } else { "" };
                     write!(f, "; only from {}{vip}", ranges.join(", "))?;
                 }
+                if entry.algorithm == Algorithm::Maglev {
+                    f.write_str("; maglev")?;
+                }
                 f.write_str("\n")?;
             }
             for (name, group) in [("cluster", &port.cluster), ("local", &port.local)] {
@@ -101,6 +105,10 @@ impl fmt::Display for DisplayService<'_> {
                     .collect();
                 let targets = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
                 writeln!(f, "  {name} endpoints: {targets}")?;
+            }
+            if !port.terminating.is_empty() {
+                let targets: Vec<_> = port.terminating.iter().map(ToString::to_string).collect();
+                writeln!(f, "  terminating endpoints: {}", targets.join(", "))?;
             }
         }
         Ok(())

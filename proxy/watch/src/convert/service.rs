@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
-use shunt_core::service::{Scheduler, Service, ServicePort, TrafficPolicy};
+use shunt_core::service::{
+    ANNOTATION_ALGORITHM, ANNOTATION_CILIUM_ALGORITHM, Algorithm, Scheduler, Service, ServicePort,
+    TrafficPolicy,
+};
 use shunt_core::store::Event;
 
 use super::{Converter, Report, port, protocol, time};
@@ -56,6 +59,7 @@ impl Converter {
             external_policy,
             affinity: affinity(spec, report),
             scheduler: scheduler(&meta.annotations, report),
+            algorithm: algorithm(&meta.annotations, report),
             health_check_node_port: if health_checked {
                 port(spec.health_check_node_port, || "spec.healthCheckNodePort".to_owned(), report)
             } else {
@@ -132,6 +136,22 @@ fn scheduler(annotations: &wire::Annotations<'_>, report: &mut Report) -> Option
         }
     }
     Some(Arc::new(Scheduler { name: known.into(), flags }))
+}
+
+/// How endpoints should be chosen: by our annotation, else by Cilium's, so that moving is easy.
+fn algorithm(annotations: &wire::Annotations<'_>, report: &mut Report) -> Option<Algorithm> {
+    let ours = (ANNOTATION_ALGORITHM, &annotations.algorithm);
+    let cilium = (ANNOTATION_CILIUM_ALGORITHM, &annotations.cilium_algorithm);
+    [ours, cilium].into_iter().find_map(|(name, text)| match text.as_deref().map(str::trim)? {
+        "random" => Some(Algorithm::Random),
+        "maglev" => Some(Algorithm::Maglev),
+        "" => None,
+        other => {
+            let message = format!("{other:?} is neither random nor maglev: ignored");
+            report.add(format!("metadata.annotations[{name}]"), message);
+            None
+        }
+    })
 }
 
 /// VIPs of the load balancer. A hostname is not ours to answer for; with `ipMode: Proxy` traffic

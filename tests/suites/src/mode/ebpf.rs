@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use shunt_core::id::IpFamily;
+use shunt_core::table::ForwardingTable;
+use shunt_core::walk::Packet;
 use shunt_ebpf_abi::Endpoint;
 use shunt_harness::lab::{Lab, Namespace};
 use shunt_mode::{KernelError, Plan, Remedy};
@@ -69,12 +71,18 @@ impl ModeUnderTest for EbpfMode {
         plan_within(observed, desired, transaction)
     }
 
+    fn is_settled(before: &ForwardingTable, after: &ForwardingTable, _packet: &Packet) -> bool {
+        // Who is a pod changes by one write, the frontends by theirs, before or after it.
+        before.node().local_detector == after.node().local_detector
+    }
+
     fn is_garbage(_op: &Op) -> bool {
         false
     }
 
     fn check_text(_namespace: &Namespace, text: &str) -> Result<()> {
-        const MAPS: [&str; 7] = ["config", "names", "frontends", "slots", "endpoints", "addresses", "ranges"];
+        const MAPS: [&str; 8] =
+            ["config", "names", "frontends", "slots", "endpoints", "addresses", "ranges", "maglev"];
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let map = line.split_once(' ').map_or("", |(map, _)| map);
             ensure!(MAPS.contains(&map) && line.contains(" = "), "no map entry: {line}");
