@@ -1,9 +1,5 @@
 //! From one mode to another on a node that carries traffic: nothing is refused, nothing is left behind.
 
-// Tests all through: clippy.toml makes the exception for functions marked as such only.
-#![allow(clippy::unwrap_used)]
-
-use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -115,88 +111,6 @@ fn modes_take_turns_under_load() -> Result<()> {
     transfer.stop()?;
     agent.stop()?;
     Ok(())
-}
-
-/// All that iptables and ipvs mode have in the kernel, in no order.
-fn holdings(lab: &Lab) -> Result<BTreeSet<String>> {
-    let run = |program: &str, args: &[&str]| lab.node().exec(program, args.iter().copied(), "");
-    let mut all = BTreeSet::new();
-    for tool in ["iptables", "ip6tables"] {
-        let mut table = String::new();
-        for line in run(&format!("{tool}-legacy-save"), &[])?.lines() {
-            match line.chars().next() {
-                Some('*') => line.clone_into(&mut table),
-                Some(':') if !line.contains(" - [") => {}
-                Some(':' | '-') => {
-                    all.insert(format!("{tool} {table} {}", line.split(" [").next().unwrap_or(line)));
-                }
-                _ => {}
-            }
-        }
-    }
-    let others = [
-        run("ipset", &["list", "-name"])?,
-        run("ipvsadm", &["-Sn"])?,
-        run("ip", &["-o", "address", "show"])?,
-    ];
-    let lines = others.iter().flat_map(|text| text.lines());
-    // The index of a link depends on how many there were before it.
-    all.extend(lines.map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest).to_owned()));
-    all.retain(|line| !line.contains("scope link"));
-    Ok(all)
-}
-
-/// These two have chains of the same names. Whichever came before, there is in the end what a start on a fresh
-/// node makes, and nothing else.
-fn iptables_and_ipvs() -> Result<()> {
-    let mode = |name| ["--mode", name];
-    let alone = |name| -> Result<BTreeSet<String>> {
-        let lab = lab()?;
-        let mut agent = start(&lab, &mode(name))?;
-        let held = holdings(&lab)?;
-        agent.stop()?;
-        Ok(held)
-    };
-    let expected = BTreeMap::from([("iptables", alone("iptables")?), ("ipvs", alone("ipvs")?)]);
-    ensure!(expected["iptables"].len() > 20 && expected["ipvs"].len() > 20, "{expected:?}");
-    let lab = lab()?;
-    let mut agent = start(&lab, &mode("iptables"))?;
-    let storm = |to: &str| {
-        let probe = Probe::tcp(to.parse()?).timeout(LONG);
-        lab.client().storm(StormSpec { probe, rate: 20, duration: LONG * 5 })
-    };
-    let storms = [storm("10.96.0.10:80")?, storm("192.0.2.11:30080")?];
-    for name in ["ipvs", "iptables", "ipvs", "iptables"] {
-        std::thread::sleep(Duration::from_millis(300));
-        agent.stop()?;
-        agent = start(&lab, &mode(name))?;
-        let deadline = Instant::now() + LONG;
-        loop {
-            let held = holdings(&lab)?;
-            if held == expected[name] {
-                break;
-            }
-            let differing: Vec<_> = held.symmetric_difference(&expected[name]).collect();
-            ensure!(Instant::now() < deadline, "in {name} mode, left or missing: {differing:#?}\n{agent}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-    for storm in storms {
-        let report = storm.stop()?;
-        println!("{report}");
-        ensure!(report.failures.is_empty(), "{report}");
-    }
-    agent.stop()?;
-    Ok(())
-}
-
-mod guest {
-    #[test]
-    fn iptables_and_ipvs_take_turns() {
-        shunt_harness::guest::test_in_guest(module_path!(), "iptables_and_ipvs_take_turns", || {
-            super::iptables_and_ipvs().unwrap();
-        });
-    }
 }
 
 /// Node ports on loopback: routed there only once others are kept out, and masqueraded.
