@@ -87,9 +87,13 @@ pub(super) fn run(spec: &ConnectSpec) -> Result<Latency> {
     let mut next = 0;
     let mut begin = |due: Option<Instant>| {
         let target = &targets[random.usize(..targets.len())];
-        let from = spec.sources.nth(next);
-        next += 1;
-        begin(from, target, due)
+        loop {
+            let from = spec.sources.nth(next);
+            next += 1;
+            if let Some(pending) = begin(from, target, due)? {
+                return Ok::<_, anyhow::Error>(pending);
+            }
+        }
     };
 
     let mut warm = Measured::new()?;
@@ -129,19 +133,22 @@ pub(super) fn run(spec: &ConnectSpec) -> Result<Latency> {
     })
 }
 
-/// Sends a SYN.
-fn begin(from: SocketAddrV4, target: &SockAddr, due: Option<Instant>) -> Result<Pending> {
+/// Sends a SYN; nothing where somebody else has the port, such as whoever waited for the rules.
+fn begin(from: SocketAddrV4, target: &SockAddr, due: Option<Instant>) -> Result<Option<Pending>> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
     // Closed by RST: nothing stays in TIME_WAIT.
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_reuse_address(true)?;
-    socket.bind(&from.into()).with_context(|| format!("bind {from}"))?;
+    match socket.bind(&from.into()) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(None),
+        bound => bound.with_context(|| format!("bind {from}"))?,
+    }
     let sent = Instant::now();
     match socket.connect(target) {
         Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => {
             bail!("connect from {from} to {:?}: {error}", target.as_socket())
         }
-        _ => Ok(Pending { socket, target: target.clone(), due: due.unwrap_or(sent), sent }),
+        _ => Ok(Some(Pending { socket, target: target.clone(), due: due.unwrap_or(sent), sent })),
     }
 }
 

@@ -50,9 +50,15 @@ pub(super) fn run(spec: &ExchangeSpec) -> Result<Exchanges> {
         socket.set_linger(Some(Duration::ZERO))?;
         socket.set_reuse_address(true)?;
         socket.set_tcp_nodelay(true)?;
-        let from = spec.sources.nth(next);
-        next += 1;
-        socket.bind(&from.into()).with_context(|| format!("bind {from}"))?;
+        loop {
+            let from = spec.sources.nth(next);
+            next += 1;
+            match socket.bind(&from.into()) {
+                // Somebody else has the port, such as whoever waited for the rules.
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                bound => break bound.with_context(|| format!("bind {from}"))?,
+            }
+        }
         let target = SockAddr::from(spec.targets[fastrand::usize(..spec.targets.len())]);
         match socket.connect(&target) {
             Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => return Err(error.into()),
