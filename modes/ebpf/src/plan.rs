@@ -8,6 +8,7 @@
 //! 3. frontends that go;
 //! 4. what nothing leads to any more; settings that go.
 
+mod groups;
 mod maglev;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +22,7 @@ use shunt_mode::Plan;
 
 use crate::op::Op;
 use crate::render::{Desired, Dispatch, Member, Port};
-use crate::slots::{Room, extent};
+use crate::slots::Room;
 use crate::state::{FamilyFlags, State};
 
 /// Operations that one transaction holds at most.
@@ -99,6 +100,8 @@ struct Planner<'a> {
     tables: usize,
     /// Room for groups, once somebody asked.
     room: Option<Room>,
+    /// Node ports, some packets to which a frontend of its own will get.
+    overtaken: BTreeSet<FrontendKey>,
     /// Slots of groups that stay in place; only where everything is looked at.
     kept: Room,
 }
@@ -127,6 +130,13 @@ impl<'a> Planner<'a> {
             free_endpoints: Box::new(observed.free_endpoint_ids()),
             tables: observed.maglev().len(),
             room: None,
+            overtaken: desired
+                .frontends
+                .iter()
+                .filter(|(key, to)| to.is_some() && !observed.frontends().contains_key(key))
+                .map(|(key, _)| key.node_port())
+                .filter(|key| observed.frontends().contains_key(key))
+                .collect(),
             kept: Room::new(observed.sizes.slots_of(observed.family), std::iter::empty()),
         }
     }
@@ -173,9 +183,10 @@ impl<'a> Planner<'a> {
         let ids_of = |flag| -> Vec<u32> {
             members.iter().filter(|(_, member)| member.flags & flag != 0).map(|(id, _)| *id).collect()
         };
-        let cluster = self.group(name, id, false, &ids_of(endpoint_flags::CLUSTER));
-        let local = self.group(name, id, true, &ids_of(endpoint_flags::LOCAL));
-        self.tables(name, id, port, &members);
+        let steady = self.is_steady(name, id);
+        let cluster = self.group(name, id, false, steady, &ids_of(endpoint_flags::CLUSTER));
+        let local = self.group(name, id, true, steady, &ids_of(endpoint_flags::LOCAL));
+        self.tables(name, id, port, steady, &members);
         self.placed.insert(name.clone(), Placed { id, cluster, local });
         if !self.desired.everything {
             self.empty_slots(&self.groups_of(id), &[cluster, local]);
@@ -243,146 +254,10 @@ impl<'a> Planner<'a> {
         self.after.push(Op::SetEndpoint(id, Endpoint { generation, ..Endpoint::default() }));
     }
 
-    /// Groups that frontends of a service id have.
-    fn groups_of(&self, id: u32) -> BTreeSet<Group> {
-        let keys = self.observed.users(id).into_iter().flat_map(|u| &u.frontends);
-        let frontends = keys.filter_map(|key| self.observed.frontends().get(key));
-        frontends.flat_map(|f| [f.cluster, f.local]).filter(|group| group.count > 0).collect()
-    }
-
-    /// Where a port's endpoints of a policy lie and will lie.
-    fn group(&mut self, name: &str, service: u32, local: bool, wanted: &[u32]) -> Group {
-        let Ok(count) = u32::try_from(wanted.len()) else { return Group::default() };
-        if count == 0 {
-            return Group::default();
-        }
-        if let Some(held) = self.group_in_place(service, local)
-            && self.grow_in_place(held, count)
-        {
-            let group = Group { base: held.base, count };
-            if self.desired.everything {
-                self.kept.take(extent(group));
-            }
-            self.edit_slots(held, wanted);
-            return group;
-        }
-        let mut fits = count;
-        while fits > 0 {
-            if let Some(base) = self.room().allocate(fits) {
-                if fits < count {
-                    let left_out = count - fits;
-                    self.problems.push(format!("{name}: {left_out} endpoints left out: no room for slots"));
-                }
-                let group = Group { base, count: fits };
-                if self.desired.everything {
-                    self.kept.take(extent(group));
-                }
-                self.before.push(Op::SetSlots(base, wanted.iter().copied().take(fits as usize).collect()));
-                return group;
-            }
-            fits /= 2;
-        }
-        self.problems.push(format!("{name}: no endpoint is served: no room for slots"));
-        Group::default()
-    }
-
-    /// The group of a policy as it is now, if it may stay where it is.
-    fn group_in_place(&self, service: u32, local: bool) -> Option<Group> {
-        let frontends = self.observed.users(service)?.frontends.iter();
-        let mut groups = frontends.filter_map(|key| Some(self.observed.frontends().get(key)?.group(local)));
-        let group = groups.find(|group| group.count > 0)?;
-        let range = self.observed.sizes.slots_of(self.observed.family);
-        let slots = extent(group);
-        let inside = range.start <= slots.start && slots.end <= range.end;
-        let alone = !self.desired.everything || self.kept.is_free(&slots);
-        (inside && alone).then_some(group)
-    }
-
-    /// Whether a group can have so many slots where it is. Takes the room.
-    fn grow_in_place(&mut self, held: Group, count: u32) -> bool {
-        let (now, then) = (extent(held), extent(Group { count, ..held }));
-        if then.end <= now.end {
-            return true;
-        }
-        let size = then.end - then.start;
-        let more = now.end..then.end;
-        if !held.base.is_multiple_of(size)
-            || !self.room().is_free(&more)
-            || self.desired.everything && !self.kept.is_free(&more)
-        {
-            return false;
-        }
-        self.room().take(more);
-        true
-    }
-
-    fn room(&mut self) -> &mut Room {
-        let observed = self.observed;
-        self.room.get_or_insert_with(|| {
-            // What slots hold that belong to no group was written by a plan that broke off.
-            let used = observed.used_slots().map(|(number, _)| number..number + 1);
-            let range = observed.sizes.slots_of(observed.family);
-            Room::new(range, observed.groups().map(extent).chain(used))
-        })
-    }
-
-    /// Makes the slots of a group hold these ids: those that stay keep their slots, others fill the gaps.
-    fn edit_slots(&mut self, held: Group, wanted: &[u32]) {
-        let mut missing: BTreeSet<u32> = wanted.iter().copied().collect();
-        let mut slots: Vec<Option<u32>> = (held.base..)
-            .take(wanted.len())
-            .zip(0..)
-            .map(|(number, n)| (n < held.count).then(|| self.observed.slot(number)))
-            .map(|id| id.filter(|id| missing.remove(id)))
-            .collect();
-        let mut missing = missing.into_iter();
-        let mut run: Vec<u32> = Vec::new();
-        for (number, slot) in (held.base..).zip(&mut slots) {
-            let id = slot.or_else(|| missing.next()).unwrap_or(0);
-            if id != self.observed.slot(number) {
-                run.push(id);
-            } else if !run.is_empty() {
-                self.before.push(Op::SetSlots(number - run.len() as u32, std::mem::take(&mut run)));
-            }
-        }
-        if !run.is_empty() {
-            let first = held.base + slots.len() as u32 - run.len() as u32;
-            self.before.push(Op::SetSlots(first, run));
-        }
-    }
-
-    /// Empties the slots of groups that are not those of others.
-    fn empty_slots(&mut self, groups: &BTreeSet<Group>, but: &[Group]) {
-        let kept = |number: u32| but.iter().any(|g| number.wrapping_sub(g.base) < g.count);
-        let range = self.observed.sizes.slots_of(self.observed.family);
-        let slots: BTreeSet<u32> = groups
-            .iter()
-            .flat_map(|g| (g.base..).take(g.count as usize).take_while(|number| range.contains(number)))
-            .filter(|number| !kept(*number) && self.observed.slot(*number) != 0)
-            .collect();
-        self.empty(slots.into_iter());
-    }
-
-    fn empty(&mut self, slots: impl Iterator<Item = u32>) {
-        let mut run: Option<(u32, usize)> = None;
-        for number in slots {
-            run = match run {
-                Some((first, len)) if first + len as u32 == number => Some((first, len + 1)),
-                Some((first, len)) => {
-                    self.after.push(Op::SetSlots(first, vec![0; len]));
-                    Some((number, 1))
-                }
-                None => Some((number, 1)),
-            };
-        }
-        if let Some((first, len)) = run {
-            self.after.push(Op::SetSlots(first, vec![0; len]));
-        }
-    }
-
     fn frontends(&mut self) {
         let room = self.observed.sizes.frontends as usize;
         let mut count = self.observed.frontends().len();
+        let mut come = Vec::new();
         for (key, dispatch) in &self.desired.frontends {
             let held = self.observed.frontends().get(key);
             let to = dispatch.as_ref().and_then(|dispatch| self.frontend(dispatch));
@@ -393,7 +268,9 @@ impl<'a> Planner<'a> {
                 )),
                 (held, Some(to)) => {
                     count += usize::from(held.is_none());
-                    if held != Some(&to) {
+                    if held.is_none() {
+                        come.push(Op::SetFrontend(*key, Some(to)));
+                    } else if held != Some(&to) {
                         self.turn.push(Op::SetFrontend(*key, Some(to)));
                     }
                 }
@@ -401,6 +278,8 @@ impl<'a> Planner<'a> {
                 (None, None) => {}
             }
         }
+        // Packets that they get from node ports meet the one or the other as it was.
+        self.turn.splice(..0, come);
         if self.desired.everything {
             let strays = self.observed.frontends().keys().filter(|k| !self.desired.frontends.contains_key(k));
             self.remove.extend(strays.map(|key| Op::SetFrontend(*key, None)));

@@ -246,6 +246,7 @@ fn config() -> impl Strategy<Value = Config> {
         1 => Just(NodePortAddresses::Ranges(nets(&["192.168.0.0/24"]))),
         1 => Just(NodePortAddresses::Ranges(nets(&["192.168.0.0/16", "2001:db8::/64"]))),
         1 => Just(NodePortAddresses::Ranges(nets(&["10.0.0.0/8", "::/0"]))),
+        1 => Just(NodePortAddresses::PrimaryAnd(nets(&["192.168.0.0/16"]))),
     ];
     (any::<bool>(), select(vec![14_u8, 5]), detector, node_ports, any::<bool>(), algorithm()).prop_map(
         |(masquerade_all, masquerade_bit, local_detector, node_port_addresses, external_ips, algorithm)| {

@@ -9,7 +9,17 @@ use crate::render::{Member, Port};
 impl Planner<'_> {
     /// Tables of a port with these endpoints. They stand in the order of address and port, which is the
     /// same on every node.
-    pub(super) fn tables(&mut self, name: &str, service: u32, port: &Port, members: &[(u32, Member)]) {
+    ///
+    /// Where frontends turn to other verdicts (not `steady`), a table that changes is away meanwhile, and chance
+    /// chooses: one table cannot be right for both.
+    pub(super) fn tables(
+        &mut self,
+        name: &str,
+        service: u32,
+        port: &Port,
+        steady: bool,
+        members: &[(u32, Member)],
+    ) {
         for (local, flag) in [(false, endpoint_flags::CLUSTER), (true, endpoint_flags::LOCAL)] {
             let group = Group::id(service, local);
             let held = self.observed.maglev().get(&group);
@@ -17,7 +27,8 @@ impl Planner<'_> {
             let mut ids: Vec<u32> = of_group().map(|(id, _)| *id).collect();
             // Among one there is nothing to choose.
             if !port.maglev[usize::from(local)] || ids.len() < 2 {
-                self.after.extend(held.map(|_| Op::SetMaglev(group, None)));
+                let phase = if steady { &mut self.after } else { &mut self.before };
+                phase.extend(held.map(|_| Op::SetMaglev(group, None)));
                 continue;
             }
             ids.sort_unstable();
@@ -35,7 +46,13 @@ impl Planner<'_> {
             let entries = of_group().map(|(id, member)| {
                 maglev::Member::new(Config::DEFAULT.maglev_seed, *id, &member.address, member.port)
             });
-            self.before.push(Op::SetMaglev(group, Some(entries.collect())));
+            let set = Op::SetMaglev(group, Some(entries.collect()));
+            if steady {
+                self.before.push(set);
+            } else {
+                self.before.extend(held.map(|_| Op::SetMaglev(group, None)));
+                self.after.push(set);
+            }
         }
     }
 

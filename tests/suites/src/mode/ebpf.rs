@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use shunt_core::id::IpFamily;
 use shunt_core::table::ForwardingTable;
-use shunt_core::walk::Packet;
+use shunt_core::walk::{Packet, source_class};
 use shunt_ebpf_abi::Endpoint;
 use shunt_harness::lab::{Lab, Namespace};
 use shunt_mode::{KernelError, Plan, Remedy};
@@ -71,9 +71,9 @@ impl ModeUnderTest for EbpfMode {
         plan_within(observed, desired, transaction)
     }
 
-    fn is_settled(before: &ForwardingTable, after: &ForwardingTable, _packet: &Packet) -> bool {
+    fn is_settled(before: &ForwardingTable, after: &ForwardingTable, packet: &Packet) -> bool {
         // Who is a pod changes by one write, the frontends by theirs, before or after it.
-        before.node().local_detector == after.node().local_detector
+        source_class(before, packet) == source_class(after, packet)
     }
 
     fn is_garbage(_op: &Op) -> bool {
