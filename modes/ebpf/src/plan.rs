@@ -102,6 +102,10 @@ struct Planner<'a> {
     room: Option<Room>,
     /// Node ports, some packets to which a frontend of its own will get.
     overtaken: BTreeSet<FrontendKey>,
+    /// Ports that get packets which other ports have had.
+    arriving: BTreeSet<&'a Arc<str>>,
+    /// Service ids that ports have instead of others until now.
+    moved: BTreeMap<u32, u32>,
     /// Slots of groups that stay in place; only where everything is looked at.
     kept: Room,
 }
@@ -117,6 +121,20 @@ const MEMBERSHIP: u16 = endpoint_flags::CLUSTER | endpoint_flags::LOCAL;
 
 impl<'a> Planner<'a> {
     fn new(observed: &'a State, desired: &'a Desired) -> Self {
+        let (mut overtaken, mut arriving) = (BTreeSet::new(), BTreeSet::new());
+        for (key, to) in desired.frontends.iter().filter(|_| !observed.frontends().is_empty()) {
+            let Some(Dispatch { port, .. }) = to else { continue };
+            let node_port = key.node_port();
+            match observed.frontends().get(key) {
+                Some(held) if observed.names().get(&held.service) == Some(port) => {}
+                None if !observed.frontends().contains_key(&node_port) => {}
+                Some(_) => drop(arriving.insert(port)),
+                None => {
+                    arriving.insert(port);
+                    overtaken.insert(node_port);
+                }
+            }
+        }
         Self {
             observed,
             desired,
@@ -130,13 +148,9 @@ impl<'a> Planner<'a> {
             free_endpoints: Box::new(observed.free_endpoint_ids()),
             tables: observed.maglev().len(),
             room: None,
-            overtaken: desired
-                .frontends
-                .iter()
-                .filter(|(key, to)| to.is_some() && !observed.frontends().contains_key(key))
-                .map(|(key, _)| key.node_port())
-                .filter(|key| observed.frontends().contains_key(key))
-                .collect(),
+            overtaken,
+            arriving,
+            moved: BTreeMap::new(),
             kept: Room::new(observed.sizes.slots_of(observed.family), std::iter::empty()),
         }
     }
@@ -162,16 +176,36 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Ids of the ports in question: those that are held are kept, the others get the next free one.
+    /// Ids of the ports in question: those that are held are kept if that may be, the others get the next
+    /// free one.
     fn assign_ids(&mut self) -> BTreeMap<&'a Arc<str>, u32> {
         let mut ids = BTreeMap::new();
-        for name in self.desired.ports.keys() {
-            match self.observed.id_of(name).or_else(|| self.free_services.next()) {
-                Some(id) => drop(ids.insert(name, id)),
+        for (name, port) in &self.desired.ports {
+            let held = self.observed.id_of(name);
+            let kept = held.filter(|id| self.may_keep(name, *id, port));
+            match kept.or_else(|| self.free_services.next()).or(held) {
+                Some(id) => {
+                    if let Some(held) = held.filter(|held| *held != id) {
+                        self.moved.insert(id, held);
+                    }
+                    ids.insert(name, id);
+                }
                 None => self.problems.push(format!("{name}: not served: all service ids are taken")),
             }
         }
         ids
+    }
+
+    /// Whether the source ranges of a port may become others while frontends lead there. They are those of all its
+    /// frontends, and meanwhile old and new ones let packets pass: at a frontend whose verdicts change, or that goes,
+    /// that may be packets which are let pass neither before nor after. Then the port gets another id, and all
+    /// that belongs to it is there anew before the first frontend turns to it.
+    fn may_keep(&self, name: &Arc<str>, id: u32, port: &Port) -> bool {
+        let held: BTreeSet<&IpNet> = self.observed.ranges_of(id).collect();
+        held.is_empty()
+            || port.ranges.is_empty()
+            || held.iter().copied().eq(&port.ranges)
+            || self.is_steady(name, id) && !self.arriving.contains(name)
     }
 
     fn port(&mut self, name: &'a Arc<str>, id: u32, port: &'a Port) {
@@ -288,10 +322,11 @@ impl<'a> Planner<'a> {
         // Frontends of the same port that are not in question have the same groups.
         let desired = &self.desired.frontends;
         for Placed { id, cluster, local } in self.placed.values() {
-            let keys = self.observed.users(*id).into_iter().flat_map(|u| &u.frontends);
+            let held = self.moved.get(id).unwrap_or(id);
+            let keys = self.observed.users(*held).into_iter().flat_map(|u| &u.frontends);
             for key in keys.filter(|key| !desired.contains_key(key)) {
                 if let Some(held) = self.observed.frontends().get(key) {
-                    let to = Frontend { cluster: *cluster, local: *local, ..*held };
+                    let to = Frontend { service: *id, cluster: *cluster, local: *local, ..*held };
                     if to != *held {
                         self.turn.push(Op::SetFrontend(*key, Some(to)));
                     }
@@ -419,13 +454,16 @@ impl<'a> Planner<'a> {
             self.observed.used_ids()
         } else {
             let held = self.desired.frontends.keys().filter_map(|key| self.observed.frontends().get(key));
-            held.map(|frontend| frontend.service).collect()
+            held.map(|frontend| frontend.service).chain(self.moved.values().copied()).collect()
         };
+        let moved: BTreeSet<u32> = self.moved.values().copied().collect();
         let stays = |key: &FrontendKey| !self.desired.everything && !self.desired.frontends.contains_key(key);
         let gone: Vec<u32> = candidates
             .into_iter()
             .filter(|id| !in_question.contains(id))
-            .filter(|id| !self.observed.users(*id).is_some_and(|u| u.frontends.iter().any(stays)))
+            .filter(|id| {
+                moved.contains(id) || !self.observed.users(*id).is_some_and(|u| u.frontends.iter().any(stays))
+            })
             .collect();
         for id in gone {
             if !self.desired.everything {

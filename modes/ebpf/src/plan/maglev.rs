@@ -27,8 +27,8 @@ impl Planner<'_> {
             let mut ids: Vec<u32> = of_group().map(|(id, _)| *id).collect();
             // Among one there is nothing to choose.
             if !port.maglev[usize::from(local)] || ids.len() < 2 {
-                let phase = if steady { &mut self.after } else { &mut self.before };
-                phase.extend(held.map(|_| Op::SetMaglev(group, None)));
+                // Early: a frontend that comes from another port must not meet it. Slots say where to go.
+                self.before.extend(held.map(|_| Op::SetMaglev(group, None)));
                 continue;
             }
             ids.sort_unstable();
