@@ -17,6 +17,7 @@ use shunt_core::node::{Config, Node};
 use shunt_core::service::{Algorithm, Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_core::table::Change;
+use shunt_core::walk::{Packet, walk};
 use shunt_ebpf_abi::lookup::maglev_entry;
 use shunt_ebpf_abi::{Group, MAGLEV_SIZE, MaglevTable, Tuple, maglev};
 use shunt_harness::cases;
@@ -166,6 +167,89 @@ fn tables_are_the_same_on_every_node() {
     let moved = one.iter().zip(&less).filter(|(a, b)| **a != pod(7) && a != b).count();
     println!("{moved} of {MAGLEV_SIZE} entries moved that need not");
     assert!(moved * 1000 < MAGLEV_SIZE * 25, "{moved}");
+}
+
+/// A Service behind a VIP for sources in a range, before and after all of it changes together.
+fn turn(algorithm: Algorithm) -> [Vec<Step>; 2] {
+    let vip = IpAddr::from([1, 2, 3, 4]);
+    [(false, "10.0.0.0/8", 80, [1, 2]), (true, "203.0.113.2/32", 81, [2, 3])].map(
+        |(masquerade_all, range, port, endpoints)| {
+            let Step::Event(Event::Service(service)) = service(1, Protocol::Tcp, Some(algorithm)) else {
+                unreachable!()
+            };
+            // One frontend stays, one comes, one goes.
+            let ports = vec![ServicePort { port, ..service.ports[0].clone() }];
+            vec![
+                Step::Config(Config { masquerade_all, ..Config::default() }),
+                Step::Event(Event::Service(Service {
+                    load_balancer_ips: vec![vip],
+                    source_ranges: vec![range.parse().unwrap()],
+                    ports,
+                    ..service
+                })),
+                slice(1, Protocol::Tcp, &ready(endpoints.map(pod))),
+            ]
+        },
+    )
+}
+
+/// Endpoints, what is masqueraded and who may pass change together: after every operation a packet meets what was
+/// or what will be.
+#[test]
+fn what_changes_together_is_met_together() {
+    let packet = |source: IpAddr, destination: IpAddr, port: u16| Packet {
+        source,
+        interface: None,
+        destination,
+        port,
+        protocol: Protocol::Tcp,
+    };
+    let vip = IpAddr::from([1, 2, 3, 4]);
+    let insider = IpAddr::from([10, 1, 1, 1]);
+    for algorithm in [Algorithm::Random, Algorithm::Maglev] {
+        let mut cluster = cluster(Config::default());
+        let [before, after] = turn(algorithm);
+        cluster.steps(&before);
+        let mut kernel = Synced::adopt(Ebpf::new(FakeKernel::new(V4))).unwrap();
+        kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+        let old = cluster.table(V4).clone();
+        cluster.steps(&after);
+        let new = cluster.table(V4);
+        let desired = Ebpf::<FakeKernel>::render(new, &Change::everything());
+        let plan = EbpfMode::plan_tight(&kernel.mirror, &desired, 0);
+        for transaction in &plan.transactions {
+            kernel.apply(transaction).unwrap();
+            for (source, destination, port) in
+                [(insider, NODE, 3001), (CLIENT, NODE, 3001), (CLIENT, vip, 80), (insider, vip, 81)]
+            {
+                let packet = packet(source, destination, port);
+                let (was, will) = (walk(&old, &packet).outcome, walk(new, &packet).outcome);
+                let is = EbpfMode::trace(&kernel.mirror, &new.node().local_addresses, &packet).unwrap();
+                assert!(is == was || is == will, "{packet}: {was}, then {will}, but {is}\n{plan}");
+            }
+        }
+        let again = EbpfMode::plan_tight(&kernel.mirror, &desired, 0);
+        assert!(again.is_empty(), "{again}");
+    }
+}
+
+/// The same in the kernel: afterwards the maps hold what was planned, and nothing else.
+#[test]
+fn what_changes_together_is_written() {
+    if !require_kernel() {
+        return;
+    }
+    for algorithm in [Algorithm::Random, Algorithm::Maglev] {
+        let lab = lab(3);
+        let options = lab.node().run(place::options).unwrap();
+        let mut kernel = start(&lab, &options);
+        let mut cluster = cluster(Config::default());
+        for steps in turn(algorithm) {
+            cluster.steps(&steps);
+            kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+            assert_eq!(kernel.backend.observe().unwrap(), kernel.mirror);
+        }
+    }
 }
 
 /// Tables for which there is no room are named; those endpoints are chosen by chance.
