@@ -37,7 +37,8 @@ const TRIES: usize = 64;
 struct Node<'a> {
     programs: Pinned,
     addresses: &'a [IpAddr],
-    /// The next source port: every packet begins a flow of its own.
+    /// The next source port: every packet begins a flow of its own. None is among those that masqueraded packets
+    /// get: a process of the node whose port one of these has would get another one.
     port: AtomicU16,
 }
 
@@ -146,7 +147,7 @@ fn run_case(case: &Case) -> Result<(usize, Vec<String>)> {
         kernels.push((family, adopt::<EbpfMode>(lab.node(), family)?));
     }
     let pins = lab.node().run(place::options)?.bpf_root.join("shunt/programs");
-    let node = Node { programs: Pinned::new(pins), addresses: &case.node_ips, port: AtomicU16::new(2000) };
+    let node = Node { programs: Pinned::new(pins), addresses: &case.node_ips, port: AtomicU16::new(30_000) };
     let (mut packets, mut failures) = (0, Vec::new());
     let mut run = CaseRun::new(case, EbpfMode::MODE);
     while let Some(step) = run.next_step() {
