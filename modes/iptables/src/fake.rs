@@ -117,7 +117,7 @@ impl Kernel for FakeKernel {
         }
         let mut next = self.state.clone();
         op::advance(&mut next, transaction);
-        if let Some((_, other)) = next.chains.keys().find(|(_, name)| !names::is_ours(name)) {
+        if let Some((_, other)) = next.chains.keys().find(|(table, name)| !names::is_ours(*table, name)) {
             return Err(refuse(format!("{other} is somebody else's")));
         }
         for op in &transaction.ops {

@@ -7,6 +7,8 @@ use data_encoding::BASE32;
 use sha2::{Digest as _, Sha256};
 use shunt_core::id::{IpFamily, ServicePortName};
 
+use crate::fixed::Table;
+
 /// The name of a chain or set. Most appear in several rules.
 pub type Name = Arc<str>;
 
@@ -48,9 +50,18 @@ const FIXED: [&str; 8] =
     [SERVICES, EXTERNAL_SERVICES, NODE_PORTS, POSTROUTING, MARK_MASQ, FORWARD, PROXY_FIREWALL, CANARY];
 const PREFIXES: [&str; 6] = [CLUSTER, LOCAL, EXTERNAL, INTERNAL, GUARD, ENDPOINT];
 
-/// Whether a chain is ours (or kube-proxy's, whose place we take).
-pub fn is_ours(chain: &str) -> bool {
+/// Whether a chain of a table is ours (or kube-proxy's, whose place we take). Others in the table mangle are those
+/// of ipvs mode, whose rules we do not read: only it knows how to take them away.
+pub fn is_ours(table: Table, chain: &str) -> bool {
+    if table == Table::Mangle {
+        return chain == CANARY;
+    }
     FIXED.contains(&chain) || is_tree(chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
+}
+
+/// Whether a chain is ours, by the name of its table.
+pub fn is_chain(table: &str, chain: &str) -> bool {
+    Table::ALL.into_iter().any(|known| known.name() == table && is_ours(known, chain))
 }
 
 /// Whether a chain belongs to a dispatch tree, its root excepted.
@@ -143,7 +154,10 @@ mod tests {
         for other in
             ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT", "KUBE-ROUTER-INPUT", "CNI-1"]
         {
-            assert!(!is_ours(other), "{other}");
+            assert!(Table::ALL.iter().all(|table| !is_ours(*table, other)), "{other}");
         }
+        // In ipvs mode.
+        assert!(!is_ours(Table::Mangle, PROXY_FIREWALL));
+        assert!(is_ours(Table::Filter, PROXY_FIREWALL) && is_ours(Table::Mangle, CANARY));
     }
 }

@@ -90,7 +90,7 @@ impl State {
                 Line::Table(name) => table = Table::ALL.into_iter().find(|t| t.name() == name),
                 Line::Chain(chain) => {
                     if let Some(table) = table
-                        && names::is_ours(chain)
+                        && names::is_ours(table, chain)
                     {
                         self.chains.entry((table, chain.into())).or_default();
                     }
@@ -98,7 +98,7 @@ impl State {
                 }
                 Line::Rule(chain, text) => {
                     let Some(table) = table else { continue };
-                    if names::is_ours(chain) {
+                    if names::is_ours(table, chain) {
                         self.chains.entry((table, chain.into())).or_default().push(parse::rule(text));
                     } else if let Some(builtin) = Builtin::parse(chain) {
                         self.read_hook(table, builtin, text);
@@ -113,7 +113,7 @@ impl State {
     fn read_hook(&mut self, table: Table, builtin: Builtin, text: &str) {
         let rule = parse::rule(text);
         let Some(chain) = rule.leads_to() else { return };
-        if names::is_ours(chain) {
+        if names::is_ours(table, chain) {
             self.hooks.entry((table, builtin)).or_default().push(rule);
         } else if &**chain == names::FIREWALL && table == Table::Filter && rule.matches.is_empty() {
             match builtin {

@@ -451,10 +451,15 @@ impl Linux {
         let state = self.observe()?;
         // Virtual servers bear no names: without VIPs and sets they were never ours.
         let was_here = !state.addresses.is_empty() || !state.sets.is_empty();
-        let mut ops: Vec<Op> = state.addresses.iter().map(|a| Op::DeleteAddress(*a)).collect();
         if was_here {
-            ops.extend(state.servers.keys().map(|key| Op::DeleteServer(*key)));
+            let ops = state.servers.keys().map(|key| Op::DeleteServer(*key)).collect();
+            self.carry_out(&Transaction { ops })?;
         }
+        // This table drops what goes to a VIP that is not there, and another mode may serve it by now.
+        self.remove_rules(&|flavour, table, chain| {
+            table != crate::rules::Table::Mangle.name() || is_kept(flavour, table, chain)
+        })?;
+        let ops = state.addresses.iter().map(|a| Op::DeleteAddress(*a)).collect();
         self.carry_out(&Transaction { ops })?;
         self.remove_rules(is_kept)?;
         let ops = state.sets.keys().map(|set| Op::DestroySet(self.family, *set)).collect();

@@ -245,6 +245,19 @@ mod tests {
         assert_eq!(rules.hooks[0].rules[0].matches, [Match::Comment("a \"b\"".to_owned())]);
     }
 
+    #[test]
+    fn what_leads_to_chains_that_others_keep_is_forgotten_whatever_its_conditions() {
+        let text = "*nat\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
+            -A PREROUTING -d 192.0.2.0/24 -j KUBE-SERVICES\n-A OUTPUT -j KUBE-SERVICES\n\
+            -A KUBE-SVC-X ! -s 10.244.0.0/16 -d 10.96.0.10/32 -j KUBE-MARK-MASQ\nCOMMIT\n";
+        let mut rules = parse(IpFamily::V4, text);
+        assert_eq!(rules.hooks.len(), 3);
+        rules.forget(&|_, chain| chain == "KUBE-MARK-MASQ");
+        assert_eq!(rules.hooks.len(), 2);
+        rules.forget(&|table, _| table == Table::Nat);
+        assert_eq!(rules, Rules::default());
+    }
+
     proptest! {
         #[test]
         fn arbitrary_text_does_not_panic(text in "(\\*nat\n)?(:KUBE-SERVICES - \\[0:0\\]\n)?(-A KUBE-SERVICES [-a-z!\" \\\\]{0,40}\n){0,3}") {

@@ -17,7 +17,7 @@ use shunt_mode::Plan;
 use crate::layout::{self, Place, SetName};
 use crate::op::Op;
 use crate::render::{Desired, Wanted};
-use crate::rules::Rules;
+use crate::rules::{Rules, Table};
 use crate::scheduler;
 use crate::skeleton::skeleton;
 use crate::state::State;
@@ -50,6 +50,8 @@ enum Phase {
     AddPlaces,
     /// VIPs whose other ports are closed, before they are there.
     AddVips,
+    /// Rules where those of iptables mode translate until then.
+    TakeOver,
     AddAddresses,
     DeleteAddresses,
     DeleteVips,
@@ -186,7 +188,10 @@ impl Planner<'_> {
         let rules = skeleton(&self.desired.node);
         if self.observed.rules != rules {
             let op = Op::SetRules(self.family, self.observed.rules.clone(), rules);
-            self.push(Phase::Rules, op);
+            // Rules without sets are those of iptables mode: what they translate must find its virtual server.
+            let taken_over = self.observed.sets.is_empty()
+                && self.observed.rules.chain(Table::Nat, "KUBE-SERVICES").is_some();
+            self.push(if taken_over { Phase::TakeOver } else { Phase::Rules }, op);
         }
         let node_port_ips = self.desired.node.node_port_addresses().into_iter().map(Entry::Ip).collect();
         self.whole(SetName::NodePortIps, &node_port_ips);
@@ -505,4 +510,47 @@ impl Planner<'_> {
 
 const fn loopback(endpoint: &LocalEndpoint) -> Entry {
     Entry::IpPortIp(endpoint.address, endpoint.protocol.number(), endpoint.port, endpoint.address)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use shunt_core::table::NodeFacts;
+
+    use super::*;
+
+    #[test]
+    fn what_iptables_mode_translates_goes_on_until_all_is_there_for_it() {
+        let address = "10.96.0.1".parse().unwrap();
+        let desired = Desired {
+            family: IpFamily::V4,
+            everything: true,
+            active: true,
+            node: NodeFacts::unknown(),
+            service_cidrs: BTreeSet::new(),
+            places: BTreeMap::new(),
+            node_ports: BTreeMap::new(),
+            health_checks: BTreeMap::from([(1, true)]),
+            addresses: BTreeMap::from([(address, true)]),
+            loopbacks: BTreeMap::new(),
+        };
+        let order = |observed: &State| {
+            let ops: Vec<Op> =
+                plan(observed, &desired).transactions.into_iter().flat_map(|t| t.ops).collect();
+            let at = |wanted: fn(&Op) -> bool| ops.iter().position(wanted).unwrap();
+            let rules = at(|op| matches!(op, Op::SetRules(..)));
+            (
+                rules < at(|op| matches!(op, Op::AddElement(..))),
+                rules < at(|op| matches!(op, Op::AddAddress(_))),
+            )
+        };
+        let mut observed = State::empty(IpFamily::V4);
+        assert_eq!(order(&observed), (true, true), "nobody serves");
+        let text = "*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j KUBE-SERVICES\nCOMMIT\n";
+        observed.rules = crate::parse::parse(IpFamily::V4, text);
+        assert_eq!(order(&observed), (false, true), "iptables mode serves");
+        observed.sets.insert(SetName::ClusterIp, BTreeMap::new());
+        assert_eq!(order(&observed), (true, true), "ipvs mode serves");
+    }
 }

@@ -160,6 +160,11 @@ impl Target {
     }
 }
 
+/// The target of a rule, usually a chain; `None` if it has none.
+pub fn destination(words: &[String]) -> Option<&str> {
+    words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| w[1].as_str())
+}
+
 /// A chain of ours, or a chain of the kernel's with our rules in it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Chain {
@@ -193,6 +198,10 @@ impl Rules {
             let table = hook.table;
             hook.rules.retain(|rule| match &rule.target {
                 Target::Jump(chain) | Target::Goto(chain) => !is_kept(table, chain),
+                // Rules of the other mode have conditions that ours have not.
+                Target::Unknown(text) => {
+                    destination(&xtables_tools::words(text)).is_none_or(|chain| !is_kept(table, chain))
+                }
                 _ => true,
             });
         }

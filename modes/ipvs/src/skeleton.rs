@@ -18,7 +18,7 @@ use shunt_core::node::LocalDetector;
 use shunt_core::table::NodeFacts;
 
 use crate::layout::{SetName, mark, tag_mask};
-use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target};
+use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target, destination};
 
 const FIREWALL: &str = "KUBE-PROXY-FIREWALL";
 const SOURCE_RANGES: &str = "KUBE-SOURCE-RANGES-FIREWALL";
@@ -271,8 +271,7 @@ pub fn is_chain(table: &str, name: &str) -> bool {
 
 /// Whether a rule of a chain of the kernel's leads to a chain of ours.
 pub fn leads_to_us(table: Table, words: &[String]) -> bool {
-    let target = words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| w[1].as_str());
-    target.is_some_and(|chain| is_ours(table, chain))
+    destination(words).is_some_and(|chain| is_ours(table, chain))
 }
 
 /// The family's own tool.

@@ -130,8 +130,9 @@ fn remove_iptables_beside_ipvs(family: IpFamily) -> Result<(), KernelError> {
 
 fn remove_ipvs_beside_iptables(family: IpFamily, options: &Options) -> Result<(), KernelError> {
     let used = Tools::open(family, options.flavour)?.flavour();
-    let is_kept =
-        |flavour, _: &str, chain: &str| Some(flavour) == used && shunt_mode_iptables::names::is_ours(chain);
+    let is_kept = |flavour, table: &str, chain: &str| {
+        Some(flavour) == used && shunt_mode_iptables::names::is_chain(table, chain)
+    };
     Linux::open(family, options.ipvs.clone())?.remove_beside(&is_kept)
 }
 

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod namespace;
+mod nf_tables;
 mod programs;
 mod save;
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use shunt_core::id::IpFamily;
 
 use crate::namespace::{Namespace, find};
+use crate::nf_tables::has_tables;
 
 /// Chains by which the kubelet says which flavour it uses (in the table mangle).
 const HINTS: [&str; 2] = [":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY "];
@@ -172,7 +173,8 @@ pub fn choose(legacy: &str, nft: &str, own: Flavour) -> Flavour {
     }
 }
 
-/// The flavour that this node uses, of those that are installed.
+/// The flavour that this node uses, of those that are installed: the chosen one, unless the kernel has nothing for it.
+/// Whether it has tables for legacy is not asked: asking would make them.
 fn detect(namespace: &Namespace) -> Option<Flavour> {
     let texts = Flavour::ALL.map(|flavour| {
         let programs = IpFamily::ALL.map(|family| Programs::find(namespace, family, flavour));
@@ -183,7 +185,12 @@ fn detect(namespace: &Namespace) -> Option<Flavour> {
     match texts {
         [Some(legacy), Some(nft)] => {
             let own = Programs::own(namespace, IpFamily::V4).map_or(Flavour::Nft, |own| own.flavour);
-            Some(choose(&legacy, &nft, own))
+            let runs_nft = || IpFamily::ALL.into_iter().any(|family| has_tables(namespace, family));
+            Some(match choose(&legacy, &nft, own) {
+                // Where there are rules, there are tables.
+                Flavour::Nft if nft.is_empty() && !runs_nft() => Flavour::Legacy,
+                chosen => chosen,
+            })
         }
         [Some(_), None] => Some(Flavour::Legacy),
         [None, Some(_)] => Some(Flavour::Nft),
