@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use shunt_harness::lab::{Outcome, Probe, StormSpec, Transfer, TransferSpec, place, require_kernel};
+use shunt_harness::lab::{Outcome, Probe, Storm, StormSpec, Transfer, TransferSpec, place, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM};
 
@@ -100,7 +100,7 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<Vec<(Duration, Outcome)>> {
             drop(std::mem::replace(&mut long, transfer()?));
         }
         goes_on(&long, &format!("{what}: a connection from before"))?;
-        let begun = storms.each_ref().map(|storm| storm.attempted());
+        let begun = storms.each_ref().map(Storm::attempted);
         cluster.wait("connections in this mode", |_| {
             Ok(storms.iter().zip(begun).all(|(storm, begun)| storm.attempted() > begun + 50))
         })?;
