@@ -427,6 +427,25 @@ fn maglev_gives_every_node_the_same_answer() -> Result<()> {
     Ok(())
 }
 
+/// The same client comes from the same port again, to a frontend that is not masqueraded.
+fn a_flow_in_the_place_of_a_masqueraded_one_keeps_its_source() -> Result<()> {
+    let mut loaded = loaded()?;
+    for family in families()? {
+        let sent = Packet::new(family.client, family.masqueraded, TCP);
+        let inside = pass(&mut loaded, "ingress", &sent.bytes())?;
+        let outside = read(&pass(&mut loaded, "egress", &inside)?)?;
+        assert_eq!(outside.source.ip(), family.node);
+        for (key, flow) in loaded.dump::<FlowKey, Flow>(map::FLOWS)? {
+            loaded.put(map::FLOWS, key, Flow { state: Flow::CLOSING, ..flow })?;
+        }
+        let sent = Packet { destination: family.vip, ..sent };
+        let inside = pass(&mut loaded, "ingress", &sent.bytes())?;
+        let outside = read(&pass(&mut loaded, "egress", &inside)?)?;
+        assert_eq!(ends(&outside), (family.client, family.endpoint));
+    }
+    Ok(())
+}
+
 in_both_kernels!(
     there_and_back,
     masqueraded_there_and_back,
@@ -436,5 +455,6 @@ in_both_kernels!(
     a_udp_checksum_of_none_stays_none_and_none_comes_to_be,
     what_begins_no_flow_is_left_alone,
     closed_and_idle_flows_give_way,
+    a_flow_in_the_place_of_a_masqueraded_one_keeps_its_source,
     maglev_gives_every_node_the_same_answer,
 );

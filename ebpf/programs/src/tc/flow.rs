@@ -147,7 +147,13 @@ fn claim(kernel: &Kernel, work: &mut Work) -> bool {
                 && other.tuple.source_port == work.flow.tuple.source_port
                 && other.tuple.source.same(&work.flow.tuple.source);
             if same || other.state == Flow::CLOSING || expired(kernel, work.key.protocol, other, work.now) {
-                return FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok();
+                let claimed = FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok();
+                if work.key.hook == FlowKey::INGRESS {
+                    // The old flow may have been masqueraded, and this one not.
+                    work.flow_key.tuple = work.to;
+                    let _ = FLOWS.remove(&work.flow_key);
+                }
+                return claimed;
             }
         }
         // SAFETY: the helper only makes a number.
