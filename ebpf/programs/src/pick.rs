@@ -3,9 +3,7 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use shunt_ebpf_abi::lookup::{Tables as _, choose, hashed, is_member, maglev_entry};
-use shunt_ebpf_abi::{
-    Affinity, AffinityKey, Endpoint, Event, Frontend, FrontendKey, Tuple, frontend_flags,
-};
+use shunt_ebpf_abi::{Affinity, AffinityKey, Endpoint, Event, Frontend, FrontendKey, Tuple, frontend_flags};
 
 use crate::maps::AFFINITY;
 use crate::tables::{Kernel, event};
