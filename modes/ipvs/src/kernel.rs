@@ -479,7 +479,10 @@ impl Linux {
                 text => text.map_err(lost)?,
             };
             let mut rules = crate::parse::parse(self.family, &text);
-            rules.forget(&|table, chain| is_kept(flavour, table.name(), chain));
+            let held = crate::parse::held(&text);
+            rules.forget(&|table, chain| {
+                is_kept(flavour, table.name(), chain) || held.contains(&(table, chain.to_owned()))
+            });
             let text = tables::restore_text(self.family, &rules, &crate::rules::Rules::default());
             if !text.is_empty() {
                 programs.restore(&self.namespace, &text).map_err(lost)?;

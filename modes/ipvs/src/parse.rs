@@ -1,13 +1,15 @@
 //! Reads what `iptables-save` prints, as far as it concerns us.
 
+use std::collections::BTreeSet;
+
 use shunt_core::id::{IpFamily, Protocol};
 use xtables_tools::{Line, words};
 
 use crate::layout::SetName;
 use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target};
-use crate::skeleton::{is_ours, leads_to_us};
+use crate::skeleton::{is_of_kernel, is_ours, leads_to_us};
 
-/// Our chains, and rules in others that lead to them. Rules of ours that are not understood are kept as
+/// Our chains, and rules in those of the kernel that lead to them. Rules of ours that are not understood are kept as
 /// [`Target::Unknown`].
 pub fn parse(family: IpFamily, text: &str) -> Rules {
     let mut rules = Rules::default();
@@ -25,7 +27,7 @@ pub fn parse(family: IpFamily, text: &str) -> Rules {
                 let words = words(text);
                 let list = if is_ours(table, name) {
                     &mut rules.chains
-                } else if leads_to_us(table, &words) {
+                } else if is_of_kernel(name) && leads_to_us(table, &words).is_some() {
                     &mut rules.hooks
                 } else {
                     continue;
@@ -43,6 +45,21 @@ pub fn parse(family: IpFamily, text: &str) -> Rules {
     rules.chains.sort();
     rules.hooks.sort();
     rules
+}
+
+/// Chains of ours that rules in chains of others lead to: they cannot be deleted.
+pub fn held(text: &str) -> BTreeSet<(Table, String)> {
+    let (mut held, mut table) = (BTreeSet::new(), None);
+    for line in text.lines().filter_map(xtables_tools::line) {
+        match (line, table) {
+            (Line::Table(name), _) => table = Table::ALL.into_iter().find(|t| t.name() == name),
+            (Line::Rule(name, text), Some(table)) if !is_of_kernel(name) && !is_ours(table, name) => {
+                held.extend(leads_to_us(table, &words(text)).map(|chain| (table, chain.to_owned())));
+            }
+            _ => {}
+        }
+    }
+    held
 }
 
 struct Reader<'a> {
@@ -247,15 +264,23 @@ mod tests {
 
     #[test]
     fn what_leads_to_chains_that_others_keep_is_forgotten_whatever_its_conditions() {
-        let text = "*nat\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
-            -A PREROUTING -d 192.0.2.0/24 -j KUBE-SERVICES\n-A OUTPUT -j KUBE-SERVICES\n\
-            -A KUBE-SVC-X ! -s 10.244.0.0/16 -d 10.96.0.10/32 -j KUBE-MARK-MASQ\nCOMMIT\n";
+        let text = "*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -d 192.0.2.0/24 -j KUBE-SERVICES\n\
+            -A OUTPUT -j KUBE-SERVICES\nCOMMIT\n";
         let mut rules = parse(IpFamily::V4, text);
-        assert_eq!(rules.hooks.len(), 3);
-        rules.forget(&|_, chain| chain == "KUBE-MARK-MASQ");
         assert_eq!(rules.hooks.len(), 2);
-        rules.forget(&|table, _| table == Table::Nat);
+        rules.forget(&|_, chain| chain == "KUBE-SERVICES");
         assert_eq!(rules, Rules::default());
+    }
+
+    #[test]
+    fn rules_in_chains_of_others_are_theirs() {
+        let text = "*nat\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n\
+            -A OUTPUT -j KUBE-SERVICES\n-A KUBE-SERVICES -j KUBE-NODE-PORT\n\
+            -A KUBE-HP-X -s 10.244.0.7/32 -j KUBE-MARK-MASQ\n-A KUBE-HP-X -j CNI-Y\nCOMMIT\n";
+        let rules = parse(IpFamily::V4, text);
+        let hooks: Vec<&str> = rules.hooks.iter().map(|hook| hook.name.as_str()).collect();
+        assert_eq!(hooks, ["OUTPUT"]);
+        assert_eq!(held(text), [(Table::Nat, "KUBE-MARK-MASQ".to_owned())].into());
     }
 
     proptest! {

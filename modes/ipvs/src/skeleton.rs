@@ -269,9 +269,15 @@ pub fn is_chain(table: &str, name: &str) -> bool {
     Table::ALL.into_iter().any(|known| known.name() == table && is_ours(known, name))
 }
 
-/// Whether a rule of a chain of the kernel's leads to a chain of ours.
-pub fn leads_to_us(table: Table, words: &[String]) -> bool {
-    destination(words).is_some_and(|chain| is_ours(table, chain))
+/// Whether the kernel itself calls a chain. Rules in all others but ours are of others, also those that lead to
+/// us: CRI-O and the CNI plug-in for host ports mark for masquerade by `KUBE-MARK-MASQ`.
+pub const fn is_of_kernel(chain: &str) -> bool {
+    matches!(chain.as_bytes(), b"PREROUTING" | b"INPUT" | b"FORWARD" | b"OUTPUT" | b"POSTROUTING")
+}
+
+/// The chain of ours that a rule leads to.
+pub fn leads_to_us(table: Table, words: &[String]) -> Option<&str> {
+    destination(words).filter(|chain| is_ours(table, chain))
 }
 
 /// The family's own tool.
