@@ -142,7 +142,7 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
     let mut wanted: Vec<(Subject, usize)> = Vec::new();
     for subject in &plan.subjects {
         if let Subject::Layout(layout) = subject {
-            if services > plan.reference_limit {
+            if layout.grows() && services > plan.reference_limit {
                 continue;
             }
             if services * plan.endpoints > layout.most_endpoints() {

@@ -41,7 +41,14 @@ const FILTER: &str = "\
 COMMIT
 ";
 
-/// The tables `nat` and `filter`. Rules carry no comments of Services: kube-proxy leaves them out beyond
+/// kube-proxy has a canary in each of the three tables; with it the kernel asks the table `mangle`, too.
+const MANGLE: &str = "\
+*mangle
+:KUBE-PROXY-CANARY - [0:0]
+COMMIT
+";
+
+/// The tables `nat`, `filter` and `mangle`. Rules carry no comments of Services: kube-proxy leaves them out beyond
 /// 1,000 endpoints.
 pub(super) fn rules(cluster: &Cluster) -> String {
     let protocol = if cluster.shape.udp { "udp" } else { "tcp" };
@@ -91,5 +98,5 @@ pub(super) fn rules(cluster: &Cluster) -> String {
     }
     // kube-proxy: "NOTE: this must be the last rule in this chain".
     rules.push_str("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n");
-    chains + &rules + "COMMIT\n" + FILTER
+    chains + &rules + "COMMIT\n" + FILTER + MANGLE
 }

@@ -1,8 +1,10 @@
-//! kube-proxy's own layouts, written from the same Services: the references of every measurement of packets.
+//! Layouts that no program writes: the references of every measurement of packets. kube-proxy's own, from the
+//! same Services, and the least that translates at all.
 //!
 //! Names, order and rules are those that kube-proxy 1.36 writes for a cluster IP with endpoints on other
 //! nodes, and for a node port with `externalTrafficPolicy: Cluster`.
 
+mod floor;
 mod iptables;
 mod ipvs;
 mod nftables;
@@ -12,9 +14,15 @@ use shunt_harness::lab::Namespace;
 
 use crate::cluster::Cluster;
 
+/// Name of the least that translates.
+pub(crate) const FLOOR: &str = "one DNAT rule";
+
 /// A layout.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Layout {
+    /// One rule that translates everything to one pod: what conntrack and the hooks of nat cost whatever
+    /// the rules are.
+    Floor,
     /// iptables mode: one rule a Service in KUBE-SERVICES, asked one after the other (legacy iptables).
     Iptables,
     /// nftables mode: a chain and a map a Service.
@@ -26,12 +34,13 @@ pub(crate) enum Layout {
 impl Layout {
     /// Those that a mode is compared with.
     pub(crate) const fn of(ipvs: bool) -> &'static [Self] {
-        if ipvs { &[Self::Ipvs] } else { &[Self::Iptables, Self::Nftables] }
+        if ipvs { &[Self::Ipvs] } else { &[Self::Floor, Self::Iptables, Self::Nftables] }
     }
 
     /// Name in reports.
     pub(crate) const fn name(self) -> &'static str {
         match self {
+            Self::Floor => FLOOR,
             Self::Iptables => "kube-proxy iptables layout",
             Self::Nftables => "kube-proxy nftables layout",
             Self::Ipvs => "kube-proxy ipvs layout",
@@ -43,13 +52,19 @@ impl Layout {
     pub(crate) const fn most_endpoints(self) -> usize {
         match self {
             Self::Iptables => 100_000,
-            Self::Nftables | Self::Ipvs => usize::MAX,
+            Self::Floor | Self::Nftables | Self::Ipvs => usize::MAX,
         }
+    }
+
+    /// Whether loading it costs what the cluster costs.
+    pub(crate) fn grows(self) -> bool {
+        self != Self::Floor
     }
 
     /// Writes the layout into a namespace.
     pub(crate) fn load(self, node: &Namespace, cluster: &Cluster) -> Result<()> {
         match self {
+            Self::Floor => drop(node.nft(&floor::rules(cluster)).context("load one rule")?),
             Self::Iptables => {
                 restore(node, &iptables::rules(cluster)).context("load kube-proxy's iptables layout")?;
             }

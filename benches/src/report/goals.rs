@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::Report;
 use crate::control::{Churn, Cold, Restart};
 use crate::latency::Target;
+use crate::layouts::FLOOR;
 
 /// Modes that have goals, in the order of [`Row::at_most`].
 pub(super) const MODES: [&str; 5] = ["nftables", "iptables-legacy", "iptables-nft", "ebpf", "ipvs"];
@@ -20,14 +21,14 @@ pub(crate) struct Goal {
     pub what: &'static str,
     /// The figure.
     pub value: f64,
-    /// At most this much.
-    pub at_most: f64,
+    /// At most this much, where it has a goal.
+    pub at_most: Option<f64>,
 }
 
 impl Goal {
     /// Whether it is met.
     pub(crate) fn met(&self) -> bool {
-        self.value <= self.at_most
+        self.at_most.is_none_or(|at_most| self.value <= at_most)
     }
 }
 
@@ -41,6 +42,8 @@ pub(super) struct Row {
 
 /// No goal.
 const ANY: f64 = f64::INFINITY;
+/// No goal either, but shown: what the goal above it is read with.
+const SHOWN: f64 = f64::MAX;
 
 const fn row(
     id: &'static str,
@@ -75,6 +78,9 @@ pub(super) const ROWS: &[Row] = &[
         [0.65, 0.11, 0.11, 0.1, 0.7],
         |view| view.share(Target::Random),
     ),
+    row("A3", "the same of one DNAT rule and nothing else", [SHOWN, SHOWN, SHOWN, ANY, ANY], |view| {
+        view.floor(Target::Random)
+    }),
     row("A3", "first packet - direct: 10,000 Services / 10", only_iptables(1.3), |view| {
         Some(view.above(10_000, Target::Random)? / view.above(10, Target::Random)?)
     }),
@@ -86,6 +92,9 @@ pub(super) const ROWS: &[Row] = &[
         [0.8, 0.02, 0.02, ANY, 1.0],
         |view| view.share(Target::Miss),
     ),
+    row("A5", "the same of one DNAT rule and nothing else", [SHOWN, SHOWN, SHOWN, ANY, ANY], |view| {
+        view.floor(Target::Miss)
+    }),
     row(
         "A5",
         "non-Service connection, 10,000 Services: (ours - direct) / direct (repeats are within 0.02)",
@@ -185,7 +194,8 @@ pub(super) fn all(report: &Report) -> Vec<Goal> {
                 .iter()
                 .find_map(|name| (row.value)(&View { report, mode: name, subject: format!("shunt {name}") }));
             if let Some(value) = value.filter(|value| value.is_finite()) {
-                goals.push(Goal { id: row.id, mode, what: row.what, value, at_most: row.at_most[i] });
+                let at_most = Some(row.at_most[i]).filter(|at_most| *at_most < SHOWN);
+                goals.push(Goal { id: row.id, mode, what: row.what, value, at_most });
             }
         }
     }
@@ -230,6 +240,13 @@ impl View<'_> {
     fn share(&self, target: Target) -> Option<f64> {
         let direct = self.p50("direct", 10_000, target)?;
         Some(self.above(10_000, target)? / (self.p50(self.reference(), 10_000, target)? - direct))
+    }
+
+    /// What no rules of whatever mode of netfilter's can go below: their share of kube-proxy's layout.
+    fn floor(&self, target: Target) -> Option<f64> {
+        let direct = self.p50("direct", 10_000, target)?;
+        let above = |subject| Some(self.p50(subject, 10_000, target)? - direct);
+        Some(above(FLOOR)? / above(self.reference())?)
     }
 
     fn to_direct(&self, services: usize) -> Option<f64> {

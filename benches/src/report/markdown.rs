@@ -55,13 +55,18 @@ fn goals(report: &Report, out: &mut String) {
         .goals
         .iter()
         .map(|goal| {
-            let met = if goal.met() { "met" } else { "**not met**" };
+            let (at_most, met) = match goal.at_most {
+                Some(at_most) => {
+                    (format!("≤ {}", number(at_most)), if goal.met() { "met" } else { "**not met**" })
+                }
+                None => (String::new(), ""),
+            };
             vec![
                 goal.id.to_owned(),
                 goal.mode.to_owned(),
                 goal.what.to_owned(),
                 number(goal.value),
-                format!("≤ {}", number(goal.at_most)),
+                at_most,
                 met.to_owned(),
             ]
         })

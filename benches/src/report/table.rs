@@ -60,10 +60,14 @@ fn table(reports: &[Report]) -> String {
                 return String::new();
             }
             let same = |goal: &&Goal| (goal.id, goal.what, goal.mode) == (row.id, row.what, mode);
-            match goals.iter().find(same) {
-                Some(goal) if goal.met() => format!("{} ≤ {}", number(goal.value), number(at_most)),
-                Some(goal) => format!("**{}** > {}", number(goal.value), number(at_most)),
-                None => format!("to be filled by the run (≤ {})", number(at_most)),
+            let goal = goals.iter().find(same);
+            match goal.map(|goal| (number(goal.value), goal.at_most)) {
+                Some((value, None)) => value,
+                Some((value, Some(at_most))) if goal.is_some_and(Goal::met) => {
+                    format!("{value} ≤ {}", number(at_most))
+                }
+                Some((value, Some(at_most))) => format!("**{value}** > {}", number(at_most)),
+                None => "to be filled by the run".to_owned(),
             }
         });
         _ = writeln!(out, "| {} | {} | {} |", row.id, row.what, cells.collect::<Vec<_>>().join(" | "));

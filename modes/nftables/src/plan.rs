@@ -1,22 +1,27 @@
 //! From what was observed to what is desired, as transactions. Pure.
 
+mod affinity;
+mod skeleton;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nft_netlink::BaseChain;
-use shunt_core::table::{Frontend, NodePortMatch};
+use shunt_core::table::Frontend;
 use shunt_mode::Plan;
 
-use crate::affinity::{self, Affinity};
 use crate::layout::{
-    ChainKey, Class, ENDPOINTS_CAPACITY, Endpoint, Leg, List, POSTROUTING, SERVICES_CAPACITY, SERVICES_CHAIN,
-    SetKey, base_chains, uses,
+    ChainKey, Class, ENDPOINTS_CAPACITY, List, POSTROUTING, SERVICES_CAPACITY, SERVICES_CHAIN, SetKey,
+    base_chains,
 };
 use crate::op::Op;
-use crate::render::{AffinityPort, Desired, Dispatch};
-use crate::rules::{self, AffinityRules, NodePorts, Rule, Skeleton};
+use crate::render::{Desired, Dispatch};
+use crate::rules::{self, Rule, Skeleton};
 use crate::state::{Held, State};
+
+use affinity::{PortPlan, affinity_in_question};
+use skeleton::{endpoints_of, skeleton};
 
 /// Operations that one transaction holds at most, unless a single frontend needs more. The kernel
 /// holds the lock of all tables of the network namespace while it commits one.
@@ -67,7 +72,7 @@ pub fn plan_within(observed: &State, desired: &Desired, limits: &Limits) -> Plan
     }
     let ports = desired.affinity.keys().map(|port| &**port);
     let in_use = |id| observed.affinity.contains_key(&id);
-    let ids = affinity::assign_ids(ports, |port| observed.affinity_id(port), in_use);
+    let ids = crate::affinity::assign_ids(ports, |port| observed.affinity_id(port), in_use);
     let with_ids = (!ids.is_empty()).then(|| desired.with_ids(&ids));
     Planner::new(observed, with_ids.as_ref().unwrap_or(desired), limits, &ids).plan()
 }
@@ -106,21 +111,6 @@ struct Planner<'a> {
     affinity: BTreeMap<u32, PortPlan<'a>>,
     /// Chains of those that stay.
     affinity_chains: BTreeSet<String>,
-}
-
-/// What is planned for a Service port with affinity.
-#[derive(Default)]
-struct PortPlan<'a> {
-    /// What it should get; `None` if none of its frontends gets anything now.
-    wanted: Option<(&'a str, &'a AffinityPort)>,
-    /// Legs of frontends in question as they will be.
-    legs: BTreeSet<[Leg; 3]>,
-    /// Legs of frontends in question as they are, and of how many.
-    given_up: BTreeMap<[Leg; 3], usize>,
-    /// Legs that some frontend will have, in question or not.
-    all_legs: BTreeSet<[Leg; 3]>,
-    /// The change of the port and of its frontends, to stay within one transaction.
-    ops: Vec<Op>,
 }
 
 /// Maps that are full, as they are before the plan. Larger ones take over within one transaction.
@@ -489,106 +479,6 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Everything about Service ports with affinity that comes with their frontends.
-    fn affinity(&mut self) {
-        for (id, port) in &mut self.affinity {
-            let Some((name, wanted)) = port.wanted else { continue };
-            let nothing = Affinity::default();
-            let held = self.observed.affinity.get(id).unwrap_or(&nothing);
-            let lists =
-                port.used_lists().map(|(list, used)| if used { targets(wanted, list) } else { Vec::new() });
-            // The node's own first: they are few, and must not fall off the end.
-            let numbers = held.number(&[&*lists[1], &*lists[0]].concat());
-            let of = AffinityRules { id: *id, protocol: wanted.protocol, timeout: wanted.timeout };
-            for (list, used) in port.used_lists() {
-                if !used {
-                    continue;
-                }
-                let list_numbers: BTreeSet<u32> =
-                    lists[list as usize].iter().filter_map(|e| numbers.get(e)).copied().collect();
-                let chain = affinity::chain_name(*id, list, name);
-                let rules = rules::affinity(&self.skeleton, of, list, list_numbers.len() as u32);
-                set_rules(self.observed, &mut port.ops, &chain, None, rules);
-                self.affinity_chains.insert(chain);
-                let tokens =
-                    lists[list as usize].iter().filter_map(|e| Some((*numbers.get(e)?, *e))).collect();
-                port.ops.extend(edit_tokens(*id, list, held, &tokens));
-                let list_numbers: Vec<u32> = list_numbers.into_iter().collect();
-                let slots = edit_slots(&held.slots[list as usize], &list_numbers, false);
-                let slot = |(index, from, to)| Op::SetChoice { id: *id, list, index, from, to };
-                port.ops.extend(slots.into_iter().map(slot));
-            }
-            let mut classes = Vec::new();
-            for legs in &port.legs {
-                let class = Class::Affinity { id: *id, legs: *legs };
-                let chain = match class.chain() {
-                    Some(ChainKey::Affinity { id, list }) => affinity::chain_name(id, list, name),
-                    other => {
-                        let chain = other.map(|c| c.to_string()).unwrap_or_default();
-                        let rules = rules::affinity_class(&self.skeleton, *id, name, *legs);
-                        let known = self.observed.chains.get(&chain);
-                        self.rewritten |= known.is_some_and(|held| held.rules != rules);
-                        set_rules(self.observed, &mut port.ops, &chain, None, rules);
-                        self.affinity_chains.insert(chain.clone());
-                        chain
-                    }
-                };
-                if !self.observed.classes.contains(&class) {
-                    classes.push(Op::AddClass(class, Some(chain)));
-                }
-            }
-            port.ops.extend(classes);
-        }
-    }
-
-    /// Whether a frontend goes from one Service port with affinity to another, which happens when two
-    /// Services claim it. Then neither must change before the frontend is where it belongs.
-    fn a_frontend_moves(&self) -> bool {
-        let id_of = |class| if let Some(Class::Affinity { id, .. }) = class { Some(id) } else { None };
-        !self.affinity.is_empty()
-            && self.desired.frontends.iter().any(|(frontend, dispatch)| {
-                let held = id_of(self.observed.frontends.get(frontend).and_then(|held| held.class));
-                let wanted = id_of(dispatch.as_ref().map(|d| d.class));
-                held.is_some() && wanted.is_some() && held != wanted
-            })
-    }
-
-    /// What Service ports with affinity do not need any more. Chains and classes are only seen to where
-    /// [`Self::garbage`] does not see to all of them.
-    fn affinity_garbage(&self) -> Vec<Op> {
-        let mut garbage = Vec::new();
-        let nothing = Affinity::default();
-        for (id, port) in &self.affinity {
-            let held = self.observed.affinity.get(id).unwrap_or(&nothing);
-            let unused = port.used_lists().into_iter().filter(|(_, used)| !used).map(|(list, _)| list);
-            if !self.desired.everything {
-                let mut chains = Vec::new();
-                for class in self.observed.classes.range(Class::of_id(*id)) {
-                    if let Class::Affinity { legs, .. } = class
-                        && !port.all_legs.contains(legs)
-                    {
-                        garbage.push(Op::DeleteClass(*class));
-                        chains.extend(class.chain());
-                    }
-                }
-                // Chains of classes first: they lead to the others.
-                chains.retain(|chain| matches!(chain, ChainKey::Class(_)));
-                chains.extend(unused.clone().map(|list| ChainKey::Affinity { id: *id, list }));
-                let names = chains.iter().map(|chain| self.observed.chain_name(chain));
-                let names: Vec<String> = names.filter(|n| self.observed.chains.contains_key(n)).collect();
-                garbage.extend(names.iter().map(|name| Op::SetRules(name.clone(), Vec::new())));
-                garbage.extend(names.into_iter().map(Op::DeleteChain));
-            }
-            for list in unused {
-                let slots = edit_slots(&held.slots[list as usize], &[], false);
-                let slot = |(index, from, to)| Op::SetChoice { id: *id, list, index, from, to };
-                garbage.extend(slots.into_iter().map(slot));
-                garbage.extend(edit_tokens(*id, list, held, &BTreeMap::new()));
-            }
-        }
-        garbage
-    }
-
     /// Chains and classes that nothing uses any more, some spare ones excepted.
     fn garbage(&self) -> Vec<Op> {
         let stale = self.observed.classes.difference(&self.classes);
@@ -603,69 +493,6 @@ impl<'a> Planner<'a> {
         garbage.extend(stale.iter().map(|name| Op::DeleteChain((*name).clone())));
         garbage
     }
-}
-
-impl PortPlan<'_> {
-    /// Both lists, and whether some frontend will use them.
-    fn used_lists(&self) -> [(List, bool); 2] {
-        List::ALL.map(|list| (list, self.all_legs.iter().any(|legs| uses(*legs, list))))
-    }
-}
-
-/// Service ports with affinity that frontends in question have, or will have.
-fn affinity_in_question<'a>(
-    observed: &State,
-    desired: &'a Desired,
-    ids: &BTreeMap<&'a str, u32>,
-) -> BTreeMap<u32, PortPlan<'a>> {
-    let mut ports: BTreeMap<u32, PortPlan<'a>> = BTreeMap::new();
-    for (name, wanted) in &desired.affinity {
-        if let Some(id) = ids.get(&**name) {
-            ports.entry(*id).or_default().wanted = Some((&**name, wanted));
-        }
-    }
-    if ports.is_empty() && observed.affinity.is_empty() {
-        return ports;
-    }
-    for (frontend, dispatch) in &desired.frontends {
-        if let Some(Class::Affinity { id, legs }) = dispatch.as_ref().map(|d| d.class) {
-            ports.entry(id).or_default().legs.insert(legs);
-        }
-        if let Some(Class::Affinity { id, legs }) = observed.frontends.get(frontend).and_then(|h| h.class) {
-            *ports.entry(id).or_default().given_up.entry(legs).or_default() += 1;
-        }
-    }
-    if desired.everything {
-        for id in observed.affinity.keys() {
-            ports.entry(*id).or_default();
-        }
-    }
-    for (id, port) in &mut ports {
-        port.all_legs.clone_from(&port.legs);
-        if let Some(held) = observed.affinity.get(id).filter(|_| !desired.everything) {
-            let left = held.frontends.iter().filter(|(legs, n)| port.given_up.get(*legs) != Some(*n));
-            port.all_legs.extend(left.map(|(legs, _)| *legs));
-        }
-    }
-    ports
-}
-
-fn targets(port: &AffinityPort, list: List) -> Vec<Endpoint> {
-    let targets = port.lists[list as usize].iter();
-    targets.map(|t| Endpoint { address: t.address, port: t.port }).collect()
-}
-
-/// Which tokens to change so that a list knows exactly the wanted ones.
-fn edit_tokens(id: u32, list: List, held: &Affinity, wanted: &BTreeMap<u32, Endpoint>) -> Vec<Op> {
-    let held: BTreeMap<u32, Endpoint> =
-        held.endpoints.range((list, 0)..=(list, u32::MAX)).map(|((_, number), e)| (*number, *e)).collect();
-    let numbers: BTreeSet<u32> = held.keys().chain(wanted.keys()).copied().collect();
-    numbers
-        .into_iter()
-        .map(|number| (number, held.get(&number).copied(), wanted.get(&number).copied()))
-        .filter(|(_, from, to)| from != to)
-        .map(|(number, from, to)| Op::SetToken { id, list, number, from, to })
-        .collect()
 }
 
 /// Creates a chain or changes its rules, unless it is there with the right ones.
@@ -705,69 +532,4 @@ fn edit_slots<T: Copy + Ord>(
         .map(|i| (i as u32, held.get(i).copied().flatten(), slots.get(i).copied().flatten()))
         .filter(|(_, from, to)| from != to || (all && to.is_some()))
         .collect()
-}
-
-/// What the rules depend on, once the plan is carried out.
-fn skeleton(observed: &State, desired: &Desired, limits: &Limits) -> Skeleton {
-    let (services, endpoints) = room(observed, desired);
-    let node_ports = if desired.everything { false } else { keeps_node_ports(observed, desired) };
-    let node_ports = node_ports || desired.frontends.iter().any(|(f, d)| f.address.is_none() && d.is_some());
-    let some_guard = |map: &BTreeMap<Frontend, Option<Dispatch>>| {
-        map.values().flatten().any(|dispatch| dispatch.guard.is_some())
-    };
-    let guards = some_guard(&desired.frontends)
-        || (!desired.everything && observed.guarded.iter().any(|f| !desired.frontends.contains_key(f)));
-    let hairpins = desired.hairpins.values().any(|wanted| *wanted)
-        || (!desired.everything && observed.hairpins.iter().any(|h| !desired.hairpins.contains_key(h)));
-    Skeleton {
-        family: observed.family,
-        local_detector: desired.node.local_detector.clone(),
-        mark: 1_u32.wrapping_shl(u32::from(desired.node.masquerade_bit)),
-        services: capacity(observed.services_capacity(), limits.services, services),
-        endpoints: capacity(observed.endpoints_capacity(), limits.endpoints, endpoints),
-        node_ports: node_ports.then_some(match desired.node.node_ports {
-            NodePortMatch::AllLocal => NodePorts::AllLocal,
-            NodePortMatch::Addresses(_) => NodePorts::Set,
-        }),
-        guards,
-        hairpins,
-        service_cidrs: !desired.service_cidrs.is_empty(),
-    }
-}
-
-/// How many elements the sized maps must have room for. What a transaction deletes makes no room for
-/// what it adds: the kernel counts the former off when it commits and the latter when it is asked.
-fn room(observed: &State, desired: &Desired) -> (usize, usize) {
-    let nothing = Held::default();
-    let with_address = |f: &Frontend| f.address.is_some();
-    let node_ports = observed.frontends.keys().take_while(|f| !with_address(f)).count();
-    let (mut services, mut endpoints) = (observed.frontends.len() - node_ports, observed.endpoint_count);
-    for (frontend, dispatch) in desired.frontends.iter().filter(|(f, _)| with_address(f)) {
-        let Some(dispatch) = dispatch else { continue };
-        let held = observed.frontends.get(frontend).unwrap_or(&nothing);
-        services += usize::from(held.class != Some(dispatch.class));
-        for list in List::ALL {
-            let slots = edit_slots(held.list(list), &endpoints_of(dispatch, list), false);
-            endpoints += slots.iter().filter(|(_, _, to)| to.is_some()).count();
-        }
-    }
-    (services, endpoints)
-}
-
-fn endpoints_of(dispatch: &Dispatch, list: List) -> Vec<Endpoint> {
-    dispatch.list(list).iter().map(|t| Endpoint { address: t.address, port: t.port }).collect()
-}
-
-fn keeps_node_ports(observed: &State, desired: &Desired) -> bool {
-    // Node ports have no address and sort first.
-    observed.frontends.keys().take_while(|f| f.address.is_none()).any(|f| !desired.frontends.contains_key(f))
-}
-
-/// Keeps a capacity that suffices, else takes the next one that leaves room to grow.
-fn capacity(held: Option<u32>, least: u32, count: usize) -> u32 {
-    let mut capacity = held.unwrap_or(least);
-    while (capacity as usize) < count {
-        capacity = capacity.saturating_mul(2);
-    }
-    capacity
 }

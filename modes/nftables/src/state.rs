@@ -277,7 +277,7 @@ impl State {
     }
 
     /// Takes in an element as the kernel holds it. Ranges are not handled here: their elements mean
-    /// something only together (see [`ranges_of`]).
+    /// something only together (see [`crate::ranges`]).
     pub fn insert(&mut self, set: SetKey, element: &Element) {
         if self.place(set, element).is_none() {
             self.strays.insert(Stray {
