@@ -323,7 +323,10 @@ impl<'a> Planner<'a> {
         let (services, endpoints) = self.maps_of(frontend);
         // A new map is empty, and what is not wanted any more is taken out of the old one.
         let replaced = self.replaced.of(frontend);
-        let mut ops = Vec::new();
+        // Exactly as many as a new frontend needs: at the start there are as many of these as Services.
+        let endpoints_wanted: usize =
+            dispatch.map_or(0, |d| List::ALL.map(|list| d.list(list).len()).iter().sum());
+        let mut ops = Vec::with_capacity(endpoints_wanted + 1);
         let mut removals = Vec::new();
         for list in List::ALL {
             let wanted = dispatch.map(|d| endpoints_of(d, list)).unwrap_or_default();

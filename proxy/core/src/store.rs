@@ -64,8 +64,8 @@ impl Dirty {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Store {
     services: BTreeMap<NamespacedName, Arc<Service>>,
-    /// Slices by Service, then by name of the slice.
-    slices: BTreeMap<NamespacedName, BTreeMap<Arc<str>, Arc<EndpointSlice>>>,
+    /// Slices by Service, sorted by name of the slice. Most Services have one.
+    slices: BTreeMap<NamespacedName, Vec<Arc<EndpointSlice>>>,
     /// To which Service a slice belongs, so that a deletion and a move find it.
     slice_owner: BTreeMap<NamespacedName, NamespacedName>,
     node: Option<Node>,
@@ -93,10 +93,16 @@ impl Store {
                     dirty.services.extend(self.remove_slice(&slice.name));
                 }
                 let of_service = self.slices.entry(slice.service.clone()).or_default();
-                if of_service.get(&slice.name.name).is_none_or(|old| **old != slice) {
-                    dirty.services.insert(slice.service.clone());
-                    self.slice_owner.insert(slice.name.clone(), slice.service.clone());
-                    of_service.insert(slice.name.name.clone(), Arc::new(slice));
+                let place = place_of(of_service, &slice.name.name);
+                if place.is_ok_and(|i| *of_service[i] == slice) {
+                    return dirty;
+                }
+                dirty.services.insert(slice.service.clone());
+                self.slice_owner.insert(slice.name.clone(), slice.service.clone());
+                let slice = Arc::new(slice);
+                match place {
+                    Ok(i) => of_service[i] = slice,
+                    Err(i) => of_service.insert(i, slice),
                 }
             }
             Event::SliceGone(name) => dirty.services.extend(self.remove_slice(&name)),
@@ -123,7 +129,9 @@ impl Store {
     fn remove_slice(&mut self, name: &NamespacedName) -> Option<NamespacedName> {
         let owner = self.slice_owner.remove(name)?;
         if let Some(of_service) = self.slices.get_mut(&owner) {
-            of_service.remove(&name.name);
+            if let Ok(i) = place_of(of_service, &name.name) {
+                of_service.remove(i);
+            }
             if of_service.is_empty() {
                 self.slices.remove(&owner);
             }
@@ -143,12 +151,12 @@ impl Store {
 
     /// The slices of a Service, by name of the slice.
     pub fn slices(&self, service: &NamespacedName) -> impl Iterator<Item = &Arc<EndpointSlice>> {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(service).into_iter().flatten()
     }
 
     /// All slices, by Service and name.
     pub fn all_slices(&self) -> impl Iterator<Item = &Arc<EndpointSlice>> {
-        self.slices.values().flat_map(BTreeMap::values)
+        self.slices.values().flatten()
     }
 
     /// Addresses of the endpoints that are these pods, by the pod's hash and namespace. Looks at every
@@ -178,4 +186,9 @@ impl Store {
     pub fn service_cidrs(&self) -> &BTreeMap<Arc<str>, Vec<IpNet>> {
         &self.service_cidrs
     }
+}
+
+/// Where a slice is, or belongs, among those of its Service.
+fn place_of(slices: &[Arc<EndpointSlice>], name: &Arc<str>) -> Result<usize, usize> {
+    slices.binary_search_by(|slice| slice.name.name.cmp(name))
 }
