@@ -17,7 +17,7 @@ use shunt_harness::lab::ChildGuard;
 use tokio::sync::oneshot;
 
 use crate::bed::Bed;
-use crate::cluster::{Cluster, NODE, POD_RANGE};
+use crate::cluster::{Cluster, NODE, POD_RANGE, Shape};
 use crate::subject::PATIENCE;
 
 /// The fake API server, on a thread of its own in the node's namespace.
@@ -25,8 +25,8 @@ pub(crate) struct Api {
     server: Arc<ApiServer>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<()>>>,
-    /// Endpoints of all Services together.
-    endpoints: usize,
+    /// How large the cluster is.
+    shape: Shape,
 }
 
 impl Api {
@@ -46,8 +46,7 @@ impl Api {
         })?;
         let server: Arc<ApiServer> = receiver.recv().context("the fake API server did not start")?;
         server.put_all(cluster.objects.iter().cloned());
-        let endpoints = cluster.services.iter().map(|service| service.endpoints.len()).sum();
-        Ok(Self { server, stop: Some(stop), thread: Some(thread), endpoints })
+        Ok(Self { server, stop: Some(stop), thread: Some(thread), shape: cluster.shape })
     }
 
     /// The server.
@@ -66,8 +65,9 @@ impl Drop for Api {
     }
 }
 
-/// As many endpoints fit into ebpf mode's maps of their default size.
+/// As many endpoints, and as many Services, fit into ebpf mode's maps of their default size.
 const EBPF_ENDPOINTS: usize = 120_000;
+const EBPF_SERVICES: usize = 30_000;
 
 /// A program that programs the kernel.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -109,13 +109,13 @@ impl Program {
         self.mode() == "ebpf"
     }
 
-    /// So many Services at most are measured. iptables' own tools need time that grows with the square of the
-    /// number of chains in the nft flavour: 7 s at 10,000, minutes at 30,000.
-    pub(crate) fn most_services(&self) -> usize {
-        if self.mode() == "iptables-nft" { 10_000 } else { usize::MAX }
+    /// Whether a cluster of this size is measured. iptables' own tools need time that grows with the square of
+    /// the number of chains in the nft flavour: 7 s at 10,000 x 10, a minute at 5,000 x 50, more at 30,000.
+    pub(crate) fn can_take(&self, services: usize, endpoints: usize) -> bool {
+        self.mode() != "iptables-nft" || services <= 10_000 && endpoints <= 10
     }
 
-    fn command(&self, kubeconfig: &Path, bed: &Bed, endpoints: usize) -> Command {
+    fn command(&self, kubeconfig: &Path, bed: &Bed, shape: Shape) -> Command {
         let folder = bed.folder();
         let (binary, mode) = match self {
             Self::Shunt { binary, mode } | Self::KubeProxy { binary, mode } => (binary, mode),
@@ -132,10 +132,13 @@ impl Program {
                 if let (Some(cgroup), Some(bpf)) = (bed.cgroup(), bed.bpf()) {
                     command.arg("--cgroup-root").arg(cgroup).arg("--bpf-fs-root").arg(bpf);
                 }
-                if self.works_on_sockets() && endpoints > EBPF_ENDPOINTS {
-                    // Half of the endpoints are for the other family; a change wants room for a few more.
-                    let room = (2 * endpoints).next_power_of_two();
-                    command.args(["--ebpf-endpoints-max", &room.to_string()]);
+                // Half of the room is for the other family; a change wants room for a few more.
+                let room = |number: usize| (2 * number).next_power_of_two().to_string();
+                if self.works_on_sockets() && shape.services * shape.endpoints > EBPF_ENDPOINTS {
+                    command.arg("--ebpf-endpoints-max").arg(room(shape.services * shape.endpoints));
+                }
+                if self.works_on_sockets() && shape.services > EBPF_SERVICES {
+                    command.arg("--ebpf-frontends-max").arg(room(shape.services));
                 }
             }
             Self::KubeProxy { .. } => {
@@ -183,7 +186,7 @@ impl Agent {
     pub(crate) fn start(bed: &Bed, api: &Api, program: &Program) -> Result<Self> {
         let kubeconfig = bed.folder().join("kubeconfig");
         std::fs::write(&kubeconfig, api.server().kubeconfig())?;
-        let command = program.command(&kubeconfig, bed, api.endpoints);
+        let command = program.command(&kubeconfig, bed, api.shape);
         let started = Instant::now();
         Ok(Self { child: bed.node().spawn(&command)?, started })
     }

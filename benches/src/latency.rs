@@ -153,7 +153,7 @@ fn measure_size(plan: &Plan, services: usize, failures: &mut Vec<String>) -> Res
                 continue;
             }
         }
-        if matches!(subject, Subject::Program(program) if services > program.most_services()) {
+        if matches!(subject, Subject::Program(program) if !program.can_take(services, plan.endpoints)) {
             continue;
         }
         wanted.push((subject.clone(), 0));
