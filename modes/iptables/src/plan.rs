@@ -12,8 +12,9 @@ use std::collections::BTreeSet;
 
 use shunt_core::table::Frontend;
 use shunt_mode::Plan;
+use xtables_tools::Table;
 
-use crate::fixed::{self, Table};
+use crate::fixed;
 use crate::names::{self, Name};
 use crate::op::{Op, advance};
 use crate::render::{Desired, Dispatch, Refusal};

@@ -13,11 +13,12 @@ use ipvs_netlink::{Destination, Service, ServiceKey};
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::LocalEndpoint;
 use shunt_mode::Plan;
+use xtables_tools::Table;
 
 use crate::layout::{self, Place, SetName};
 use crate::op::Op;
 use crate::render::{Desired, Wanted};
-use crate::rules::{Rules, Table};
+use crate::rules::Rules;
 use crate::scheduler;
 use crate::skeleton::skeleton;
 use crate::state::State;
@@ -548,7 +549,7 @@ mod tests {
         let mut observed = State::empty(IpFamily::V4);
         assert_eq!(order(&observed), (true, true), "nobody serves");
         let text = "*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j KUBE-SERVICES\nCOMMIT\n";
-        observed.rules = crate::parse::parse(IpFamily::V4, text);
+        (observed.rules, _) = crate::parse::parse(IpFamily::V4, text);
         assert_eq!(order(&observed), (false, true), "iptables mode serves");
         observed.sets.insert(SetName::ClusterIp, BTreeMap::new());
         assert_eq!(order(&observed), (true, true), "ipvs mode serves");

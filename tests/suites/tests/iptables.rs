@@ -208,7 +208,7 @@ where
     lab.node().exec(&format!("iptables-{flavour}-restore"), ["--noflush", "--wait"], TAKEN_OVER)?;
     let before = rules(flavour)?;
     tools(&mut kernel.backend).remove_beside(&|used, table, chain| {
-        used.name() == flavour && shunt_mode_ipvs::skeleton::is_chain(table, chain)
+        used.name() == flavour && shunt_mode_ipvs::skeleton::is_ours(table, chain)
     })?;
     let left = rules(flavour)?;
     ensure!(left.is_subset(&before), "made anew: {left:?}");
