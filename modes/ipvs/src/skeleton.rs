@@ -119,6 +119,26 @@ fn hook(rules: &mut Rules, table: Table, name: &str, rule: Rule) {
     }
 }
 
+/// Rules of iptables mode, and before them what closes the other ports of VIPs: so VIPs may become addresses of the
+/// node while those rules still translate.
+pub fn closing_vips(others: &Rules, ours: &Rules) -> Rules {
+    let is_filter = |chain: &Chain| (chain.table, &*chain.name) == (Table::Filter, IPVS_FILTER);
+    let mut rules = others.clone();
+    rules.chains.retain(|chain| !is_filter(chain));
+    rules.chains.extend(ours.chains.iter().filter(|chain| is_filter(chain)).cloned());
+    for name in ["INPUT", "OUTPUT"] {
+        let closes = |rule: &&Rule| rule.leads_to().is_some_and(|chain| chain == IPVS_FILTER);
+        let first = ours.hook(Table::Filter, name).iter().filter(closes);
+        let then = others.hook(Table::Filter, name).iter().filter(|rule| !closes(rule));
+        let list = first.chain(then).cloned().collect();
+        rules.hooks.retain(|hook| (hook.table, &*hook.name) != (Table::Filter, name));
+        rules.hooks.push(Chain { table: Table::Filter, name: name.to_owned(), rules: list });
+    }
+    rules.chains.sort();
+    rules.hooks.sort();
+    rules
+}
+
 fn filter(node: &NodeFacts, rules: &mut Rules) {
     let bit = masquerade_bit(node);
     chain(

@@ -123,6 +123,14 @@ fn only_host_port(lab: &Lab, flavour: &str) -> Result<()> {
     Ok(())
 }
 
+/// Packets that the rules of ipvs mode dropped because nobody had the address that they were for.
+fn strays(lab: &Lab) -> Result<u64> {
+    let rules = lab.node().exec("iptables-legacy-save", ["--counters", "--table", "mangle"], "")?;
+    let rule = rules.lines().find(|line| line.contains("KUBE-SERVICE-CIDR")).context("no such rule")?;
+    let (packets, _) = rule.trim_start_matches('[').split_once(':').context("no counter")?;
+    Ok(packets.parse()?)
+}
+
 /// These two have chains of the same names. Whichever came before, there is in the end what a start on a fresh
 /// node makes, and nothing else.
 fn iptables_and_ipvs() -> Result<()> {
@@ -157,6 +165,7 @@ fn iptables_and_ipvs() -> Result<()> {
             ensure!(Instant::now() < deadline, "in {name} mode, left or missing: {differing:#?}\n{agent}");
             std::thread::sleep(Duration::from_millis(50));
         }
+        ensure!(name != "ipvs" || strays(&lab)? == 0, "packets to VIPs that were not there");
     }
     for storm in storms {
         let report = storm.stop()?;
