@@ -271,6 +271,29 @@ fn metrics(address: &str) -> Result<String> {
     Ok(text)
 }
 
+/// Where nobody says which flavour, the kubelet's hint does, and the rules are nowhere else.
+#[test]
+fn the_kubelets_hint_says_which_flavour() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    for (flavour, other, hint) in
+        [("legacy", "nft", "KUBE-IPTABLES-HINT"), ("nft", "legacy", "KUBE-KUBELET-CANARY")]
+    {
+        let lab = lab()?;
+        let hint = ["-t", "mangle", "-N", hint];
+        lab.node().exec(&format!("iptables-{flavour}"), hint, "")?;
+        let save = |flavour: &str| lab.node().exec(&format!("iptables-{flavour}-save"), [""; 0], "");
+        let more = ["-A", "INPUT", "-i", "lo", "-j", "ACCEPT"];
+        lab.node().exec(&format!("iptables-{other}"), more, "")?;
+        let mut agent = start(&lab, &["--mode", "iptables"])?;
+        ensure!(save(flavour)?.contains(":KUBE-SERVICES"), "not in {flavour}: {agent}");
+        ensure!(!save(other)?.contains("KUBE-SERVICES"), "in {other}: {agent}");
+        agent.stop()?;
+    }
+    Ok(())
+}
+
 /// Traffic of Services passes a node that forwards nothing else.
 #[test]
 fn services_pass_a_node_that_forwards_nothing() -> Result<()> {
