@@ -19,69 +19,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::{ForwardingTable, NodeFacts, NodePortMatch};
+use xtables_tools::{Builtin, Table};
 
 use crate::names::{self, Name};
 use crate::rule::{Key, Match, Rule, Side, States, Target, comment};
-
-/// A table of iptables, in the order in which they are written.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Table {
-    /// Accepts and refuses.
-    Filter,
-    /// Holds a canary.
-    Mangle,
-    /// Translates.
-    Nat,
-}
-
-impl Table {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Filter, Self::Mangle, Self::Nat];
-
-    /// Its name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Filter => "filter",
-            Self::Mangle => "mangle",
-            Self::Nat => "nat",
-        }
-    }
-}
-
-/// A chain of the kernel's that leads to ours.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Builtin {
-    /// Packets that come in.
-    Prerouting,
-    /// Packets for the node itself.
-    Input,
-    /// Packets that pass through.
-    Forward,
-    /// Packets of the node itself.
-    Output,
-    /// Packets that go out.
-    Postrouting,
-}
-
-impl Builtin {
-    const ALL: [Self; 5] = [Self::Prerouting, Self::Input, Self::Forward, Self::Output, Self::Postrouting];
-
-    /// Its name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Prerouting => "PREROUTING",
-            Self::Input => "INPUT",
-            Self::Forward => "FORWARD",
-            Self::Output => "OUTPUT",
-            Self::Postrouting => "POSTROUTING",
-        }
-    }
-
-    /// The one with this name.
-    pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|builtin| builtin.name() == name)
-    }
-}
 
 /// Chains with their rules.
 pub type Chains = BTreeMap<(Table, Name), Vec<Rule>>;

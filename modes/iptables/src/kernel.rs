@@ -10,9 +10,8 @@ use std::time::Duration;
 use ipset_netlink::{Commands, IN_USE, Ipset};
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
-use xtables_tools::{Flavour, Namespace, Programs};
+use xtables_tools::{Flavour, Held, Namespace, Programs, Table};
 
-use crate::fixed::Table;
 use crate::names;
 use crate::op::{About, Op, counts, restore_text};
 use crate::plan;
@@ -55,6 +54,8 @@ pub struct Tools {
     programs: Option<Programs>,
     /// Or why there is none.
     sets: Result<Ipset, ipset_netlink::Error>,
+    /// Chains of ours that rules of others led to when rules were read last.
+    held: Held,
     /// There are rules of ours, as far as known.
     programmed: bool,
     looks: u32,
@@ -62,7 +63,7 @@ pub struct Tools {
 }
 
 /// Chains that stay: by flavour of the tools, table and name.
-type IsKept<'a> = dyn Fn(Flavour, &str, &str) -> bool + 'a;
+type IsKept<'a> = dyn Fn(Flavour, Table, &str) -> bool + 'a;
 
 impl Tools {
     /// The kernel of the calling thread's network namespace, in this flavour or the one that the node uses.
@@ -77,6 +78,7 @@ impl Tools {
             namespace,
             programs,
             sets: Ipset::open(),
+            held: Held::default(),
             programmed: false,
             looks: 0,
             waited: Duration::ZERO,
@@ -127,11 +129,11 @@ impl Tools {
                 text => text.map_err(lost)?,
             };
             let mut state = State::empty(self.family);
-            state.read_rules(&text);
-            state.forget(&|table, chain| is_kept(flavour, table.name(), chain));
+            let held = std::mem::replace(&mut self.held, state.read_rules(&text));
+            state.forget(&|table, chain| is_kept(flavour, table, chain));
             let used = self.programs.replace(programs);
             let removed = self.carry_out(&plan::removal(&state));
-            self.programs = used;
+            (self.programs, self.held) = (used, held);
             removed?;
         }
         Ok(())
@@ -145,9 +147,9 @@ impl Tools {
         self.sets.as_mut().map_err(|error| error.to_string())
     }
 
-    fn read_rules(&self) -> io::Result<State> {
+    fn read_rules(&mut self) -> io::Result<State> {
         let mut state = State::empty(self.family);
-        state.read_rules(&self.programs()?.save(&self.namespace)?);
+        self.held = state.read_rules(&self.programs()?.save(&self.namespace)?);
         if self.family == IpFamily::V4 {
             let routed = self.namespace.inside(|| std::fs::read_to_string(ROUTE_LOCALNET))?;
             state.loopback.routed = routed.trim() == "1";
@@ -170,14 +172,10 @@ impl Tools {
 
     fn restore(&mut self, ops: &[Op]) -> io::Result<()> {
         let programs = self.programs()?;
-        let restore = |counting| programs.restore(&self.namespace, &restore_text(ops, counting));
         let counting = ops.iter().any(counts)
             && self.namespace.inside(|| accounting::make().map_err(io::Error::other)).unwrap_or(false);
-        self.waited += match restore(counting) {
-            // A kernel may have counters, but no condition that counts.
-            Err(_) if counting => restore(false)?,
-            done => done?,
-        };
+        let restore = |text: &str| programs.restore(&self.namespace, text);
+        self.waited += restore_counting(ops, counting, &self.held, restore)?;
         for op in ops {
             match op {
                 Op::SetChain(Table::Mangle, name, _) if &**name == names::CANARY => self.programmed = true,
@@ -272,6 +270,37 @@ impl Tools {
     }
 }
 
+/// Has operations on tables carried out by what is given texts for `iptables-restore`; adds up what it answers.
+///
+/// A kernel may have counters, but no condition that counts. What it refuses for that is said again without, and nothing
+/// but that, as some of it would then be there twice: so each table is a text of its own.
+fn restore_counting(
+    ops: &[Op],
+    counting: bool,
+    held: &Held,
+    mut restore: impl FnMut(&str) -> io::Result<Duration>,
+) -> io::Result<Duration> {
+    if !counting {
+        return restore(&restore_text(ops, &Table::ALL, false, held));
+    }
+    let mut waited = Duration::ZERO;
+    for table in Table::ALL {
+        let text = |counting| restore_text(ops, &[table], counting, held);
+        let counted = text(true);
+        if counted.is_empty() {
+            continue;
+        }
+        waited += match restore(&counted) {
+            Err(refused) => {
+                let plain = text(false);
+                if plain == counted { Err(refused) } else { restore(&plain) }
+            }
+            done => done,
+        }?;
+    }
+    Ok(waited)
+}
+
 fn encode(commands: &mut Commands, op: &Op) {
     match op {
         Op::CreateSet(family, name, kind) => commands.create(&kind.declaration(*family, name)),
@@ -362,5 +391,65 @@ impl Kernel for Tools {
 
     fn waited(&mut self) -> Duration {
         std::mem::take(&mut self.waited)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rule::{Match, Rule, States, Target};
+    use xtables_tools::Builtin;
+
+    /// Adds a rule that counts to both tables, and a hook.
+    fn counted() -> Vec<Op> {
+        let rule = || {
+            let matches =
+                vec![Match::State(false, States::INVALID), Match::Counted(names::INVALID_DROPPED.into())];
+            Rule::new(matches, Target::Return)
+        };
+        let hook = Rule::always(Target::Jump(names::FORWARD.into()));
+        vec![
+            Op::SetChain(Table::Nat, names::POSTROUTING.into(), vec![rule()]),
+            Op::SetChain(Table::Filter, names::FORWARD.into(), vec![rule()]),
+            Op::SetHooks { table: Table::Filter, builtin: Builtin::Forward, from: vec![], to: vec![hook] },
+        ]
+    }
+
+    #[test]
+    fn only_what_was_refused_for_its_counters_is_said_again() {
+        for refused in [&[][..], &["*nat"], &["*filter"], &["*filter", "*nat"]] {
+            let mut taken: Vec<String> = Vec::new();
+            let done = restore_counting(&counted(), true, &Held::default(), |text| {
+                if text.contains("nfacct") && refused.iter().any(|table| text.contains(table)) {
+                    return Err(io::Error::other("unknown match"));
+                }
+                taken.push(text.to_owned());
+                Ok(Duration::from_secs(1))
+            });
+            assert_eq!(done.ok(), Some(Duration::from_secs(2)));
+            assert_eq!(taken.concat().matches("-I FORWARD").count(), 1, "{refused:?}: {taken:#?}");
+            for (text, table) in taken.iter().zip(["*filter", "*nat"]) {
+                assert!(text.starts_with(table), "{taken:#?}");
+                assert_eq!(text.contains("nfacct"), !refused.contains(&table), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_counters_all_tables_are_one_text_and_a_refusal_is_final() {
+        let mut texts = Vec::new();
+        let done = restore_counting(&counted(), false, &Held::default(), |text| {
+            texts.push(text.to_owned());
+            Err(io::Error::other("no"))
+        });
+        assert!(done.is_err());
+        assert!(texts.len() == 1 && !texts[0].contains("nfacct"), "{texts:#?}");
+        let mut asked = 0;
+        let mangle = [Op::SetChain(Table::Mangle, names::CANARY.into(), vec![])];
+        let done = restore_counting(&mangle, true, &Held::default(), |_| {
+            asked += 1;
+            Err(io::Error::other("no"))
+        });
+        assert!(done.is_err() && asked == 1, "what counts nothing is not refused for its counters");
     }
 }

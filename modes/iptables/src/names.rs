@@ -6,8 +6,8 @@ use std::sync::Arc;
 use data_encoding::BASE32;
 use sha2::{Digest as _, Sha256};
 use shunt_core::id::{IpFamily, ServicePortName};
-
-use crate::fixed::Table;
+pub use xtables_tools::MARK_MASQ;
+use xtables_tools::Table;
 
 /// The name of a chain or set. Most appear in several rules.
 pub type Name = Arc<str>;
@@ -20,8 +20,6 @@ pub const EXTERNAL_SERVICES: &str = "KUBE-EXTERNAL-SERVICES";
 pub const NODE_PORTS: &str = "KUBE-NODEPORTS";
 /// Masquerades.
 pub const POSTROUTING: &str = "KUBE-POSTROUTING";
-/// Asks for masquerade.
-pub const MARK_MASQ: &str = "KUBE-MARK-MASQ";
 /// Accepts forwarded traffic of Services.
 pub const FORWARD: &str = "KUBE-FORWARD";
 /// Drops what source ranges do not allow.
@@ -57,11 +55,6 @@ pub fn is_ours(table: Table, chain: &str) -> bool {
         return chain == CANARY;
     }
     FIXED.contains(&chain) || is_tree(chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
-}
-
-/// Whether a chain is ours, by the name of its table.
-pub fn is_chain(table: &str, chain: &str) -> bool {
-    Table::ALL.into_iter().any(|known| known.name() == table && is_ours(known, chain))
 }
 
 /// Whether a chain belongs to a dispatch tree, its root excepted.

@@ -5,8 +5,9 @@ use std::fmt::{self, Write as _};
 
 use shunt_core::id::IpFamily;
 use shunt_mode::{RuleCount, Transaction};
+use xtables_tools::{Builtin, Held, Stays, Table};
 
-use crate::fixed::{Builtin, Table, anti_martian};
+use crate::fixed::anti_martian;
 use crate::names::{self, Name};
 use crate::rule::{Match, Rule};
 use crate::sets::{Element, Kind};
@@ -25,7 +26,7 @@ pub enum Op {
     DeleteElement(Name, Element),
     /// Make a chain with these rules, or give them to a chain that there is.
     SetChain(Table, Name, Vec<Rule>),
-    /// Remove a chain.
+    /// Remove a chain; one that rules of others lead to stays, without rules of ours.
     DeleteChain(Table, Name),
     /// Lead packets to our chains: before all other rules of a chain of the kernel's.
     SetHooks {
@@ -114,11 +115,11 @@ pub fn counts(op: &Op) -> bool {
     matches!(op, Op::SetChain(_, _, rules) if rules.iter().any(counted))
 }
 
-/// What `iptables-restore --noflush` is given for operations on tables, in order of the tables. Each
-/// table changes at once. Without `counting` rules do the same and count nothing.
-pub fn restore_text(ops: &[Op], counting: bool) -> String {
+/// What `iptables-restore --noflush` is given for operations on tables, in order of the tables; those that need
+/// nothing are left out. Each table changes at once. Without `counting` rules do the same and count nothing.
+pub fn restore_text(ops: &[Op], tables: &[Table], counting: bool, held: &Held) -> String {
     let mut text = String::new();
-    for table in Table::ALL {
+    for table in tables.iter().copied() {
         let here = || ops.iter().filter(|op| op.table() == Some(table));
         if here().next().is_none() {
             continue;
@@ -134,6 +135,7 @@ pub fn restore_text(ops: &[Op], counting: bool) -> String {
         };
         for op in here() {
             match op {
+                Op::DeleteChain(_, name) if held.stays(table, name) == Some(Stays::AsItIs) => {}
                 Op::SetChain(_, name, _) | Op::DeleteChain(_, name) => declare(&mut text, name),
                 Op::GuardLoopback(held) if !held.chain => declare(&mut text, names::FIREWALL),
                 _ => {}
@@ -173,7 +175,9 @@ pub fn restore_text(ops: &[Op], counting: bool) -> String {
             }
         }
         for op in here() {
-            if let Op::DeleteChain(_, name) = op {
+            if let Op::DeleteChain(_, name) = op
+                && held.stays(table, name).is_none()
+            {
                 let _ = writeln!(text, "-X {name}");
             }
         }
@@ -240,5 +244,43 @@ fn advance_one(state: &mut State, op: &Op) {
                 Loopback { chain: true, rule: true, hooked: [true; 2], routed: state.loopback.routed };
         }
         Op::RouteLoopback => state.loopback.routed = true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::removal;
+
+    /// CRI-O and the CNI plug-in for host ports lead to `KUBE-MARK-MASQ`.
+    #[test]
+    fn what_rules_of_others_lead_to_is_not_removed() {
+        let text = "*filter\n:KUBE-FORWARD - [0:0]\n-A FORWARD -j KUBE-FORWARD\n-A KUBE-FORWARD -j ACCEPT\nCOMMIT\n\
+            *nat\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
+            -A PREROUTING -m limit --limit 1/min -j KUBE-SERVICES\n-A POSTROUTING -s 10.9.0.0/16 -j KUBE-MARK-MASQ\n\
+            -A KUBE-SERVICES -j KUBE-SVC-X\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n\
+            -A KUBE-SVC-X -j KUBE-MARK-MASQ\n-A KUBE-SVC-X -j DNAT --to-destination 10.0.0.1:80\n\
+            -A KUBE-HP-X -s 10.244.0.7/32 -j KUBE-MARK-MASQ\n-A KUBE-HP-X -j KUBE-SVC-X\nCOMMIT\n";
+        let mut state = State::empty(IpFamily::V4);
+        let held = state.read_rules(text);
+        assert_eq!(
+            restore_text(&removal(&state), &Table::ALL, true, &held),
+            "*filter\n:KUBE-FORWARD - [0:0]\n-D FORWARD -j KUBE-FORWARD\n-X KUBE-FORWARD\nCOMMIT\n\
+             *nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
+             -D PREROUTING -m limit --limit 1/min -j KUBE-SERVICES\n-X KUBE-SERVICES\nCOMMIT\n"
+        );
+        let left = "*nat\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SVC-X - [0:0]\n\
+            -A POSTROUTING -s 10.9.0.0/16 -j KUBE-MARK-MASQ\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n\
+            -A KUBE-HP-X -s 10.244.0.7/32 -j KUBE-MARK-MASQ\n-A KUBE-HP-X -j KUBE-SVC-X\nCOMMIT\n";
+        let mut state = State::empty(IpFamily::V4);
+        state.read_rules(left);
+        assert_eq!(state, State::empty(IpFamily::V4), "what is left is theirs");
+        state.read_rules(
+            "*nat\n:KUBE-SVC-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n-A KUBE-HP-X -j KUBE-MARK-MASQ\nCOMMIT\n",
+        );
+        assert!(
+            state.chains.keys().map(|(_, name)| &**name).eq(["KUBE-SVC-X"]),
+            "nobody leads there any more"
+        );
     }
 }

@@ -12,10 +12,11 @@ use std::collections::BTreeSet;
 
 use shunt_core::table::Frontend;
 use shunt_mode::Plan;
+use xtables_tools::Table;
 
-use crate::fixed::{self, Table};
+use crate::fixed;
 use crate::names::{self, Name};
-use crate::op::{Op, advance};
+use crate::op::{About, Op, advance};
 use crate::render::{Desired, Dispatch, Refusal};
 use crate::rule::{Rule, Target};
 use crate::sets::{Element, Kind};
@@ -153,7 +154,9 @@ impl<'a> Planner<'a> {
             && let Some(at) = self.switch.iter().position(is_mark)
         {
             let op = self.switch.remove(at);
-            self.before.insert(0, op);
+            // Among rules, so that all are one call of the tool.
+            let first = self.before.iter().position(|op| op.about() == About::Rules);
+            self.before.insert(first.unwrap_or(self.before.len()), op);
         }
     }
 

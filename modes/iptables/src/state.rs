@@ -6,12 +6,12 @@ use std::fmt;
 use ipset_netlink::Listed;
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, Frontend};
-use xtables_tools::Line;
+use xtables_tools::{Builtin, Held, Line, Table, is_hook, target, words};
 
-use crate::fixed::{Builtin, Chains, Hooks, Table};
+use crate::fixed::{Chains, Hooks};
 use crate::names::{self, Name};
 use crate::parse;
-use crate::rule::{Match, Rule};
+use crate::rule::{Match, Rule, Target};
 use crate::sets::{Element, Kind, family_of};
 use crate::tree;
 
@@ -81,13 +81,14 @@ impl State {
         self.sets.get(set).is_some_and(|s| s.elements.contains(element))
     }
 
-    /// Takes in what `iptables-save` prints.
-    pub fn read_rules(&mut self, text: &str) {
+    /// Takes in what `iptables-save` prints, and answers which chains rules of others lead to. Where only those do,
+    /// and nothing of ours is to be taken away, the chain is theirs.
+    pub fn read_rules(&mut self, text: &str) -> Held {
         let mut table = None;
         let anti_martian = crate::fixed::anti_martian();
         for line in text.lines().filter_map(xtables_tools::line) {
             match line {
-                Line::Table(name) => table = Table::ALL.into_iter().find(|t| t.name() == name),
+                Line::Table(name) => table = Table::parse(name),
                 Line::Chain(chain) => {
                     if let Some(table) = table
                         && names::is_ours(table, chain)
@@ -108,14 +109,30 @@ impl State {
                 }
             }
         }
+        let held = Held::read(text, names::is_ours);
+        for (table, chain) in held.untouched() {
+            if !self.leads_to(table, chain) {
+                self.chains.remove(&(table, chain.into()));
+            }
+        }
+        held
+    }
+
+    fn leads_to(&self, table: Table, chain: &str) -> bool {
+        let of_chains = self.chains.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules);
+        let of_hooks = self.hooks.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules);
+        of_chains.chain(of_hooks).any(|rule| rule.leads_to().is_some_and(|to| &**to == chain))
     }
 
     fn read_hook(&mut self, table: Table, builtin: Builtin, text: &str) {
+        let words = words(text);
+        let Some(chain) = target(&words) else { return };
         let rule = parse::rule(text);
-        let Some(chain) = rule.leads_to() else { return };
         if names::is_ours(table, chain) {
-            self.hooks.entry((table, builtin)).or_default().push(rule);
-        } else if &**chain == names::FIREWALL && table == Table::Filter && rule.matches.is_empty() {
+            if is_hook(builtin.name(), chain) {
+                self.hooks.entry((table, builtin)).or_default().push(rule);
+            }
+        } else if table == Table::Filter && rule == Rule::always(Target::Jump(names::FIREWALL.into())) {
             match builtin {
                 Builtin::Input => self.loopback.hooked[0] = true,
                 Builtin::Output => self.loopback.hooked[1] = true,
@@ -145,7 +162,11 @@ impl State {
     pub fn forget(&mut self, is_kept: &dyn Fn(Table, &str) -> bool) {
         self.chains.retain(|(table, chain), _| !is_kept(*table, chain));
         for ((table, _), rules) in &mut self.hooks {
-            rules.retain(|rule| rule.leads_to().is_none_or(|chain| !is_kept(*table, chain)));
+            rules.retain(|rule| match &rule.target {
+                // Rules of the other mode have conditions that ours have not.
+                Target::Other(text) => target(&words(text)).is_none_or(|chain| !is_kept(*table, chain)),
+                _ => rule.leads_to().is_none_or(|chain| !is_kept(*table, chain)),
+            });
         }
         self.hooks.retain(|_, rules| !rules.is_empty());
     }

@@ -6,8 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use shunt_core::table::LocalEndpoint;
 use shunt_core::walk::{Outcome, Packet};
+use xtables_tools::{Builtin, Table};
 
-use crate::fixed::{Builtin, Table};
 use crate::names;
 use crate::rule::{Key, Match, Rule, Side, States, Target};
 use crate::sets::Element;

@@ -6,11 +6,12 @@ use std::net::SocketAddr;
 use ipvs_netlink::ServiceKey;
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Remedy, Transaction, Unsupported};
+use xtables_tools::Table;
 
 use crate::kernel::{Connections, Kernel};
 use crate::layout::SetName;
 use crate::op::{self, Op};
-use crate::rules::{Match, Rules, Table, Target};
+use crate::rules::{Match, Rules, Target};
 use crate::state::State;
 
 /// The kernel in memory.

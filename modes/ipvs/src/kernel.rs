@@ -15,7 +15,7 @@ use ipset_netlink::{Element, Ipset};
 use ipvs_netlink::{Config, Ipvs, NetlinkError, ServiceKey};
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
-use xtables_tools::{Flavour, Namespace, Programs};
+use xtables_tools::{Flavour, Namespace, Programs, Table};
 
 use crate::drain::Drained;
 use crate::layout::{self, SetName};
@@ -91,6 +91,8 @@ struct Held {
     link: bool,
     servers: usize,
     rules: Rules,
+    /// Chains that rules of others led to when rules were read last.
+    chains: xtables_tools::Held,
 }
 
 impl Held {
@@ -209,7 +211,9 @@ impl Linux {
     /// Our rules as they are.
     fn saved(&mut self) -> Result<Rules, KernelError> {
         let text = self.with_rules("read the rules", Remedy::Retry, Programs::save)?;
-        Ok(crate::parse::parse(self.family, &text))
+        let (rules, chains) = crate::parse::parse(self.family, &text);
+        self.held.chains = chains;
+        Ok(rules)
     }
 
     fn lacking(&mut self) -> Result<BTreeSet<String>, KernelError> {
@@ -268,7 +272,7 @@ impl Linux {
             }
             Op::ReplaceSet(family, set, elements) => self.replace_set(*family, *set, elements),
             Op::SetRules(family, was, rules) => {
-                let text = tables::restore_text(*family, was, rules);
+                let text = tables::restore_text(*family, was, rules, &self.held.chains);
                 let restore = |programs: &Programs, namespace: &_| programs.restore(namespace, &text);
                 self.with_rules(&op.to_string(), Remedy::Resync, restore).map(drop)
             }
@@ -360,7 +364,7 @@ impl Kernel for Linux {
     }
 
     fn load_tables(&mut self) -> Result<(), KernelError> {
-        let text = crate::rules::Table::ALL.map(|table| format!("*{}\nCOMMIT\n", table.name())).concat();
+        let text = Table::ALL.map(|table| format!("*{}\nCOMMIT\n", table.name())).concat();
         let restore = |programs: &Programs, namespace: &Namespace| programs.restore(namespace, &text);
         self.with_rules("load the tables' modules", Remedy::Retry, restore).map(drop)
     }
@@ -377,7 +381,9 @@ impl Kernel for Linux {
         state.lacking = self.lacking()?;
         self.read_sets(&mut state)?;
         state.rules = self.saved()?;
-        self.held = Held { link: state.link, servers: state.servers.len(), rules: state.rules.clone() };
+        self.held.link = state.link;
+        self.held.servers = state.servers.len();
+        self.held.rules.clone_from(&state.rules);
         state.forget_shared();
         Ok(state)
     }
@@ -440,7 +446,7 @@ impl Kernel for Linux {
 }
 
 /// Chains that stay: by flavour of the tools, table and name.
-type IsKept<'a> = dyn Fn(Flavour, &str, &str) -> bool + 'a;
+type IsKept<'a> = dyn Fn(Flavour, Table, &str) -> bool + 'a;
 
 impl Linux {
     /// Removes everything that is ours but for chains that another mode has made its own.
@@ -456,9 +462,7 @@ impl Linux {
             self.carry_out(&Transaction { ops })?;
         }
         // This table drops what goes to a VIP that is not there, and another mode may serve it by now.
-        self.remove_rules(&|flavour, table, chain| {
-            table != crate::rules::Table::Mangle.name() || is_kept(flavour, table, chain)
-        })?;
+        self.remove_rules(&|flavour, table, chain| table != Table::Mangle || is_kept(flavour, table, chain))?;
         let ops = state.addresses.iter().map(|a| Op::DeleteAddress(*a)).collect();
         self.carry_out(&Transaction { ops })?;
         self.remove_rules(is_kept)?;
@@ -478,12 +482,9 @@ impl Linux {
                 Err(_) if Some(flavour) != used => continue,
                 text => text.map_err(lost)?,
             };
-            let mut rules = crate::parse::parse(self.family, &text);
-            let held = crate::parse::held(&text);
-            rules.forget(&|table, chain| {
-                is_kept(flavour, table.name(), chain) || held.contains(&(table, chain.to_owned()))
-            });
-            let text = tables::restore_text(self.family, &rules, &crate::rules::Rules::default());
+            let (mut rules, held) = crate::parse::parse(self.family, &text);
+            rules.forget(&|table, chain| is_kept(flavour, table, chain));
+            let text = tables::restore_text(self.family, &rules, &Rules::default(), &held);
             if !text.is_empty() {
                 programs.restore(&self.namespace, &text).map_err(lost)?;
             }

@@ -1,22 +1,21 @@
 //! Reads what `iptables-save` prints, as far as it concerns us.
 
-use std::collections::BTreeSet;
-
 use shunt_core::id::{IpFamily, Protocol};
-use xtables_tools::{Line, words};
+use xtables_tools::{Held, Line, Table, is_hook, target, words};
 
 use crate::layout::SetName;
-use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target};
-use crate::skeleton::{is_of_kernel, is_ours, leads_to_us};
+use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Target};
+use crate::skeleton::is_ours;
 
 /// Our chains, and rules in those of the kernel that lead to them. Rules of ours that are not understood are kept as
-/// [`Target::Unknown`].
-pub fn parse(family: IpFamily, text: &str) -> Rules {
+/// [`Target::Unknown`]. And which of the chains rules of others lead to; where only those do, and nothing of ours is
+/// to be taken away, the chain is theirs.
+pub fn parse(family: IpFamily, text: &str) -> (Rules, Held) {
     let mut rules = Rules::default();
     let mut table = None;
     for line in text.lines().filter_map(xtables_tools::line) {
         if let Line::Table(name) = line {
-            table = Table::ALL.into_iter().find(|t| t.name() == name);
+            table = Table::parse(name);
         }
         let Some(table) = table else { continue };
         match line {
@@ -27,7 +26,7 @@ pub fn parse(family: IpFamily, text: &str) -> Rules {
                 let words = words(text);
                 let list = if is_ours(table, name) {
                     &mut rules.chains
-                } else if is_of_kernel(name) && leads_to_us(table, &words).is_some() {
+                } else if target(&words).is_some_and(|chain| is_ours(table, chain) && is_hook(name, chain)) {
                     &mut rules.hooks
                 } else {
                     continue;
@@ -42,24 +41,15 @@ pub fn parse(family: IpFamily, text: &str) -> Rules {
             _ => {}
         }
     }
-    rules.chains.sort();
-    rules.hooks.sort();
-    rules
-}
-
-/// Chains of ours that rules in chains of others lead to: they cannot be deleted.
-pub fn held(text: &str) -> BTreeSet<(Table, String)> {
-    let (mut held, mut table) = (BTreeSet::new(), None);
-    for line in text.lines().filter_map(xtables_tools::line) {
-        match (line, table) {
-            (Line::Table(name), _) => table = Table::ALL.into_iter().find(|t| t.name() == name),
-            (Line::Rule(name, text), Some(table)) if !is_of_kernel(name) && !is_ours(table, name) => {
-                held.extend(leads_to_us(table, &words(text)).map(|chain| (table, chain.to_owned())));
-            }
-            _ => {}
+    let held = Held::read(text, is_ours);
+    for (table, chain) in held.untouched() {
+        if !rules.leads_to(table, chain) {
+            rules.chains.retain(|c| (c.table, &*c.name) != (table, chain));
         }
     }
-    held
+    rules.chains.sort();
+    rules.hooks.sort();
+    (rules, held)
 }
 
 struct Reader<'a> {
@@ -243,7 +233,7 @@ mod tests {
                             ..NodeFacts::unknown()
                         };
                         let rules = skeleton(&facts);
-                        assert_eq!(parse(family, &rules.text(family)), rules);
+                        assert_eq!(parse(family, &rules.text(family)).0, rules);
                     }
                 }
             }
@@ -255,7 +245,7 @@ mod tests {
         let text = "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n:CNI-X - [0:0]\n\
             -A PREROUTING -j CNI-X\n-A PREROUTING -m comment --comment \"a \\\"b\\\"\" -j KUBE-SERVICES\n\
             -A CNI-X -j ACCEPT\n-A KUBE-SERVICES -d 1.2.3.4/32 -j ACCEPT\nCOMMIT\n";
-        let rules = parse(IpFamily::V4, text);
+        let (rules, _) = parse(IpFamily::V4, text);
         assert_eq!(rules.chains.len(), 1);
         assert_eq!(rules.chains[0].rules[0].target, Target::Unknown("-d 1.2.3.4/32 -j ACCEPT".to_owned()));
         assert_eq!(rules.hooks.len(), 1);
@@ -266,7 +256,7 @@ mod tests {
     fn what_leads_to_chains_that_others_keep_is_forgotten_whatever_its_conditions() {
         let text = "*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -d 192.0.2.0/24 -j KUBE-SERVICES\n\
             -A OUTPUT -j KUBE-SERVICES\nCOMMIT\n";
-        let mut rules = parse(IpFamily::V4, text);
+        let (mut rules, _) = parse(IpFamily::V4, text);
         assert_eq!(rules.hooks.len(), 2);
         rules.forget(&|_, chain| chain == "KUBE-SERVICES");
         assert_eq!(rules, Rules::default());
@@ -277,10 +267,13 @@ mod tests {
         let text = "*nat\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n\
             -A OUTPUT -j KUBE-SERVICES\n-A KUBE-SERVICES -j KUBE-NODE-PORT\n\
             -A KUBE-HP-X -s 10.244.0.7/32 -j KUBE-MARK-MASQ\n-A KUBE-HP-X -j CNI-Y\nCOMMIT\n";
-        let rules = parse(IpFamily::V4, text);
+        let (rules, held) = parse(IpFamily::V4, text);
         let hooks: Vec<&str> = rules.hooks.iter().map(|hook| hook.name.as_str()).collect();
         assert_eq!(hooks, ["OUTPUT"]);
-        assert_eq!(held(text), [(Table::Nat, "KUBE-MARK-MASQ".to_owned())].into());
+        assert_eq!(held.untouched(), [(Table::Nat, "KUBE-MARK-MASQ")].into());
+        assert!(rules.chain(Table::Nat, "KUBE-MARK-MASQ").is_none(), "only others use it");
+        let used = text.replace("-j KUBE-NODE-PORT", "-j KUBE-MARK-MASQ");
+        assert!(parse(IpFamily::V4, &used).0.chain(Table::Nat, "KUBE-MARK-MASQ").is_some());
     }
 
     proptest! {

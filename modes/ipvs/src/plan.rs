@@ -13,13 +13,14 @@ use ipvs_netlink::{Destination, Service, ServiceKey};
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::LocalEndpoint;
 use shunt_mode::Plan;
+use xtables_tools::Table;
 
 use crate::layout::{self, Place, SetName};
 use crate::op::Op;
 use crate::render::{Desired, Wanted};
-use crate::rules::{Rules, Table};
+use crate::rules::Rules;
 use crate::scheduler;
-use crate::skeleton::skeleton;
+use crate::skeleton::{closing_vips, skeleton};
 use crate::state::State;
 
 /// Operations that are handed to the kernel together at most.
@@ -46,13 +47,17 @@ enum Phase {
     AddDrops,
     /// Destinations that get no new connections any more.
     Drain,
+    /// Sources that may from now on use what serves them no more.
+    AddLateSources,
     /// What is masqueraded less than before; known ports.
     AddPlaces,
     /// VIPs whose other ports are closed, before they are there.
     AddVips,
-    /// Rules where those of iptables mode translate until then.
-    TakeOver,
+    /// Their other ports, where the rules of iptables mode translate.
+    CloseVips,
     AddAddresses,
+    /// Rules where those of iptables mode translate until then: from now on VIPs must be there.
+    TakeOver,
     DeleteAddresses,
     DeleteVips,
     DeletePlaces,
@@ -187,11 +192,17 @@ impl Planner<'_> {
         // Few, and missing after the table was empty.
         let rules = skeleton(&self.desired.node);
         if self.observed.rules != rules {
-            let op = Op::SetRules(self.family, self.observed.rules.clone(), rules);
+            let observed = &self.observed.rules;
             // Rules without sets are those of iptables mode: what they translate must find its virtual server.
-            let taken_over = self.observed.sets.is_empty()
-                && self.observed.rules.chain(Table::Nat, "KUBE-SERVICES").is_some();
-            self.push(if taken_over { Phase::TakeOver } else { Phase::Rules }, op);
+            let taken_over =
+                self.observed.sets.is_empty() && observed.chain(Table::Nat, "KUBE-SERVICES").is_some();
+            if taken_over {
+                let closing = closing_vips(observed, &rules);
+                self.push(Phase::CloseVips, Op::SetRules(self.family, observed.clone(), closing.clone()));
+                self.push(Phase::TakeOver, Op::SetRules(self.family, closing, rules));
+            } else {
+                self.push(Phase::Rules, Op::SetRules(self.family, observed.clone(), rules));
+            }
         }
         let node_port_ips = self.desired.node.node_port_addresses().into_iter().map(Entry::Ip).collect();
         self.whole(SetName::NodePortIps, &node_port_ips);
@@ -320,6 +331,9 @@ impl Planner<'_> {
         });
         let itself = guard.is_some_and(|g| g.allow_vip_source);
         let itself = itself.then_some(Entry::IpPortIp(address, protocol.number(), port, address));
+        // Of those that were kept out so far, none may get through to what is drained.
+        let late = self.observed.holds(SetName::LoadBalancerFw, &place.entry())
+            && wanted.is_some_and(|w| w.destinations.is_empty());
         let sources: [(SetName, BTreeSet<Entry>); 2] = [
             (SetName::LoadBalancerSourceCidr, ranges.collect()),
             (SetName::LoadBalancerSourceIp, itself.into_iter().collect()),
@@ -330,7 +344,8 @@ impl Planner<'_> {
                 self.push(phases(set).1, Op::DeleteElement(self.family, set, *entry));
             }
             for entry in entries.iter().filter(|entry| !held.contains(entry)) {
-                self.push(phases(set).0, Op::AddElement(self.family, set, (*entry).into()));
+                let phase = if late { Phase::AddLateSources } else { phases(set).0 };
+                self.push(phase, Op::AddElement(self.family, set, (*entry).into()));
             }
         }
     }
@@ -513,44 +528,4 @@ const fn loopback(endpoint: &LocalEndpoint) -> Entry {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use shunt_core::table::NodeFacts;
-
-    use super::*;
-
-    #[test]
-    fn what_iptables_mode_translates_goes_on_until_all_is_there_for_it() {
-        let address = "10.96.0.1".parse().unwrap();
-        let desired = Desired {
-            family: IpFamily::V4,
-            everything: true,
-            active: true,
-            node: NodeFacts::unknown(),
-            service_cidrs: BTreeSet::new(),
-            places: BTreeMap::new(),
-            node_ports: BTreeMap::new(),
-            health_checks: BTreeMap::from([(1, true)]),
-            addresses: BTreeMap::from([(address, true)]),
-            loopbacks: BTreeMap::new(),
-        };
-        let order = |observed: &State| {
-            let ops: Vec<Op> =
-                plan(observed, &desired).transactions.into_iter().flat_map(|t| t.ops).collect();
-            let at = |wanted: fn(&Op) -> bool| ops.iter().position(wanted).unwrap();
-            let rules = at(|op| matches!(op, Op::SetRules(..)));
-            (
-                rules < at(|op| matches!(op, Op::AddElement(..))),
-                rules < at(|op| matches!(op, Op::AddAddress(_))),
-            )
-        };
-        let mut observed = State::empty(IpFamily::V4);
-        assert_eq!(order(&observed), (true, true), "nobody serves");
-        let text = "*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j KUBE-SERVICES\nCOMMIT\n";
-        observed.rules = crate::parse::parse(IpFamily::V4, text);
-        assert_eq!(order(&observed), (false, true), "iptables mode serves");
-        observed.sets.insert(SetName::ClusterIp, BTreeMap::new());
-        assert_eq!(order(&observed), (true, true), "ipvs mode serves");
-    }
-}
+mod tests;

@@ -1,36 +1,13 @@
 //! The rules beside the virtual servers: one constant skeleton, typed, and its text.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use ipnet::IpNet;
 use shunt_core::id::{IpFamily, Protocol};
+use xtables_tools::{Table, target, words};
 
 use crate::layout::SetName;
-
-/// Tables that the skeleton has chains in.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Table {
-    /// `filter`.
-    Filter,
-    /// `mangle`.
-    Mangle,
-    /// `nat`.
-    Nat,
-}
-
-impl Table {
-    /// All tables, in the order in which they are written: what only restricts comes first.
-    pub const ALL: [Self; 3] = [Self::Filter, Self::Mangle, Self::Nat];
-
-    /// The name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Filter => "filter",
-            Self::Mangle => "mangle",
-            Self::Nat => "nat",
-        }
-    }
-}
 
 /// Protocols that rules match.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -108,6 +85,16 @@ impl Rule {
         Self { matches: matches.into_iter().collect(), target }
     }
 
+    /// The chain that it leads to, if it does.
+    pub fn leads_to(&self) -> Option<Cow<'_, str>> {
+        match &self.target {
+            Target::Jump(chain) | Target::Goto(chain) => Some(Cow::Borrowed(chain)),
+            // Rules of the other mode have conditions that ours have not.
+            Target::Unknown(text) => target(&words(text)).map(|chain| Cow::Owned(chain.to_owned())),
+            _ => None,
+        }
+    }
+
     /// As `iptables-save` prints it, without `-A` and the chain.
     pub fn text(&self, family: IpFamily) -> String {
         let matches = self.matches.iter().map(|m| m.text(family));
@@ -160,11 +147,6 @@ impl Target {
     }
 }
 
-/// The target of a rule, usually a chain; `None` if it has none.
-pub fn destination(words: &[String]) -> Option<&str> {
-    words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| w[1].as_str())
-}
-
 /// A chain of ours, or a chain of the kernel's with our rules in it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Chain {
@@ -196,16 +178,15 @@ impl Rules {
         self.chains.retain(|chain| !is_kept(chain.table, &chain.name));
         for hook in &mut self.hooks {
             let table = hook.table;
-            hook.rules.retain(|rule| match &rule.target {
-                Target::Jump(chain) | Target::Goto(chain) => !is_kept(table, chain),
-                // Rules of the other mode have conditions that ours have not.
-                Target::Unknown(text) => {
-                    destination(&xtables_tools::words(text)).is_none_or(|chain| !is_kept(table, chain))
-                }
-                _ => true,
-            });
+            hook.rules.retain(|rule| rule.leads_to().is_none_or(|chain| !is_kept(table, &chain)));
         }
         self.hooks.retain(|hook| !hook.rules.is_empty());
+    }
+
+    /// Whether a rule of ours leads to a chain.
+    pub fn leads_to(&self, table: Table, name: &str) -> bool {
+        let rules = self.chains.iter().chain(&self.hooks).filter(|c| c.table == table).flat_map(|c| &c.rules);
+        rules.into_iter().any(|rule| rule.leads_to().is_some_and(|chain| chain == name))
     }
 
     /// A chain of ours.

@@ -16,9 +16,10 @@
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::node::LocalDetector;
 use shunt_core::table::NodeFacts;
+use xtables_tools::{MARK_MASQ, Table};
 
 use crate::layout::{SetName, mark, tag_mask};
-use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Table, Target, destination};
+use crate::rules::{Chain, Match, Rule, RuleProtocol, Rules, Target};
 
 const FIREWALL: &str = "KUBE-PROXY-FIREWALL";
 const SOURCE_RANGES: &str = "KUBE-SOURCE-RANGES-FIREWALL";
@@ -28,7 +29,6 @@ const IPVS_UNMARK: &str = "KUBE-IPVS-UNMARK";
 const SERVICES: &str = "KUBE-SERVICES";
 const CLUSTER_MASQ: &str = "KUBE-CLUSTER-MASQ";
 const NODE_PORT: &str = "KUBE-NODE-PORT";
-const MARK_MASQ: &str = "KUBE-MARK-MASQ";
 const POSTROUTING: &str = "KUBE-POSTROUTING";
 const FORWARD: &str = "KUBE-FORWARD";
 const IPVS_FILTER: &str = "KUBE-IPVS-FILTER";
@@ -117,6 +117,26 @@ fn hook(rules: &mut Rules, table: Table, name: &str, rule: Rule) {
         Some(chain) => chain.rules.push(rule),
         None => rules.hooks.push(Chain { table, name: name.to_owned(), rules: vec![rule] }),
     }
+}
+
+/// Rules of iptables mode, and before them what closes the other ports of VIPs: so VIPs may become addresses of the
+/// node while those rules still translate.
+pub fn closing_vips(others: &Rules, ours: &Rules) -> Rules {
+    let is_filter = |chain: &Chain| (chain.table, &*chain.name) == (Table::Filter, IPVS_FILTER);
+    let mut rules = others.clone();
+    rules.chains.retain(|chain| !is_filter(chain));
+    rules.chains.extend(ours.chains.iter().filter(|chain| is_filter(chain)).cloned());
+    for name in ["INPUT", "OUTPUT"] {
+        let closes = |rule: &&Rule| rule.leads_to().is_some_and(|chain| chain == IPVS_FILTER);
+        let first = ours.hook(Table::Filter, name).iter().filter(closes);
+        let then = others.hook(Table::Filter, name).iter().filter(|rule| !closes(rule));
+        let list = first.chain(then).cloned().collect();
+        rules.hooks.retain(|hook| (hook.table, &*hook.name) != (Table::Filter, name));
+        rules.hooks.push(Chain { table: Table::Filter, name: name.to_owned(), rules: list });
+    }
+    rules.chains.sort();
+    rules.hooks.sort();
+    rules
 }
 
 fn filter(node: &NodeFacts, rules: &mut Rules) {
@@ -262,22 +282,6 @@ fn nat(node: &NodeFacts, rules: &mut Rules) {
     }
     let post = [comment("kubernetes postrouting rules")];
     hook(rules, Table::Nat, "POSTROUTING", Rule::new(post, jump(POSTROUTING)));
-}
-
-/// Whether a chain is ours, by the name of its table.
-pub fn is_chain(table: &str, name: &str) -> bool {
-    Table::ALL.into_iter().any(|known| known.name() == table && is_ours(known, name))
-}
-
-/// Whether the kernel itself calls a chain. Rules in all others but ours are of others, also those that lead to
-/// us: CRI-O and the CNI plug-in for host ports mark for masquerade by `KUBE-MARK-MASQ`.
-pub const fn is_of_kernel(chain: &str) -> bool {
-    matches!(chain.as_bytes(), b"PREROUTING" | b"INPUT" | b"FORWARD" | b"OUTPUT" | b"POSTROUTING")
-}
-
-/// The chain of ours that a rule leads to.
-pub fn leads_to_us(table: Table, words: &[String]) -> Option<&str> {
-    destination(words).filter(|chain| is_ours(table, chain))
 }
 
 /// The family's own tool.

@@ -9,9 +9,10 @@ use ipset_netlink::{Entry, Kind};
 use ipvs_netlink::ServiceKey;
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::walk::{Outcome, Packet};
+use xtables_tools::Table;
 
 use crate::layout::{Place, SetName};
-use crate::rules::{Match, Rule, RuleProtocol, Table, Target};
+use crate::rules::{Match, Rule, RuleProtocol, Target};
 use crate::state::State;
 
 const JUMPS_MAX: usize = 16;

@@ -122,16 +122,16 @@ pub fn counted_packets(mode: Mode) -> Vec<(&'static str, u64)> {
 fn remove_iptables_beside_ipvs(family: IpFamily) -> Result<(), KernelError> {
     let mut tools = Tools::open(family, None)?;
     let used = tools.flavour();
-    let is_kept = |flavour, table: &str, chain: &str| {
-        Some(flavour) == used && shunt_mode_ipvs::skeleton::is_chain(table, chain)
+    let is_kept = |flavour, table, chain: &str| {
+        Some(flavour) == used && shunt_mode_ipvs::skeleton::is_ours(table, chain)
     };
     tools.remove_beside(&is_kept)
 }
 
 fn remove_ipvs_beside_iptables(family: IpFamily, options: &Options) -> Result<(), KernelError> {
     let used = Tools::open(family, options.flavour)?.flavour();
-    let is_kept = |flavour, table: &str, chain: &str| {
-        Some(flavour) == used && shunt_mode_iptables::names::is_chain(table, chain)
+    let is_kept = |flavour, table, chain: &str| {
+        Some(flavour) == used && shunt_mode_iptables::names::is_ours(table, chain)
     };
     Linux::open(family, options.ipvs.clone())?.remove_beside(&is_kept)
 }

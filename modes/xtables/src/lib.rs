@@ -10,11 +10,15 @@
 
 #![forbid(unsafe_code)]
 
+mod held;
 mod namespace;
 mod nf_tables;
 mod programs;
 mod save;
+mod tables;
 
+pub use held::{Held, Stays};
 pub use namespace::Namespace;
 pub use programs::{Flavour, Programs, choose};
-pub use save::{Line, line, words};
+pub use save::{Line, line, target, words};
+pub use tables::{Builtin, MARK_MASQ, Table, is_hook};

@@ -50,6 +50,11 @@ pub fn words(text: &str) -> Vec<String> {
     words
 }
 
+/// The target of a rule, usually a chain; `None` if it has none.
+pub fn target(words: &[String]) -> Option<&str> {
+    words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| w[1].as_str())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

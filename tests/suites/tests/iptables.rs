@@ -17,6 +17,7 @@ use shunt_harness::cases::{self, Case};
 use shunt_harness::lab::{Lab, require_kernel};
 use shunt_mode::{Backend, rendered};
 use shunt_mode_iptables::kernel::Tools;
+use shunt_mode_iptables::op::About;
 use shunt_suites::driver::{CaseRun, Synced};
 use shunt_suites::mode::{IptablesLegacy, IptablesNft, ModeUnderTest};
 use shunt_suites::random::Step;
@@ -127,6 +128,31 @@ fn node_ports_answer_on_loopback_where_they_are_told_to() {
     assert!(!v6);
 }
 
+/// However much is to be done, the tool is called once for it.
+#[test]
+fn a_sync_is_one_call_of_the_tool() {
+    let (mut syncs, mut calls) = (0, 0);
+    for case in cases::all().unwrap() {
+        let mut run = CaseRun::new(&case, IptablesLegacy::MODE);
+        let mut kernels = IpFamily::ALL.map(|family| Synced::adopt(IptablesLegacy::fake(family)).unwrap());
+        while let Some(step) = run.next_step() {
+            for (family, kernel) in IpFamily::ALL.into_iter().zip(&mut kernels) {
+                let change = run.cluster.take_change(family);
+                let plan = kernel.sync(run.cluster.table(family), &change).unwrap();
+                for transaction in &plan.transactions {
+                    let groups = transaction.ops.chunk_by(|a, b| a.about() == b.about());
+                    let of_rules = groups.filter(|group| group[0].about() == About::Rules).count();
+                    assert!(of_rules <= 1, "{} {}: {plan}", case.name, step.folder.display());
+                    calls += of_rules;
+                }
+                syncs += usize::from(!plan.is_empty());
+                assert!(plan.transactions.len() <= 1, "{plan}");
+            }
+        }
+    }
+    assert!(calls > 50 && calls <= syncs, "{calls} calls in {syncs} syncs");
+}
+
 /// A health check node port comes and goes as one operation, without a look at anything else.
 #[test]
 fn a_health_check_node_port_is_one_rule() {
@@ -208,7 +234,7 @@ where
     lab.node().exec(&format!("iptables-{flavour}-restore"), ["--noflush", "--wait"], TAKEN_OVER)?;
     let before = rules(flavour)?;
     tools(&mut kernel.backend).remove_beside(&|used, table, chain| {
-        used.name() == flavour && shunt_mode_ipvs::skeleton::is_chain(table, chain)
+        used.name() == flavour && shunt_mode_ipvs::skeleton::is_ours(table, chain)
     })?;
     let left = rules(flavour)?;
     ensure!(left.is_subset(&before), "made anew: {left:?}");

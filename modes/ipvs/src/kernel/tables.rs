@@ -3,11 +3,12 @@
 use std::fmt::Write as _;
 
 use shunt_core::id::IpFamily;
+use xtables_tools::{Held, Stays, Table};
 
-use crate::rules::{Chain, Rules, Table};
+use crate::rules::{Chain, Rules};
 
-/// What leads from one set of rules to another. Each table changes at once.
-pub(super) fn restore_text(family: IpFamily, was: &Rules, rules: &Rules) -> String {
+/// What leads from one set of rules to another. Each table changes at once. Chains that rules of others lead to stay.
+pub(super) fn restore_text(family: IpFamily, was: &Rules, rules: &Rules, held: &Held) -> String {
     let mut text = String::new();
     for table in Table::ALL {
         let of = |list: &'static str, rules: &Rules| -> Vec<Chain> {
@@ -21,7 +22,9 @@ pub(super) fn restore_text(family: IpFamily, was: &Rules, rules: &Rules) -> Stri
         }
         // Writing to a String does not fail.
         let _ = writeln!(text, "*{}", table.name());
-        let gone: Vec<&Chain> = old.iter().filter(|c| !new.iter().any(|n| n.name == c.name)).collect();
+        let stays = |chain: &Chain| held.stays(table, &chain.name);
+        let gone = old.iter().filter(|c| !new.iter().any(|n| n.name == c.name));
+        let gone: Vec<&Chain> = gone.filter(|c| stays(c) != Some(Stays::AsItIs)).collect();
         // Naming a chain makes it, or empties it.
         for chain in new.iter().chain(gone.iter().copied()) {
             let _ = writeln!(text, ":{} - [0:0]", chain.name);
@@ -42,7 +45,7 @@ pub(super) fn restore_text(family: IpFamily, was: &Rules, rules: &Rules) -> Stri
                 let _ = writeln!(text, "-A {} {}", chain.name, rule.text(family));
             }
         }
-        for chain in &gone {
+        for chain in gone.iter().filter(|chain| stays(chain).is_none()) {
             let _ = writeln!(text, "-X {}", chain.name);
         }
         text.push_str("COMMIT\n");
@@ -71,18 +74,29 @@ mod tests {
         };
         let none = Rules::default();
         let (one, other) = (rules(Target::Return), rules(Target::Accept));
-        assert_eq!(restore_text(IpFamily::V4, &one, &one), "");
+        let text = |was: &Rules, rules: &Rules| restore_text(IpFamily::V4, was, rules, &Held::default());
+        assert_eq!(text(&one, &one), "");
         assert_eq!(
-            restore_text(IpFamily::V4, &none, &one),
+            text(&none, &one),
             "*nat\n:KUBE-SERVICES - [0:0]\n-I PREROUTING -j KUBE-SERVICES\n-A KUBE-SERVICES -j RETURN\nCOMMIT\n"
         );
+        assert_eq!(text(&one, &other), "*nat\n:KUBE-SERVICES - [0:0]\n-A KUBE-SERVICES -j ACCEPT\nCOMMIT\n");
         assert_eq!(
-            restore_text(IpFamily::V4, &one, &other),
-            "*nat\n:KUBE-SERVICES - [0:0]\n-A KUBE-SERVICES -j ACCEPT\nCOMMIT\n"
-        );
-        assert_eq!(
-            restore_text(IpFamily::V4, &other, &none),
+            text(&other, &none),
             "*nat\n:KUBE-SERVICES - [0:0]\n-D PREROUTING -j KUBE-SERVICES\n-X KUBE-SERVICES\nCOMMIT\n"
+        );
+    }
+    #[test]
+    fn chains_that_others_lead_to_stay() {
+        let text = "*nat\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-NODE-PORT - [0:0]\n:KUBE-SERVICES - [0:0]\n\
+            -A OUTPUT -j KUBE-SERVICES\n-A KUBE-SERVICES -j KUBE-NODE-PORT\n-A KUBE-NODE-PORT -j KUBE-MARK-MASQ\n\
+            -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n\
+            -A KUBE-HP-X -j KUBE-MARK-MASQ\n-A KUBE-HP-X -j KUBE-NODE-PORT\nCOMMIT\n";
+        let (rules, held) = crate::parse::parse(IpFamily::V4, text);
+        assert_eq!(
+            restore_text(IpFamily::V4, &rules, &Rules::default(), &held),
+            "*nat\n:KUBE-NODE-PORT - [0:0]\n:KUBE-SERVICES - [0:0]\n-D OUTPUT -j KUBE-SERVICES\n\
+             -X KUBE-SERVICES\nCOMMIT\n"
         );
     }
 }

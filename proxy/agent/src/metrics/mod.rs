@@ -377,7 +377,7 @@ impl Metrics {
         r.register("info", "Version and mode in use; always 1", info);
         r.register(
             "sync_phase_duration_seconds",
-            "Time spent in one phase of a sync: observe, plan, apply",
+            "Time spent in one phase of a sync: observe, plan, apply, and wait, the part of apply in which others held a lock",
             self.phases.clone(),
         );
         r.register(
@@ -445,9 +445,13 @@ impl Metrics {
         self.sync.get_or_create(&of(family)).observe(total.as_secs_f64());
         which.get_or_create(&of(family)).observe(total.as_secs_f64());
         self.last_sync.get_or_create(&of(family)).set(now());
-        for (phase, time) in
-            [("observe", report.observing), ("plan", report.planning), ("apply", report.applying)]
-        {
+        let phases = [
+            ("observe", report.observing),
+            ("plan", report.planning),
+            ("apply", report.applying),
+            ("wait", report.waiting),
+        ];
+        for (phase, time) in phases {
             if time > Duration::ZERO {
                 let phases = self.phases.get_or_create(&FamilyAnd(family, ("phase", phase)));
                 phases.observe(time.as_secs_f64());

@@ -300,4 +300,33 @@ mod tests {
             assert_eq!(candidates.iter().map(left_out).collect::<Vec<_>>(), expected, "{hints:?}");
         }
     }
+    #[test]
+    fn endpoints_that_terminate_and_serve_are_named_unless_they_are_chosen() {
+        let of = |last, conditions: &[bool; 3], local| {
+            let [ready, serving, terminating] = *conditions;
+            let mut candidate = candidate(last, ready, "-", "");
+            candidate.conditions = Conditions { ready, serving, terminating };
+            candidate.target.local = local;
+            candidate
+        };
+        let (ready, leaving, gone, unready) =
+            ([true, true, false], [false, true, true], [false, false, true], [false, true, false]);
+        let context = Context::new("here", crate::node::Config::default());
+        for (why, endpoints, (cluster, local), expected) in [
+            ("a ready one takes its place", vec![(ready, false), (leaving, false)], (true, false), &[2][..]),
+            ("it is chosen for want of others", vec![(leaving, false), (gone, false)], (true, false), &[]),
+            ("it is chosen on this node", vec![(ready, false), (leaving, true)], (true, true), &[]),
+            ("the Local policy alone", vec![(ready, true), (leaving, true)], (false, true), &[2]),
+            ("none serves", vec![(ready, false), (gone, false), (unready, false)], (true, false), &[]),
+        ] {
+            let candidates: Vec<Candidate> = (1..)
+                .zip(&endpoints)
+                .map(|(last, (conditions, local))| of(last, conditions, *local))
+                .collect();
+            let usable = categorize(&candidates, cluster, local, &context);
+            let found: Vec<IpAddr> = usable.terminating(&candidates).iter().map(|t| t.address).collect();
+            let expected: Vec<IpAddr> = expected.iter().map(|last| IpAddr::from([10, 0, 0, *last])).collect();
+            assert_eq!(found, expected, "{why}");
+        }
+    }
 }

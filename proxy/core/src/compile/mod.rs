@@ -405,6 +405,9 @@ fn merge_into(changes: &mut [Change; 2], more: [Change; 2]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::{Conditions, Endpoint, EndpointPort};
+    use crate::id::{NamespacedName, Protocol};
+    use crate::service::Algorithm;
 
     #[test]
     fn node_ports_answer_where_the_setting_says() {
@@ -460,5 +463,84 @@ mod tests {
             IpFamily::ALL.map(|family| Context::new("node", config.clone()).facts(family).drop_invalid)
                 == [true; 2]
         );
+    }
+    /// A Service with one frontend of each kind, and its endpoints: ready, terminating and serving, only
+    /// terminating, not ready.
+    fn compiled(protocol: Protocol, algorithm: Option<Algorithm>, config: Config) -> PortEntry {
+        let name = NamespacedName::new("ns", "svc");
+        let port = ServicePort { name: "".into(), protocol, port: 80, node_port: Some(30080) };
+        let service = Service {
+            name: name.clone(),
+            created: 0,
+            cluster_ips: vec![[10, 96, 0, 1].into()],
+            external_ips: vec![[192, 0, 2, 1].into()],
+            load_balancer_ips: vec![[192, 0, 2, 2].into()],
+            source_ranges: Vec::new(),
+            ports: vec![port],
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            affinity: None,
+            scheduler: None,
+            algorithm,
+            health_check_node_port: None,
+        };
+        let conditions =
+            [(true, true, false), (false, true, true), (false, false, true), (false, true, false)];
+        let endpoints = (1..).zip(conditions).map(|(last, (ready, serving, terminating))| Endpoint {
+            address: [10, 244, 0, last].into(),
+            conditions: Conditions { ready, serving, terminating },
+            node: None,
+            zone: None,
+            hints: None,
+            pod: None,
+        });
+        let slice = EndpointSlice {
+            name: NamespacedName::new("ns", "svc-1"),
+            service: name,
+            family: IpFamily::V4,
+            ports: vec![EndpointPort { name: "".into(), protocol, port: 8080 }],
+            endpoints: endpoints.collect(),
+            last_change_trigger: None,
+        };
+        let context = Context::new("node", config);
+        let compiled = compile_service(&service, &[&Arc::new(slice)], IpFamily::V4, &context);
+        compiled.unwrap().ports.into_iter().next().unwrap()
+    }
+
+    #[test]
+    fn the_setting_says_how_endpoints_are_chosen_from_outside_and_the_service_everywhere() {
+        use Algorithm::{Maglev, Random};
+        for (service, external_algorithm, inside, outside) in [
+            (None, Random, Random, Random),
+            (None, Maglev, Random, Maglev),
+            (Some(Maglev), Random, Maglev, Maglev),
+            (Some(Random), Maglev, Random, Random),
+        ] {
+            let config = Config { external_algorithm, ..Config::default() };
+            let port = compiled(Protocol::Tcp, service, config);
+            let found: BTreeMap<FrontendKind, Algorithm> =
+                port.frontends.iter().map(|frontend| (frontend.kind, frontend.algorithm)).collect();
+            let expected = BTreeMap::from([
+                (FrontendKind::ClusterIp, inside),
+                (FrontendKind::ExternalIp, outside),
+                (FrontendKind::LoadBalancer, outside),
+                (FrontendKind::NodePort, outside),
+            ]);
+            assert_eq!(found, expected, "{service:?} {external_algorithm:?}");
+        }
+    }
+
+    #[test]
+    fn flows_of_terminating_endpoints_stay_in_udp_only() {
+        for (protocol, expected) in
+            [(Protocol::Udp, &["10.244.0.2"][..]), (Protocol::Tcp, &[]), (Protocol::Sctp, &[])]
+        {
+            let port = compiled(protocol, None, Config::default());
+            let terminating: Vec<String> = port.terminating.iter().map(|t| t.address.to_string()).collect();
+            assert_eq!(terminating, expected, "{protocol}");
+            let chosen = port.cluster.as_deref().unwrap_or_default();
+            let chosen: Vec<String> = chosen.iter().map(|t| t.address.to_string()).collect();
+            assert_eq!(chosen, ["10.244.0.1"], "{protocol}");
+        }
     }
 }

@@ -33,9 +33,13 @@ COMMIT
 COMMIT
 *nat
 :CNI-HOSTPORT-DNAT - [0:0]
+:KUBE-HP-X - [0:0]
+:KUBE-MARK-MASQ - [0:0]
 -A PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT
 -A POSTROUTING -s 10.9.9.0/24 ! -d 10.9.9.0/24 -j MASQUERADE
 -A CNI-HOSTPORT-DNAT -p tcp -m tcp --dport 18080 -j DNAT --to-destination 10.9.9.9:80
+-A KUBE-HP-X -s 10.9.9.0/24 -j KUBE-MARK-MASQ
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
 COMMIT
 ";
 

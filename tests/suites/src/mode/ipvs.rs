@@ -146,8 +146,9 @@ impl ModeUnderTest for IpvsMode {
 
     fn foreign(namespace: &Namespace) -> Result<()> {
         for tool in ["iptables", "ip6tables"] {
-            let rules = "*nat\n:OTHER - [0:0]\n-A PREROUTING -m comment --comment \"somebody's\" -j OTHER\n\
-                -A OTHER -m mark --mark 0x7 -j RETURN\nCOMMIT\n*filter\n:KUBE-FIREWALL - [0:0]\n\
+            let rules = "*nat\n:OTHER - [0:0]\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n\
+                -A PREROUTING -m comment --comment \"somebody's\" -j OTHER\n-A OTHER -m mark --mark 0x7 -j RETURN\n\
+                -A KUBE-HP-X -p tcp -j KUBE-MARK-MASQ\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\nCOMMIT\n*filter\n:KUBE-FIREWALL - [0:0]\n\
                 -A FORWARD -j KUBE-FIREWALL\nCOMMIT\n";
             namespace.exec(&format!("{tool}-restore"), ["--noflush"], rules)?;
         }
