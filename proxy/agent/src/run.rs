@@ -127,7 +127,7 @@ async fn run_async(
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (updates_tx, mut updates) = mpsc::channel(UPDATES_MAX);
-    let (metrics, registry) = Metrics::new(settings.mode);
+    let (metrics, registry) = Metrics::new(settings.mode, settings.config.allow_external_ips);
     let options = kube_options(args, &settings, &node_name, &metrics);
     let source = start_source(args, options.clone(), updates_tx);
     let (events, notices) = mpsc::channel(EVENTS_MAX);
