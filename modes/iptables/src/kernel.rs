@@ -112,22 +112,19 @@ impl Tools {
         Ok(())
     }
 
+    /// Whether there are rules of ours, or of kube-proxy's, in any flavour.
+    pub fn has_rules(&mut self) -> Result<bool, KernelError> {
+        let held = self.held(|_| true)?;
+        Ok(held.iter().any(|(_, state)| !plan::removal(state).is_empty()))
+    }
+
     fn remove_rules(
         &mut self,
         is_meant: impl Fn(Flavour) -> bool,
         is_kept: &IsKept<'_>,
     ) -> Result<(), KernelError> {
-        let lost = |error| failed("read rules", error);
-        let used = self.flavour();
-        for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
-            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
-            let text = match programs.save(&self.namespace) {
-                // The kernel may not know the other one.
-                Err(_) if Some(flavour) != used => continue,
-                text => text.map_err(lost)?,
-            };
-            let mut state = State::empty(self.family);
-            state.read_rules(&text);
+        for (programs, mut state) in self.held(is_meant)? {
+            let flavour = programs.flavour;
             state.forget(&|table, chain| is_kept(flavour, table.name(), chain));
             let used = self.programs.replace(programs);
             let removed = self.carry_out(&plan::removal(&state));
@@ -135,6 +132,24 @@ impl Tools {
             removed?;
         }
         Ok(())
+    }
+
+    /// Rules of ours by flavour, with the programs that speak for it.
+    fn held(&self, is_meant: impl Fn(Flavour) -> bool) -> Result<Vec<(Programs, State)>, KernelError> {
+        let used = self.flavour();
+        let mut held = Vec::new();
+        for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
+            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
+            let text = match programs.save(&self.namespace) {
+                // The kernel may not know the other one.
+                Err(_) if Some(flavour) != used => continue,
+                text => text.map_err(|error| failed("read rules", error))?,
+            };
+            let mut state = State::empty(self.family);
+            state.read_rules(&text);
+            held.push((programs, state));
+        }
+        Ok(held)
     }
 
     fn programs(&self) -> io::Result<&Programs> {

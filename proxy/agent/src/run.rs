@@ -23,6 +23,7 @@ use crate::connections;
 use crate::engine::Engine;
 use crate::families;
 use crate::flows::Flows;
+use crate::leftovers;
 use crate::metrics::Metrics;
 use crate::servers;
 use crate::settings::Settings;
@@ -53,7 +54,10 @@ pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Se
     runtime.shutdown_background();
     match result? {
         End::Stopped => Ok(()),
-        End::Reconfigured => Err(restart()),
+        End::Reconfigured => {
+            let _held = leftovers::stop();
+            Err(restart())
+        }
     }
 }
 
