@@ -258,7 +258,7 @@ fn kubeadms_daemon_set_takes_the_patch_for_ebpf_mode() -> Result<()> {
     for name in ["bpf", "cgroup"] {
         let volume = |pod: &Value| {
             let list = pod["volumes"].as_array().into_iter().flatten();
-            list.cloned().find(|v| v["name"] == name).map(|v| v["hostPath"]["path"].clone())
+            list.filter(|v| v["name"] == name).map(|v| v["hostPath"]["path"].clone()).next()
         };
         assert_eq!(volume(pod), volume(own), "{name}");
         let mount = |list: Vec<(String, String)>| list.into_iter().find(|(of, _)| of == name);
@@ -268,7 +268,7 @@ fn kubeadms_daemon_set_takes_the_patch_for_ebpf_mode() -> Result<()> {
 }
 
 /// As kubeadm 1.36 writes it (cmd/kubeadm/app/phases/addons/proxy/manifests.go).
-const KUBEADM: &str = r#"
+const KUBEADM: &str = r"
 apiVersion: apps/v1
 kind: DaemonSet
 metadata:
@@ -328,7 +328,7 @@ spec:
       - operator: Exists
       nodeSelector:
         kubernetes.io/os: linux
-"#;
+";
 
 #[test]
 fn cleaning_up_after_a_switch_back_has_a_manifest() -> Result<()> {

@@ -14,8 +14,10 @@ use super::sys::Table;
 const SECOND: u64 = 1_000_000_000;
 /// A connection that is silent for so long is forgotten, as by conntrack.
 const IDLE_MAX: u64 = 86_400 * SECOND;
-/// One that only one side has closed, or only one has spoken in.
-const HALF_MAX: u64 = 5 * SECOND;
+/// One that one side has closed, or reset.
+const HALF_MAX: u64 = 60 * SECOND;
+/// One in which only one side has spoken.
+const OPENING_MAX: u64 = 5 * SECOND;
 /// One that both sides have closed: the last packets may have to be sent again. The last second of what was seen may
 /// be missing.
 const LAST_MAX: u64 = 2 * SECOND;
@@ -87,7 +89,8 @@ impl Connection {
             > match (self.flows, self.ended) {
                 (_, [true, true]) => LAST_MAX,
                 ([true, true], [false, false]) => IDLE_MAX,
-                _ => HALF_MAX,
+                ([true, true], _) => HALF_MAX,
+                _ => OPENING_MAX,
             }
     }
 }
@@ -225,8 +228,10 @@ mod tests {
             ([closing, open], [closing, open], LAST_MAX),
             ([open, open], [closing, open], HALF_MAX),
             ([closing, open], [open, open], HALF_MAX),
-            ([opening, opening], [opening, opening], HALF_MAX),
-            ([open, open], [opening, opening], HALF_MAX),
+            ([opening, opening], [opening, opening], OPENING_MAX),
+            ([open, open], [opening, opening], OPENING_MAX),
+            // Refused.
+            ([opening, opening], [closing, closing], OPENING_MAX),
         ] {
             for (silent, expected) in [(limit, true), (limit + 1, false)] {
                 let flows = masqueraded(client, endpoint, silent);

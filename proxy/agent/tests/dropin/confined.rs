@@ -194,6 +194,9 @@ fn scores() -> Result<()> {
         let cluster = Cluster::new()?;
         let document = "apiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: iptables\n";
         cluster.write_files(&format!("{KUBEADM}---\n{document}"))?;
+        // Modules are loaded by the init container.
+        let mut init = cluster.start(&["--init-only"])?;
+        ensure!(init.wait(LONG * 4)?.success(), "{init}");
         let as_kubelet = "echo -997 > /proc/self/oom_score_adj";
         let mut agent = cluster.start_confined(capabilities, as_kubelet, &[])?;
         cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"]).with_context(|| agent.to_string())?;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use shunt_harness::guest::{inside, test_in_guest};
 use shunt_harness::lab::{
     ChildGuard, Namespace, Probe, Storm, StormSpec, Transfer, TransferSpec, place, require_kernel,
 };
@@ -16,11 +17,21 @@ const NFTABLES: Way = ("nftables", "nft");
 const LEGACY: Way = ("iptables", "legacy");
 const NFT: Way = ("iptables", "nft");
 const EBPF: Way = ("ebpf", "nft");
+/// In the guest: its own kernel has no `nf_tables` for IP.
+const IPVS: Way = ("ipvs", "legacy");
+const GUEST_EBPF: Way = ("ebpf", "legacy");
 
 /// Every ordered pair of modes of netfilter, once.
 const NETFILTER: [Way; 7] = [NFTABLES, LEGACY, NFTABLES, NFT, LEGACY, NFT, NFTABLES];
 /// Every ordered pair with ebpf mode, once.
 const WITH_EBPF: [Way; 7] = [NFTABLES, EBPF, LEGACY, EBPF, NFT, EBPF, NFTABLES];
+
+/// Every ordered pair of the modes that the guest's kernel runs, once.
+const WITH_IPVS: [Way; 3] = [LEGACY, IPVS, LEGACY];
+const WITH_IPVS_AND_EBPF: [Way; 5] = [IPVS, GUEST_EBPF, LEGACY, GUEST_EBPF, IPVS];
+
+/// What is there of each mode.
+type There = [bool; 6];
 
 fn document((mode, flavour): Way) -> String {
     format!(
@@ -28,8 +39,8 @@ fn document((mode, flavour): Way) -> String {
     )
 }
 
-/// What each way to program the kernel has there: nftables, iptables-legacy, iptables-nft, sets, eBPF.
-fn there(cluster: &Cluster, bpf: &std::path::Path) -> Result<[bool; 5]> {
+/// What each way to program the kernel has there: nftables, iptables-legacy, iptables-nft, sets, eBPF, IPVS.
+fn there(cluster: &Cluster, bpf: &std::path::Path) -> Result<There> {
     let run = |program: &str, args: &[&str]| cluster.lab.node().exec(program, args.iter().copied(), "");
     let ours = |text: &str| text.contains("KUBE-") || text.contains("SHUNT-");
     let both = |flavour: &str| {
@@ -37,21 +48,23 @@ fn there(cluster: &Cluster, bpf: &std::path::Path) -> Result<[bool; 5]> {
         Ok::<_, anyhow::Error>(v4 + &run(&format!("ip6tables-{flavour}-save"), &[])?)
     };
     Ok([
-        run("nft", &["list", "tables"])?.contains(" shunt"),
+        !inside() && run("nft", &["list", "tables"])?.contains(" shunt"),
         ours(&both("legacy")?),
-        ours(&both("nft")?),
+        !inside() && ours(&both("nft")?),
         ours(&run("ipset", &["list", "-name"])?),
         bpf.join("shunt").exists(),
+        run("ip", &["-o", "link", "show"])?.contains("kube-ipvs0"),
     ])
 }
 
-const fn expected(way: Way) -> [bool; 5] {
+const fn expected(way: Way) -> There {
     let (mode, flavour) = (way.0.as_bytes(), way.1.as_bytes());
     match (mode, flavour) {
-        (b"nftables", _) => [true, false, false, false, false],
-        (b"iptables", b"legacy") => [false, true, false, true, false],
-        (b"iptables", _) => [false, false, true, true, false],
-        _ => [false, false, false, false, true],
+        (b"nftables", _) => [true, false, false, false, false, false],
+        (b"iptables", b"legacy") => [false, true, false, true, false, false],
+        (b"iptables", _) => [false, false, true, true, false, false],
+        (b"ipvs", _) => [false, true, false, true, false, true],
+        _ => [false, false, false, false, true, false],
     }
 }
 
@@ -79,7 +92,8 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
     let storm = |to: &str, rate| {
         client.storm(StormSpec { probe: probe(to)?, rate, duration: Duration::from_mins(5) })
     };
-    let storms = [storm("10.96.0.10:80", 300)?, storm("192.0.2.11:30080", 200)?];
+    let rates = if inside() { [20, 20] } else { [300, 200] };
+    let storms = [storm("10.96.0.10:80", rates[0])?, storm("192.0.2.11:30080", rates[1])?];
     let transfer = |from: &Namespace| {
         from.transfer(&TransferSpec { probe: probe("10.96.0.10:80")?, pace: Some(1 << 20), limit: None })
     };
@@ -96,7 +110,7 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
         client.context("from the client").and(node.context("from the node"))
     };
     let gone = |way: Way, agent: &ChildGuard| {
-        let mut left = Ok([false; 5]);
+        let mut left = Ok([false; 6]);
         cluster
             .wait("nothing is left of the mode before", |c| {
                 left = there(c, &bpf);
@@ -174,6 +188,20 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
 #[test]
 fn modes_of_netfilter_give_way_to_each_other_under_load() -> Result<()> {
     if require_kernel() { tour(&NETFILTER, true) } else { Ok(()) }
+}
+
+#[test]
+fn ipvs_and_iptables_mode_give_way_to_each_other_under_load() {
+    test_in_guest(module_path!(), "ipvs_and_iptables_mode_give_way_to_each_other_under_load", || {
+        tour(&WITH_IPVS, true).unwrap();
+    });
+}
+
+#[test]
+fn ebpf_mode_comes_and_goes_beside_ipvs_mode_under_load() {
+    test_in_guest(module_path!(), "ebpf_mode_comes_and_goes_beside_ipvs_mode_under_load", || {
+        tour(&WITH_IPVS_AND_EBPF, false).unwrap();
+    });
 }
 
 #[test]
