@@ -99,15 +99,17 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
     };
     // These processes are in no cgroup that is served, so that ebpf mode meets the node's own connections at its
     // devices, too.
-    let transfers = || Ok::<_, anyhow::Error>([transfer(client)?, transfer(cluster.lab.node())?]);
-    let go_on = |transfers: &[Transfer; 2], what: &str| {
-        let bytes = transfers.each_ref().map(Transfer::bytes);
-        cluster
-            .wait(what, |_| Ok(transfers.iter().zip(bytes).all(|(transfer, bytes)| transfer.bytes() > bytes)))
+    let transfers = || Ok::<_, anyhow::Error>(vec![transfer(client)?, transfer(cluster.lab.node())?]);
+    let go_on = |transfers: &[Transfer], what: &str| {
+        let bytes: Vec<u64> = transfers.iter().map(Transfer::bytes).collect();
+        cluster.wait(what, |_| {
+            Ok(transfers.iter().zip(&bytes).all(|(transfer, bytes)| transfer.bytes() > *bytes))
+        })
     };
-    let stop = |transfers: [Transfer; 2]| {
-        let [client, node] = transfers.map(Transfer::stop);
-        client.context("from the client").and(node.context("from the node"))
+    let stop = |transfers: Vec<Transfer>| {
+        transfers.into_iter().enumerate().try_for_each(|(n, transfer)| {
+            transfer.stop().map(drop).with_context(|| format!("transfer {n}, by turns from client and node"))
+        })
     };
     let gone = |way: Way, agent: &ChildGuard| {
         let mut left = Ok([false; 6]);
@@ -137,9 +139,15 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
         go_on(&long, &format!("{what}: a connection from before"))?;
         let begun = storms.each_ref().map(Storm::attempted);
         cluster.wait("connections in this mode", |_| {
-            Ok(storms.iter().zip(begun).all(|(storm, begun)| storm.attempted() > begun + 50))
+            Ok(storms
+                .iter()
+                .zip(begun)
+                .all(|(storm, begun)| storm.attempted() > begun + if inside() { 10 } else { 50 }))
         })?;
-        if !hands_over {
+        if hands_over {
+            // From each of the modes, to the end.
+            long.extend(transfers()?);
+        } else {
             // Longer than what is left would stay otherwise.
             std::thread::sleep(Duration::from_secs(if *to == EBPF { 4 } else { 1 }));
             let left = there(&cluster, &bpf)?;
@@ -175,7 +183,7 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
         let report = storm.stop()?;
         println!("{report}");
         ensure!(
-            report.attempted > 500 && report.failures.is_empty(),
+            report.attempted > if inside() { 100 } else { 500 } && report.failures.is_empty(),
             "{report} {:?}: {agent}",
             report.failures
         );
