@@ -4,11 +4,14 @@
 use std::time::{Duration, Instant};
 
 use shunt_core::id::IpFamily;
+use shunt_core::stale::Tuple;
 use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
 use crate::sync::Step;
-use crate::{Backend, Counted, KernelError, Mode, Plan, Remedy, RuleCount, Unsupported, Usage, rendered};
+use crate::{
+    Backend, Counted, KernelError, Mode, Plan, Remains, Remedy, RuleCount, Unsupported, Usage, rendered,
+};
 
 /// What a sync did.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -91,6 +94,12 @@ pub trait Driver: Send {
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
     /// Takes in that the node's devices or addresses have changed.
     fn refresh(&mut self) -> Result<(), KernelError>;
+    /// What would break with the mode's removal: [`Backend::remains`].
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError>;
+    /// Takes no new connections of the family any more: [`Backend::retire`].
+    fn retire(&mut self) -> Result<(), KernelError>;
+    /// Keeps off connections of another mode: [`Backend::keep_off`].
+    fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError>;
     /// Removes everything that the mode owns.
     fn cleanup(&mut self) -> Result<(), KernelError>;
 }
@@ -246,6 +255,20 @@ impl<B: Backend> Driver for ModeDriver<B> {
 
     fn refresh(&mut self) -> Result<(), KernelError> {
         self.backend.refresh()
+    }
+
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
+        self.backend.remains()
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        self.state = None;
+        self.ahead = None;
+        self.backend.retire()
+    }
+
+    fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError> {
+        self.backend.keep_off(answers)
     }
 
     fn cleanup(&mut self) -> Result<(), KernelError> {

@@ -23,6 +23,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use shunt_core::id::{IpFamily, ServicePortName};
+use shunt_core::stale::Tuple;
 use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
 
@@ -156,6 +157,18 @@ pub struct Counted {
     pub dropped: u64,
 }
 
+/// What is left of a mode that another one has taken over from.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Remains {
+    /// Whether it still takes new connections, of whatever family.
+    pub serves: bool,
+    /// TCP connections that nothing else can go on with.
+    pub connections: usize,
+    /// What packets from the clients of those of the family are inside the node, and behind it where that is different.
+    /// netfilter must neither translate these nor let others leave likewise.
+    pub tuples: Vec<Tuple>,
+}
+
 /// One mode for one IP family.
 ///
 /// Implementations hold a handle to the kernel and nothing else; what is known of the kernel is
@@ -243,6 +256,24 @@ pub trait Backend: Send {
     /// Takes in that the node's devices or addresses have changed. Modes whose rules ask the kernel
     /// itself have nothing to do.
     fn refresh(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    /// What would break if everything was removed, once what is over is forgotten; `None` where there is nothing to
+    /// remove, and from modes whose connections are in the hands of the kernel's conntrack.
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
+        Ok(None)
+    }
+
+    /// Takes no new connections of the family any more, for another mode that does by now, and goes on with those
+    /// that there are.
+    fn retire(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    /// Keeps off connections that another mode has masqueraded: answers to them come with these tuples. Modes that
+    /// leave the choice of ports to conntrack need not be told.
+    fn keep_off(&mut self, _answers: &[Tuple]) -> Result<(), KernelError> {
         Ok(())
     }
 

@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 
 use shunt_core::id::IpFamily;
+use shunt_core::stale::Tuple;
 use shunt_ebpf_abi::{Endpoint, FIRST_SERVICE_ID, Frontend, lookup};
-use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
+use shunt_mode::{Counted, KernelError, Remains, Remedy, Unsupported};
 
 use crate::kernel::Kernel;
 use crate::op::Op;
@@ -81,6 +82,18 @@ impl Kernel for FakeKernel {
 
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {
         Ok(Vec::new())
+    }
+
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
+        Ok(None)
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn keep_off(&mut self, _: &[Tuple]) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {

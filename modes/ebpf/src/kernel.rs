@@ -6,6 +6,7 @@
 mod attach;
 mod clsact;
 mod devices;
+mod flows;
 mod maglev;
 mod maps;
 mod probe;
@@ -21,10 +22,11 @@ use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
+use shunt_core::stale::Tuple;
 use shunt_ebpf_abi::{
     Config, ENDPOINT_BLOCK, SERVICE_BLOCK, ServiceCounters, VERSION, config_flags, map, size,
 };
-use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
+use shunt_mode::{Counted, KernelError, Remains, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins, Places, Way};
 use self::devices::Devices;
@@ -52,6 +54,12 @@ pub trait Kernel {
     fn refresh(&mut self) -> Result<(), KernelError>;
     /// What the programs have counted of the family's Service ports.
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
+    /// What of both families is left; flows of the family that are over are forgotten.
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError>;
+    /// Empties what begins flows of the family.
+    fn retire(&mut self) -> Result<(), KernelError>;
+    /// Lets no masqueraded flow have answers with one of these tuples.
+    fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError>;
     /// Removes programs and maps of both families if they are there.
     fn remove(&mut self) -> Result<(), KernelError>;
 }
@@ -369,6 +377,36 @@ impl Kernel for Bpf {
             Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped })
         });
         Ok(named.collect())
+    }
+
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
+        let (family, pins) = (self.family, self.pins.maps());
+        let Some(maps) = self.open_maps()? else { return Ok(None) };
+        let serves = maps.frontends().map_err(of_map)? > 0;
+        match flows::live(&pins, family) {
+            Ok((connections, tuples)) => Ok(Some(Remains { serves, connections, tuples })),
+            // Removed with the other family's.
+            Err(error) if error.is_missing() => Ok(None),
+            Err(error) => Err(of_map(error)),
+        }
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        let family = self.family;
+        let Some(maps) = self.open_maps()? else { return Ok(()) };
+        let state = maps.observe(family).map_err(of_map)?;
+        // An address or range that is known although its frontend is not would be refused.
+        let ranges = state.ranges().iter();
+        let ranges =
+            ranges.flat_map(|(owner, list)| list.iter().map(|range| Op::DeleteRange(*owner, *range)));
+        let addresses = state.addresses.keys().map(|address| Op::SetAddress(*address, 0));
+        let frontends = state.frontends().keys().map(|key| Op::SetFrontend(*key, None));
+        let ops: Vec<Op> = ranges.chain(addresses).chain(frontends).collect();
+        maps.carry_out(family, &ops).map_err(of_map)
+    }
+
+    fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError> {
+        flows::keep_off(&self.pins.maps(), answers).map_err(of_map)
     }
 
     fn remove(&mut self) -> Result<(), KernelError> {

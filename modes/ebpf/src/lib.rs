@@ -32,9 +32,10 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use shunt_core::id::IpFamily;
+use shunt_core::stale::Tuple;
 use shunt_core::table::{Change, ForwardingTable};
 use shunt_core::walk::{Outcome, Packet};
-use shunt_mode::{Backend, Counted, KernelError, Mode, Plan, Transaction, Unsupported, Usage};
+use shunt_mode::{Backend, Counted, KernelError, Mode, Plan, Remains, Transaction, Unsupported, Usage};
 
 use crate::kernel::Kernel;
 use crate::op::Op;
@@ -119,6 +120,18 @@ impl<K: Kernel + Send> Backend for Ebpf<K> {
 
     fn refresh(&mut self) -> Result<(), KernelError> {
         self.kernel.refresh()
+    }
+
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
+        self.kernel.remains()
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        self.kernel.retire()
+    }
+
+    fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError> {
+        self.kernel.keep_off(answers)
     }
 
     fn cleanup(&mut self) -> Result<(), KernelError> {

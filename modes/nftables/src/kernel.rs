@@ -197,6 +197,13 @@ const PACKETS_PASS: Duration = Duration::from_millis(20);
 /// The table of kube-proxy's own nftables mode, in `ip` and `ip6`.
 const KUBE_PROXY_TABLE: &str = "kube-proxy";
 
+/// Whether there is a table of ours, or of kube-proxy's, in the calling thread's network namespace.
+pub fn has_table(of: IpFamily) -> Result<bool, KernelError> {
+    let mut socket = Socket::new().map_err(|e| failed("open nf_tables", e))?;
+    let tables = socket.dump_tables(family(of)).map_err(|e| failed("list tables", e))?;
+    Ok(tables.iter().any(|t| [TABLE, KUBE_PROXY_TABLE].contains(&&*t.name)))
+}
+
 /// Deletes what kube-proxy's nftables mode left in the calling thread's network namespace. Answers whether
 /// there was anything.
 pub fn remove_kube_proxy(of: IpFamily) -> Result<bool, KernelError> {

@@ -108,6 +108,20 @@ pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Option
     errors
 }
 
+/// Whether modes of netfilter, ours or kube-proxy's, have left rules for a family. What cannot be asked has none.
+pub fn has_rules_of_netfilter(family: IpFamily, options: &Options) -> bool {
+    // ipvs mode has rules under the names that iptables mode uses.
+    let in_iptables = Tools::open(family, options.flavour).and_then(|mut tools| tools.has_rules());
+    let asked =
+        [(Mode::Nftables, shunt_mode_nftables::kernel::has_table(family)), (Mode::Iptables, in_iptables)];
+    asked.into_iter().any(|(mode, has)| {
+        has.unwrap_or_else(|error| {
+            tracing::debug!(%mode, %family, "nothing is left: {error}");
+            false
+        })
+    })
+}
+
 /// How many packets the rules of iptables mode dropped or accepted, for those that are counted, in the calling
 /// thread's network namespace: name of the counter and packets.
 pub fn counted_packets(mode: Mode) -> Vec<(&'static str, u64)> {

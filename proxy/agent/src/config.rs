@@ -9,6 +9,7 @@ use shunt_watch::FileWatcher;
 use tokio::sync::mpsc;
 
 use crate::cli::{ModeArgs, RunArgs};
+use crate::families;
 use crate::flags;
 use crate::settings::Settings;
 
@@ -88,6 +89,17 @@ fn read(path: &Path) -> Result<shunt_config::Loaded> {
 /// Quiet time after a change before files are read: a `ConfigMap` is replaced in several steps.
 const SETTLE: Duration = Duration::from_millis(100);
 
+/// Reads the configuration anew. An error unless it is the one in use, or valid and of a mode that can run here.
+async fn reload(args: &RunArgs, current: &Configuration) -> Result<Configuration> {
+    let new = Configuration::load(args)?;
+    let settings = new.settings()?;
+    // Which one `auto` means is found out at the start.
+    if new != *current && !settings.auto {
+        tokio::task::spawn_blocking(move || families::open(&settings).map(drop)).await??;
+    }
+    Ok(new)
+}
+
 /// Tells of every configuration that differs from the one in use and is valid. One that is not is
 /// complained about, and the one in use stays. Ends only if nobody listens any more.
 pub(crate) async fn watch(args: RunArgs, mut current: Configuration, tx: mpsc::Sender<Configuration>) {
@@ -100,7 +112,7 @@ pub(crate) async fn watch(args: RunArgs, mut current: Configuration, tx: mpsc::S
     loop {
         watcher.changed().await;
         tokio::time::sleep(SETTLE).await;
-        match Configuration::load(&args).and_then(|new| new.settings().map(|_| new)) {
+        match reload(&args, &current).await {
             Ok(new) if new == current => last_error.clear(),
             Ok(new) => {
                 last_error.clear();

@@ -18,8 +18,9 @@ use crate::admin::Request;
 use crate::connections::Counts;
 use crate::dump;
 use crate::explain;
-use crate::families::{Family, log_sync, milliseconds, remove_leftovers};
+use crate::families::{Family, log_sync, milliseconds};
 use crate::flows::{Done, Flows};
+use crate::leftovers;
 use crate::settings::Settings;
 
 /// Everything between a source and the kernel.
@@ -252,6 +253,9 @@ impl Engine {
             // A look at the kernel for which nothing waits finds what nobody asked for.
             let idle = family.in_sync();
             if let Some(step) = family.sync.next(now) {
+                if let Some(options) = &family.leftovers {
+                    leftovers::announce(family.driver.mode(), of, options);
+                }
                 match family.driver.sync(compiler.table(of), &step) {
                     Ok(mut report) => {
                         log_sync(of, &step, &report);
@@ -267,7 +271,7 @@ impl Engine {
                         problems.append(&mut report.problems);
                         family.sync.finished(Ok(step), Instant::now());
                         if let Some(options) = family.leftovers.take() {
-                            remove_leftovers(family.driver.mode(), of, options);
+                            leftovers::remove(family.driver.mode(), of, options);
                         }
                         family.tend_at.get_or_insert(now + TEND_AFTER);
                     }

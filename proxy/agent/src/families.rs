@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use shunt_core::id::IpFamily;
-use shunt_mode::Mode;
 use shunt_mode::driver::{Driver, Report};
 use shunt_mode::sync::{Periods, Step, SyncLoop};
 
@@ -65,19 +64,6 @@ impl Family {
     /// Whether the kernel holds what the table asks for, as far as known.
     pub(crate) const fn in_sync(&self) -> bool {
         self.sync.queued_since().is_none()
-    }
-}
-
-/// Removes what kube-proxy and other modes left, on a thread of its own: their tools may take a while.
-/// Connections that they translated go on, as the kernel remembers how.
-pub(crate) fn remove_leftovers(in_use: Mode, family: IpFamily, options: shunt_modes::Options) {
-    let remove = move || {
-        for error in shunt_modes::remove_leftovers(Some(in_use), family, &options) {
-            tracing::warn!(%family, "leftovers of another mode may remain: {error}");
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("leftovers".to_owned()).spawn(remove) {
-        tracing::warn!(%family, "leftovers of other modes remain: {error}");
     }
 }
 

@@ -21,6 +21,7 @@ mod explain;
 mod families;
 mod flags;
 mod flows;
+mod leftovers;
 mod logging;
 mod metrics;
 mod offline;

@@ -23,6 +23,7 @@ use crate::connections;
 use crate::engine::Engine;
 use crate::families;
 use crate::flows::Flows;
+use crate::leftovers;
 use crate::metrics::Metrics;
 use crate::servers;
 use crate::settings::Settings;
@@ -53,7 +54,10 @@ pub(crate) fn run(args: &RunArgs, configuration: Configuration, mut settings: Se
     runtime.shutdown_background();
     match result? {
         End::Stopped => Ok(()),
-        End::Reconfigured => Err(restart()),
+        End::Reconfigured => {
+            let _held = leftovers::stop();
+            Err(restart())
+        }
     }
 }
 
@@ -127,7 +131,7 @@ async fn run_async(
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (updates_tx, mut updates) = mpsc::channel(UPDATES_MAX);
-    let (metrics, registry) = Metrics::new(settings.mode);
+    let (metrics, registry) = Metrics::new(settings.mode, settings.config.allow_external_ips);
     let options = kube_options(args, &settings, &node_name, &metrics);
     let source = start_source(args, options.clone(), updates_tx);
     let (events, notices) = mpsc::channel(EVENTS_MAX);

@@ -231,6 +231,105 @@ fn each_mode_has_an_overlay() -> Result<()> {
     Ok(())
 }
 
+/// kubeadm's own DaemonSet, and what ebpf mode needs besides.
+#[test]
+fn kubeadms_daemon_set_takes_the_patch_for_ebpf_mode() -> Result<()> {
+    let [mut daemon_set] = documents(KUBEADM)?.try_into().map_err(|_| anyhow::anyhow!("one document"))?;
+    check(&daemon_set)?;
+    let [patch] = read(&deploy().join("modes/ebpf/kubeadm.yaml"))?
+        .try_into()
+        .map_err(|_| anyhow::anyhow!("one patch"))?;
+    merge(&mut daemon_set, &patch);
+    check(&daemon_set)?;
+    let pod = &daemon_set["spec"]["template"]["spec"];
+    let [container] = pod["containers"].as_array().context("containers")?.as_slice() else {
+        bail!("one container")
+    };
+    let mounts = |container: &Value| -> Result<Vec<(String, String)>> {
+        let text = |v: &Value| v.as_str().map(str::to_owned).context("text");
+        let list = container["volumeMounts"].as_array().context("volumeMounts")?;
+        list.iter().map(|m| Ok((text(&m["name"])?, text(&m["mountPath"])?))).collect()
+    };
+    let patched = mounts(container)?;
+    assert_eq!(patched.len(), 5, "{patched:?}");
+    // The same as in our own manifest.
+    let base = kustomize(&deploy().join("base"))?;
+    let own = &find(&base, "DaemonSet")?["spec"]["template"]["spec"];
+    for name in ["bpf", "cgroup"] {
+        let volume = |pod: &Value| {
+            let list = pod["volumes"].as_array().into_iter().flatten();
+            list.filter(|v| v["name"] == name).map(|v| v["hostPath"]["path"].clone()).next()
+        };
+        assert_eq!(volume(pod), volume(own), "{name}");
+        let mount = |list: Vec<(String, String)>| list.into_iter().find(|(of, _)| of == name);
+        assert_eq!(mount(patched.clone()), mount(mounts(&own["containers"][0])?), "{name}");
+    }
+    Ok(())
+}
+
+/// As kubeadm 1.36 writes it (cmd/kubeadm/app/phases/addons/proxy/manifests.go).
+const KUBEADM: &str = r"
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  labels:
+    k8s-app: kube-proxy
+  name: kube-proxy
+  namespace: kube-system
+spec:
+  selector:
+    matchLabels:
+      k8s-app: kube-proxy
+  updateStrategy:
+    type: RollingUpdate
+  template:
+    metadata:
+      labels:
+        k8s-app: kube-proxy
+    spec:
+      priorityClassName: system-node-critical
+      containers:
+      - name: kube-proxy
+        image: registry.k8s.io/kube-proxy:v1.36.0
+        imagePullPolicy: IfNotPresent
+        command:
+        - /usr/local/bin/kube-proxy
+        - --config=/var/lib/kube-proxy/config.conf
+        - --hostname-override=$(NODE_NAME)
+        securityContext:
+          privileged: true
+        volumeMounts:
+        - mountPath: /var/lib/kube-proxy
+          name: kube-proxy
+        - mountPath: /run/xtables.lock
+          name: xtables-lock
+        - mountPath: /lib/modules
+          name: lib-modules
+          readOnly: true
+        env:
+        - name: NODE_NAME
+          valueFrom:
+            fieldRef:
+              fieldPath: spec.nodeName
+      hostNetwork: true
+      serviceAccountName: kube-proxy
+      volumes:
+      - name: kube-proxy
+        configMap:
+          name: kube-proxy
+      - name: xtables-lock
+        hostPath:
+          path: /run/xtables.lock
+          type: FileOrCreate
+      - name: lib-modules
+        hostPath:
+          path: /lib/modules
+      tolerations:
+      - operator: Exists
+      nodeSelector:
+        kubernetes.io/os: linux
+";
+
 #[test]
 fn cleaning_up_after_a_switch_back_has_a_manifest() -> Result<()> {
     let built = kustomize(&deploy().join("cleanup"))?;
@@ -358,7 +457,14 @@ fn the_image_holds_both_names_and_the_tools() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name);
     std::fs::write(path("shunt"), "#!/bin/sh\n")?;
-    run(Command::new(deploy().join("build-image")).arg(path("shunt")).arg(path("image.tar")))?;
+    let pack = || run(Command::new(deploy().join("build-image")).arg(path("shunt")).arg(path("image.tar")));
+    // A binary that makes it too large is not packed.
+    std::fs::File::options().write(true).open(path("shunt"))?.set_len(30_000_000)?;
+    let error = format!("{:#}", pack().expect_err("an image that is too large"));
+    assert!(error.contains("more than 40000000 bytes"), "{error}");
+    assert!(!path("image.tar").exists());
+    std::fs::write(path("shunt"), "#!/bin/sh\n")?;
+    pack()?;
     std::fs::create_dir(path("image"))?;
     run(Command::new("tar").arg("xf").arg(path("image.tar")).arg("-C").arg(path("image")))?;
     // Every descriptor leads to a blob of its size and digest.

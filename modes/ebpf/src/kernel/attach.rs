@@ -245,8 +245,9 @@ const HOOKS: [(&str, Hook); 12] = {
         ("getpeername6", Hook::Cgroup(At::GetPeerName6)),
         ("bind4", Hook::Cgroup(At::Bind4)),
         ("bind6", Hook::Cgroup(At::Bind6)),
-        ("ingress", Hook::Tc(TcAttachType::Ingress)),
+        // Flows begin at ingress: what leaves must be translated by then, at whatever device.
         ("egress", Hook::Tc(TcAttachType::Egress)),
+        ("ingress", Hook::Tc(TcAttachType::Ingress)),
     ]
 };
 

@@ -71,7 +71,7 @@ pub(super) fn at(map: &'static str) -> impl Fn(io::Error) -> MapError {
     move |source| MapError { map, source }
 }
 
-fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
+pub(super) fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
     folder: &Path,
     name: &'static str,
 ) -> Result<Table<K, V>, MapError> {
@@ -195,6 +195,13 @@ impl Maps {
             })
             .map_err(at(map::AFFINITY))?;
         Ok(clients)
+    }
+
+    /// Frontends of both families.
+    pub(super) fn frontends(&self) -> Result<usize, MapError> {
+        let mut frontends = 0;
+        self.frontends.read(|_, _| frontends += 1).map_err(at(map::FRONTENDS))?;
+        Ok(frontends)
     }
 
     /// Remembers clients for the first Service port with session affinity, with its first endpoint.
@@ -483,7 +490,7 @@ const fn is_removal(op: &Op) -> bool {
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, which programs read too.
-fn now() -> io::Result<u64> {
+pub(super) fn now() -> io::Result<u64> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
     let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
     Ok(seconds * 1_000_000_000 + nanoseconds)

@@ -62,7 +62,7 @@ fn bpffs(root: &Path) -> Result<(), Unsupported> {
         Ok(stat) if stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC => Ok(()),
         Ok(_) | Err(Errno::ENOENT) => Err(missing(
             format!("{} is no bpffs", root.display()),
-            "mount one (mount -t bpf bpf /sys/fs/bpf; it needs CONFIG_BPF_SYSCALL) and hand it to the container, or name another one with --bpf-fs-root",
+            "mount one on the node (mount -t bpf bpf /sys/fs/bpf; it needs CONFIG_BPF_SYSCALL) and hand it to the container (kubeadm's DaemonSet does not: deploy/modes/ebpf/kubeadm.yaml is the patch), or name another one with --bpf-fs-root",
         )),
         Err(error) => Err(missing(format!("{} ({error})", root.display()), "see --bpf-fs-root")),
     }

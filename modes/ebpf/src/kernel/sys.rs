@@ -14,6 +14,7 @@ use aya::maps::MapData;
 use shunt_ebpf_abi::RangeKey;
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
@@ -180,6 +181,30 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
             bpf(BPF_MAP_UPDATE_BATCH, &mut attr)?;
         }
         Ok(())
+    }
+
+    /// Writes an element unless there is one with that key.
+    pub(super) fn insert_new(&self, key: K, value: V) -> io::Result<()> {
+        #[repr(C)]
+        struct Attr {
+            map: i32,
+            reserved: u32,
+            key: u64,
+            value: u64,
+            flags: u64,
+        }
+        const BPF_NOEXIST: u64 = 1;
+        let mut attr = Attr {
+            map: self.map.fd().as_fd().as_raw_fd(),
+            reserved: 0,
+            key: (&raw const key) as u64,
+            value: (&raw const value) as u64,
+            flags: BPF_NOEXIST,
+        };
+        match bpf(BPF_MAP_UPDATE_ELEM, &mut attr) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            result => result.map(drop),
+        }
     }
 
     /// Deletes elements, in order.

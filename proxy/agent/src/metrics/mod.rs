@@ -165,9 +165,21 @@ pub(crate) struct Metrics {
     service_names: Arc<Mutex<[BTreeSet<ServicePortName>; 2]>>,
 }
 
+/// The feature gates that mean something here, with stages as component-base writes them.
+fn register_features(registry: &mut Registry, external_ips: bool) {
+    let features: Family<[(&str, &str); 2], Gauge> = Family::default();
+    let allow = [("name", "AllowServiceExternalIPs"), ("stage", "DEPRECATED")];
+    features.get_or_create(&allow).set(external_ips.into());
+    registry.register(
+        "kubernetes_feature_enabled",
+        "This metric records the data about the stage and enablement of a k8s feature",
+        features,
+    );
+}
+
 impl Metrics {
-    /// All metrics, and the registry from which they are read.
-    pub(crate) fn new(mode: Mode) -> (Self, Registry) {
+    /// All metrics, and the registry from which they are read. `external_ips`: the feature gate `AllowServiceExternalIPs`.
+    pub(crate) fn new(mode: Mode, external_ips: bool) -> (Self, Registry) {
         let histograms = |new: fn() -> Histogram| Family::new_with_constructor(new);
         let metrics = Self {
             sync: histograms(sync_buckets),
@@ -210,6 +222,7 @@ impl Metrics {
         let mut registry = Registry::default();
         metrics.register_kube_proxy(mode, &mut registry);
         metrics.register_own(mode, &mut registry);
+        register_features(&mut registry, external_ips);
         registry.register_collector(Box::new(Process::default()));
         registry.register_collector(Box::new(CountedPackets(mode)));
         // What there is from the start is shown from the start.

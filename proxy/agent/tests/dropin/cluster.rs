@@ -139,7 +139,8 @@ impl Cluster {
         self.start_with(&format!("{mounts}\n{READ_ONLY}"), &confine, more)
     }
 
-    fn start_with(&self, mounts: &str, confine: &str, more: &[&str]) -> Result<ChildGuard> {
+    /// Starts it as kubeadm does, with other mounts besides, by way of another program.
+    pub(crate) fn start_with(&self, mounts: &str, confine: &str, more: &[&str]) -> Result<ChildGuard> {
         const MOUNTS: &str = "set -e
             mount -t tmpfs tmpfs /var/lib; mount -t tmpfs tmpfs /run
             mkdir -p /var/lib/kube-proxy /run/secrets/kubernetes.io/serviceaccount /run/shunt

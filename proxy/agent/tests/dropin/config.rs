@@ -45,6 +45,41 @@ fn a_changed_configuration_takes_effect_and_breaks_nothing() -> Result<()> {
     Ok(())
 }
 
+/// kubeadm's DaemonSet has a /sys of its own, in which no bpffs is mounted: what would be pinned in one that is mounted
+/// there would go with the container, and Services with it.
+#[test]
+fn ebpf_mode_without_the_nodes_bpffs_is_refused() -> Result<()> {
+    const NO_BPFFS: &str = "ebpf mode cannot run here: /sys/fs/bpf is no bpffs";
+    if !require_kernel() {
+        return Ok(());
+    }
+    let in_mode = |mode: &str| {
+        format!("{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: {mode}\n")
+    };
+    let cluster = Cluster::new()?;
+    let start = || cluster.start_with("mount -t sysfs sysfs /sys", "", &[]);
+    cluster.write_files(&in_mode("ebpf"))?;
+    let mut agent = start()?;
+    assert_eq!(agent.wait(LONG)?.code(), Some(1), "{agent}");
+    let log = agent.stderr();
+    assert!(log.contains(NO_BPFFS) && log.contains("deploy/modes/ebpf/kubeadm.yaml"), "{log}");
+
+    // `auto` is another mode there, and a running agent stays in its own.
+    cluster.write_files(&in_mode("auto"))?;
+    let mut agent = start()?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    assert!(agent.stderr().contains("mode chosen: nftables"), "{agent}");
+    std::fs::write(cluster.path("config.conf"), in_mode("ebpf"))?;
+    agent.wait_for(NO_BPFFS, LONG)?;
+    agent.wait_for("the configuration in use stays", LONG)?;
+    cluster.endpoints(&["10.244.1.12"]);
+    cluster.reach("10.96.0.10:80", &["pod-b"])?;
+    assert_eq!(cluster.get("127.0.0.1:10249", "/proxyMode")?.body, "nftables");
+    assert!(!agent.stderr().contains("starting anew"), "{agent}");
+    assert!(agent.stop()?.success());
+    Ok(())
+}
+
 #[test]
 fn a_port_that_is_taken_is_tried_again_or_ends_it() -> Result<()> {
     if !require_kernel() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use shunt_harness::guest::test_in_guest;
-use shunt_harness::lab::{place, require_kernel};
+use shunt_harness::lab::{Probe, TransferSpec, place, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM, LONG};
 use crate::metrics::{promtool, sample};
@@ -123,9 +123,88 @@ fn ebpf_mode_needs_no_more_than_its_overlay_gives() -> Result<()> {
     serves("ebpf", mounts, &["--cgroup-root", cgroup])
 }
 
+/// Another overlay follows: without the capabilities of ebpf mode its connections are waited for, then it goes.
+#[test]
+fn ebpf_mode_gives_way_with_the_capabilities_of_the_base() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let (cgroup, bpf) = (place::cgroup("gives-way")?, place::bpffs("gives-way")?);
+    let [cgroup, root] = [&cgroup, &bpf].map(|path| path.to_str().context("a path"));
+    let places = ["--cgroup-root", cgroup?, "--bpf-fs-root", root?];
+    let cluster = Cluster::new()?;
+    let start = |mode: &str| {
+        let document = format!("apiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: {mode}\n");
+        cluster.write_files(&format!("{KUBEADM}---\n{document}"))?;
+        // The bpffs is reached by way of a descriptor of this process, which takes one more here.
+        let capabilities = [capabilities(mode)?, vec!["SYS_PTRACE".to_owned()]].concat();
+        let agent = cluster.start_confined(&capabilities, "", &places)?;
+        cluster
+            .wait("in sync", |_| Ok(agent.stderr().matches("in sync with the kernel").count() == 2))
+            .with_context(|| agent.to_string())?;
+        Ok::<_, anyhow::Error>(agent)
+    };
+    let mut agent = start("ebpf")?;
+    let probe = Probe::tcp("10.96.0.10:80".parse()?);
+    let spec = TransferSpec { probe, pace: Some(1 << 20), limit: None };
+    let transfer = cluster.lab.client().transfer(&spec)?;
+    agent.stop()?;
+    let mut agent = start("nftables")?;
+    agent.wait_for("stays until its connections have ended", LONG)?;
+    let bytes = transfer.bytes();
+    cluster.wait("the connection goes on", |_| Ok(transfer.bytes() > bytes))?;
+    assert!(bpf.join("shunt").exists());
+    transfer.stop()?;
+    cluster
+        .wait("ebpf mode is gone", |_| Ok(!bpf.join("shunt").exists()))
+        .with_context(|| agent.to_string())?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    agent.stop()?;
+    let log = agent.stderr();
+    assert!(!log.contains("may remain") && !log.contains("not waited for"), "{log}");
+    Ok(())
+}
+
 #[test]
 fn ipvs_mode_needs_no_more_than_its_overlay_gives() {
     test_in_guest(module_path!(), "ipvs_mode_needs_no_more_than_its_overlay_gives", || {
         serves("ipvs", "", &[]).unwrap();
     });
+}
+
+/// Nothing but a lower `oom_score_adj` takes `CAP_SYS_RESOURCE`: the kubelet gives pods of this class -997, and
+/// kube-proxy's default is -999.
+#[test]
+fn the_oom_killers_score_takes_the_capability_that_overlays_give_for_it() {
+    test_in_guest(
+        module_path!(),
+        "the_oom_killers_score_takes_the_capability_that_overlays_give_for_it",
+        || {
+            scores().unwrap();
+        },
+    );
+}
+
+fn scores() -> Result<()> {
+    ensure!(may_lower_scores(), "the test itself may not do it");
+    let given = capabilities("iptables")?;
+    let without: Vec<String> = given.iter().filter(|name| *name != "SYS_RESOURCE").cloned().collect();
+    ensure!(given.len() == without.len() + 1, "{given:?}");
+    for (capabilities, expected) in [(&given, "-999"), (&without, "-997")] {
+        let cluster = Cluster::new()?;
+        let document = "apiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: iptables\n";
+        cluster.write_files(&format!("{KUBEADM}---\n{document}"))?;
+        // Modules are loaded by the init container.
+        let mut init = cluster.start(&["--init-only"])?;
+        ensure!(init.wait(LONG * 4)?.success(), "{init}");
+        let as_kubelet = "echo -997 > /proc/self/oom_score_adj";
+        let mut agent = cluster.start_confined(capabilities, as_kubelet, &[])?;
+        cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"]).with_context(|| agent.to_string())?;
+        let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.id()))?;
+        ensure!(score.trim() == expected, "{capabilities:?}: {score}");
+        let complains = agent.stderr().contains("oom_score_adj stays as it is: Permission denied");
+        ensure!(complains == (expected == "-997"), "{agent}");
+        agent.stop()?;
+    }
+    Ok(())
 }

@@ -9,6 +9,10 @@ mod modes;
 mod node;
 mod takeover;
 
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use shunt_harness::apiserver::Resource;
@@ -44,6 +48,49 @@ fn kubeadms_command_line_serves_and_tells() -> Result<()> {
     let log = agent.stderr();
     assert!(log.contains("mode chosen: nftables: a trial in a private network namespace worked"), "{log}");
     assert!(!log.contains("unknown field"), "{log}");
+    Ok(())
+}
+
+/// Clients of health checks and metrics that send half a request, or do not read the answer.
+#[test]
+fn slow_clients_hold_up_neither_rules_nor_each_other() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let mut agent = cluster.start(&[])?;
+    cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    let servers =
+        [("127.0.0.1:10256", "/healthz"), ("127.0.0.1:10249", "/metrics"), ("192.0.2.11:31234", "/")];
+    cluster.wait("all servers", |c| Ok(servers.iter().all(|(at, path)| c.get(at, path).is_ok())))?;
+    let slow = cluster.lab.node().run(|| {
+        let mut slow = Vec::new();
+        for (at, path) in servers {
+            for n in 0..100 {
+                let mut stream = TcpStream::connect(at)?;
+                write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n")?;
+                if n % 2 == 0 {
+                    // One after the other, until nothing more can be sent.
+                    stream.set_nonblocking(true)?;
+                    let whole = format!("\r\nGET {path} HTTP/1.1\r\nHost: x\r\n").repeat(1000);
+                    let _ = stream.write(whole.as_bytes());
+                }
+                slow.push(stream);
+            }
+        }
+        Ok(slow)
+    })?;
+    for (endpoint, pod) in [("10.244.1.12", "pod-b"), ("10.244.1.11", "pod-a")] {
+        let began = Instant::now();
+        cluster.endpoints(&[endpoint]);
+        cluster.reach("10.96.0.10:80", &[pod])?;
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        for (at, path) in servers {
+            assert_eq!(cluster.get(at, path)?.status, 200, "{at}");
+        }
+    }
+    drop(slow);
+    assert!(agent.stop()?.success());
     Ok(())
 }
 

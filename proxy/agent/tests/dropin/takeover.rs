@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use shunt_harness::lab::{Probe, StormSpec, TransferSpec, require_kernel};
+use shunt_harness::lab::{Probe, StormSpec, TransferSpec, place, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM, LONG};
 
@@ -196,6 +196,68 @@ fn a_node_is_taken_over_from_kube_proxys_iptables_mode() -> Result<()> {
         let saved = node.exec(&format!("iptables-{flavour}-save"), [""; 0], "")?;
         assert!(saved.contains("-A FORWARD -j FOREIGN") && saved.contains("-A FOREIGN -j RETURN"), "{saved}");
         agent.stop()?;
+    }
+    Ok(())
+}
+
+/// ebpf mode takes new connections at once, and what kube-proxy has stays until those have ended that it translated.
+#[test]
+fn ebpf_mode_takes_over_from_kube_proxy_without_a_break() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let (cgroup, bpf) = (place::cgroup("takeover")?, place::bpffs("takeover")?);
+    let path = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path");
+    let arguments = ["--cgroup-root".to_owned(), path(&cgroup)?, "--bpf-fs-root".to_owned(), path(&bpf)?];
+    let document = "apiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: ebpf\n";
+    for rules in ["nftables", "nft", "legacy"] {
+        let cluster = Cluster::new()?;
+        let node = cluster.lab.node();
+        let left = |c: &Cluster| match rules {
+            "nftables" => Ok(c.lab.node().exec("nft", ["list", "tables"], "")?.contains(" kube-proxy")),
+            flavour => Ok::<_, anyhow::Error>(kube_chains(c, flavour)? > 0),
+        };
+        match rules {
+            "nftables" => node.nft(KUBE_PROXY_NFTABLES)?,
+            flavour => {
+                node.exec(&format!("iptables-{flavour}-restore"), ["--noflush"], KUBE_PROXY_IPTABLES)?;
+            }
+        }
+        cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+        let probe = Probe::tcp("10.96.0.10:80".parse()?).timeout(Duration::from_secs(10));
+        let client = cluster.lab.client();
+        let storm =
+            client.storm(StormSpec { probe: probe.clone(), rate: 200, duration: Duration::from_mins(2) })?;
+        let transfer = client.transfer(&TransferSpec { probe, pace: Some(1 << 20), limit: None })?;
+
+        cluster.write_files(&format!("{KUBEADM}---\n{document}"))?;
+        let mut agent = cluster.start(&arguments.each_ref().map(String::as_str))?;
+        cluster.wait("in sync", |_| Ok(agent.stderr().matches("in sync with the kernel").count() >= 2))?;
+        cluster.endpoints(&["10.244.1.12"]);
+        cluster.reach("10.96.0.10:80", &["pod-b"])?;
+        cluster.endpoints(&["10.244.1.11", "10.244.1.12"]);
+        cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+        // Longer than rules would stay otherwise.
+        std::thread::sleep(Duration::from_secs(4));
+        assert!(left(&cluster)?, "{rules}: gone while a connection needs them: {agent}");
+        let bytes = transfer.bytes();
+        cluster.wait("the connection goes on", |_| Ok(transfer.bytes() > bytes))?;
+        transfer.stop().context(rules)?;
+        cluster
+            .wait("nothing of kube-proxy is left", |c| Ok(!left(c)?))
+            .with_context(|| agent.to_string())?;
+        cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+        let report = storm.stop()?;
+        assert!(
+            report.attempted > 500 && report.failures.is_empty(),
+            "{rules}: {report} {:?}: {agent}",
+            report.failures
+        );
+        assert!(agent.stop()?.success());
+        let more = ["--cleanup"].into_iter().chain(arguments.iter().map(String::as_str));
+        let mut cleanup = cluster.start(&more.collect::<Vec<_>>())?;
+        assert!(cleanup.wait(LONG)?.success(), "{cleanup}");
+        assert!(!bpf.join("shunt").exists(), "{cleanup}");
     }
     Ok(())
 }

@@ -3,10 +3,10 @@
 use std::io;
 
 use netlink_requests::protocols::NETLINK_NETFILTER;
-use netlink_requests::{Batch, Error, Socket};
+use netlink_requests::{Batch, Error, NLM_F_CREATE, Socket};
 use nix::errno::Errno;
 use shunt_core::id::{IpFamily, Protocol};
-use shunt_core::stale::{Flow, FlowFilter};
+use shunt_core::stale::{Flow, FlowFilter, Tuple};
 
 use super::{Conntrack, ConntrackError, Dump, Fate, wire};
 
@@ -80,6 +80,39 @@ impl Netlink {
         let filter = FlowFilter { family, protocol: Protocol::Tcp, address: None, port: None };
         let each = &mut |flow, attributes: &[u8]| each(flow, wire::bytes(attributes));
         self.try_dump(&filter, false, each).map_err(failed(|| format!("list {family} flows")))
+    }
+
+    /// The TCP connections of a family that go on and whose destination was translated, by whomever.
+    pub fn open_connections(&mut self, family: IpFamily) -> Result<Vec<Flow>, ConntrackError> {
+        let filter = FlowFilter { family, protocol: Protocol::Tcp, address: None, port: None };
+        let mut open = Vec::new();
+        let each = &mut |flow: Flow, attributes: &[u8]| {
+            if flow.is_translated() && wire::is_open_tcp(attributes) {
+                open.push(flow);
+            }
+        };
+        self.try_dump(&filter, false, each).map_err(failed(|| format!("list {family} connections")))?;
+        Ok(open)
+    }
+
+    /// Enters TCP connections as established and not translated. So the kernel takes no packet of theirs for a new or
+    /// an invalid one, and gives no other connection the same addresses and ports. Those of which no packet is seen
+    /// are forgotten after `seconds`, unless they are entered again.
+    pub fn enter(&mut self, tuples: &[Tuple], seconds: u32) -> Result<(), ConntrackError> {
+        let what = || format!("enter {} connections", tuples.len());
+        let mut other = None;
+        for tuples in tuples.chunks(BATCH) {
+            let mut batch = Batch::default();
+            for tuple in tuples {
+                batch.push(wire::NEW, NLM_F_CREATE, |w| wire::established(w, tuple, seconds));
+            }
+            let refusals = self.socket.execute(&mut batch).map_err(failed(what))?;
+            // Somebody else's connection has the tuple of its answers, or is kept by the kernel as it is.
+            let known = [Errno::EEXIST as i32, Errno::EBUSY as i32];
+            other = other.or_else(|| refusals.into_iter().find(|refusal| !known.contains(&refusal.errno)));
+        }
+        // One that is refused keeps no other one out.
+        other.map_or(Ok(()), |other| Err(refusal(what(), other.errno)))
     }
 
     fn delete_batch(&mut self, flows: &[Flow]) -> Result<Vec<Fate>, ConntrackError> {

@@ -10,6 +10,8 @@ use shunt_core::stale::{Flow, FlowFilter, Tuple};
 pub(super) const NETFILTER_HEADER: usize = 4;
 
 const SUBSYSTEM: u16 = 1 << 8;
+/// `IPCTNL_MSG_CT_NEW`.
+pub(super) const NEW: u16 = SUBSYSTEM;
 /// `IPCTNL_MSG_CT_GET`.
 pub(super) const GET: u16 = SUBSYSTEM | 1;
 /// `IPCTNL_MSG_CT_DELETE`.
@@ -20,11 +22,27 @@ const AF_INET6: u8 = 10;
 
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_TIMEOUT: u16 = 7;
 const CTA_COUNTERS_ORIG: u16 = 9;
 const CTA_COUNTERS_REPLY: u16 = 10;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
+
+const TCP_CONNTRACK_SYN_RECV: u8 = 2;
+const TCP_CONNTRACK_ESTABLISHED: u8 = 3;
+const TCP_CONNTRACK_CLOSE_WAIT: u8 = 5;
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 8;
+
+const IPS_SEEN_REPLY: u32 = 1 << 1;
+const IPS_ASSURED: u32 = 1 << 2;
+const IPS_CONFIRMED: u32 = 1 << 3;
 
 const CTA_COUNTERS_BYTES: u16 = 2;
 
@@ -78,25 +96,48 @@ pub(super) fn filter(w: &mut Writer, filter: &FlowFilter, filter_in_kernel: bool
 
 /// Writes what tells a flow from all others. A deletion without its tuple would delete all flows.
 pub(super) fn identity(w: &mut Writer, flow: &Flow) {
-    let Tuple { source, destination } = flow.original;
-    w.header(&header(IpFamily::of(destination.ip())));
-    w.nest(CTA_TUPLE_ORIG, |w| {
-        w.nest(CTA_TUPLE_IP, |w| {
-            put_address(w, true, source.ip());
-            put_address(w, false, destination.ip());
-        });
-        w.nest(CTA_TUPLE_PROTO, |w| {
-            w.attribute(CTA_PROTO_NUM, &[flow.protocol.number()]);
-            w.attribute(CTA_PROTO_SRC_PORT, &source.port().to_be_bytes());
-            w.attribute(CTA_PROTO_DST_PORT, &destination.port().to_be_bytes());
-        });
-    });
+    w.header(&header(IpFamily::of(flow.original.destination.ip())));
+    put_tuple(w, CTA_TUPLE_ORIG, flow.protocol, &flow.original);
     if flow.zone != 0 {
         w.attribute(CTA_ZONE, &flow.zone.to_be_bytes());
     }
     if let Some(id) = flow.id {
         w.u32(CTA_ID, id);
     }
+}
+
+/// Writes a TCP connection that is established and not translated, to be forgotten after so long. Nothing is known of
+/// its sequence numbers, so the kernel is told not to judge by them.
+pub(super) fn established(w: &mut Writer, tuple: &Tuple, seconds: u32) {
+    w.header(&header(IpFamily::of(tuple.destination.ip())));
+    let answers = Tuple { source: tuple.destination, destination: tuple.source };
+    put_tuple(w, CTA_TUPLE_ORIG, Protocol::Tcp, tuple);
+    put_tuple(w, CTA_TUPLE_REPLY, Protocol::Tcp, &answers);
+    w.attribute(CTA_STATUS, &(IPS_SEEN_REPLY | IPS_ASSURED | IPS_CONFIRMED).to_be_bytes());
+    w.nest(CTA_PROTOINFO, |w| {
+        w.nest(CTA_PROTOINFO_TCP, |w| {
+            w.attribute(CTA_PROTOINFO_TCP_STATE, &[TCP_CONNTRACK_ESTABLISHED]);
+            // Flags, and which of them are meant.
+            for flags in [CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY] {
+                w.attribute(flags, &[IP_CT_TCP_FLAG_BE_LIBERAL; 2]);
+            }
+        });
+    });
+    w.attribute(CTA_TIMEOUT, &seconds.to_be_bytes());
+}
+
+fn put_tuple(w: &mut Writer, kind: u16, protocol: Protocol, tuple: &Tuple) {
+    w.nest(kind, |w| {
+        w.nest(CTA_TUPLE_IP, |w| {
+            put_address(w, true, tuple.source.ip());
+            put_address(w, false, tuple.destination.ip());
+        });
+        w.nest(CTA_TUPLE_PROTO, |w| {
+            w.attribute(CTA_PROTO_NUM, &[protocol.number()]);
+            w.attribute(CTA_PROTO_SRC_PORT, &tuple.source.port().to_be_bytes());
+            w.attribute(CTA_PROTO_DST_PORT, &tuple.destination.port().to_be_bytes());
+        });
+    });
 }
 
 /// Reads the attributes of a flow; `None` for protocols that Services do not have.
@@ -125,6 +166,14 @@ pub(super) fn bytes(attributes: &[u8]) -> [u64; 2] {
         let counters = Attributes::find(attributes, direction).unwrap_or_default();
         Attributes::find(counters, CTA_COUNTERS_BYTES).and_then(be64).unwrap_or(0)
     })
+}
+
+/// Whether a flow is a TCP connection that was answered and that not both sides have closed.
+pub(super) fn is_open_tcp(attributes: &[u8]) -> bool {
+    let state = Attributes::find(attributes, CTA_PROTOINFO)
+        .and_then(|info| Attributes::find(info, CTA_PROTOINFO_TCP))
+        .and_then(|info| Attributes::find(info, CTA_PROTOINFO_TCP_STATE));
+    matches!(state, Some([TCP_CONNTRACK_SYN_RECV..=TCP_CONNTRACK_CLOSE_WAIT]))
 }
 
 fn tuple(attributes: &[u8]) -> Option<(Protocol, Tuple)> {

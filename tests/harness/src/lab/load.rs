@@ -1,6 +1,6 @@
 //! Connections that last: long transfers, and such as are kept open.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -169,7 +169,11 @@ fn receive(mut stream: &TcpStream, received: &AtomicU64) -> Result<u64> {
     let (mut buffer, mut expected) = (vec![0; CHUNK], vec![0; CHUNK]);
     let mut position = 0;
     loop {
-        let length = stream.read(&mut buffer)?;
+        let length = match stream.read(&mut buffer) {
+            // With a timeout set, the kernel does not go on by itself after a signal.
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            length => length?,
+        };
         if length == 0 {
             return Ok(position);
         }
