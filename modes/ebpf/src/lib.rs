@@ -20,10 +20,12 @@
 
 #[cfg(any(test, feature = "testkit"))]
 pub mod fake;
+pub mod idle;
 pub mod kernel;
 pub mod op;
 pub mod plan;
 pub mod render;
+pub mod sizes;
 pub mod slots;
 pub mod state;
 pub mod trace;

@@ -1,0 +1,193 @@
+//! Maps of ebpf mode that become others while connections are open: larger and smaller ones, and of other layouts; and
+//! what is in them for longer than it should.
+
+// Tests all through: clippy.toml makes the exception for functions marked as such only.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::node::Config;
+use shunt_core::table::Change;
+use shunt_harness::lab::{Lab, Probe, require_kernel};
+use shunt_mode::Backend as _;
+use shunt_mode_ebpf::Ebpf;
+use shunt_mode_ebpf::kernel::{Bpf, Options};
+use shunt_mode_ebpf::sizes::Limits;
+use shunt_suites::driver::{Cluster, Synced};
+use shunt_suites::mode::ebpf::place;
+use shunt_suites::mode::ebpf::small::{
+    NODE, NODE6, cluster, cluster_ip, lab, pod, pod_of, ready, service_of, slice_of, start_of, under_load,
+};
+
+/// Room for the flows of a test: what is not used is forgotten first, also while it may be used again.
+const FLOWS: u32 = 32_768;
+const SMALL: Limits = Limits { frontends: 64, endpoints: 64, flows: FLOWS, clients: 1024, maglev: 8 };
+
+fn with(options: &Options, limits: Limits) -> Arc<Options> {
+    let Limits { frontends, endpoints, flows, clients, maglev } = limits;
+    Arc::new(Options { frontends, endpoints, flows, clients, maglev, ..options.clone() })
+}
+
+/// Services 1 of TCP and 2 of UDP for IPv4, 3 and 4 for IPv6, of two pods each.
+fn town() -> Cluster {
+    let mut cluster = cluster(Config::default());
+    for (n, family, protocol) in [
+        (1, IpFamily::V4, Protocol::Tcp),
+        (2, IpFamily::V4, Protocol::Udp),
+        (3, IpFamily::V6, Protocol::Tcp),
+        (4, IpFamily::V6, Protocol::Udp),
+    ] {
+        let endpoints = ready([1, 2].map(|n| pod_of(family, n)));
+        cluster.steps(&[service_of(family, n, protocol, None), slice_of(family, n, protocol, &endpoints)]);
+    }
+    cluster
+}
+
+/// A process starts and does what there is to do; what the kernel then holds is what it should.
+fn run(lab: &Lab, options: &Arc<Options>, cluster: &Cluster) -> [Synced<Ebpf<Bpf>>; 2] {
+    // Both families are read before the first is written, as the agent does.
+    let mut kernels = IpFamily::ALL.map(|family| start_of(family, lab, options));
+    for (family, kernel) in IpFamily::ALL.into_iter().zip(&mut kernels) {
+        kernel.sync(cluster.table(family), &Change::everything()).unwrap();
+    }
+    for (family, kernel) in IpFamily::ALL.into_iter().zip(&mut kernels) {
+        assert_eq!(kernel.backend.observe().unwrap(), kernel.mirror, "{family}");
+        assert_eq!(kernel.mirror.installed, !cluster.table(family).is_empty());
+        let again = kernel.plan(cluster.table(family), &Change::everything());
+        assert!(again.is_empty(), "{family}: a restart would do\n{again}");
+    }
+    kernels
+}
+
+/// Limits of the maps that are there.
+fn limits(kernels: &mut [Synced<Ebpf<Bpf>>; 2]) -> Limits {
+    kernels[0].backend.kernel().held_limits().unwrap().unwrap()
+}
+
+/// A UDP socket of the node's own process that names the Service each time.
+struct Asker {
+    socket: UdpSocket,
+    to: SocketAddr,
+}
+
+impl Asker {
+    fn new(lab: &Lab, family: IpFamily, n: u8) -> Self {
+        let any = if family == IpFamily::V4 { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = lab.node().run(|| Ok(UdpSocket::bind(any)?)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        Self { socket, to: SocketAddr::new(cluster_ip(family, n), 80) }
+    }
+
+    /// Which pod answers, as the Service.
+    fn ask(&self, lab: &Lab) -> String {
+        let ask = || {
+            self.socket.send_to(b"who\n", self.to)?;
+            let mut answer = [0; 2048];
+            let (length, from) = self.socket.recv_from(&mut answer)?;
+            assert_eq!(from, self.to, "who has answered");
+            Ok(String::from_utf8_lossy(&answer[..length]).split(' ').next().unwrap_or_default().to_owned())
+        };
+        lab.node().run(ask).unwrap()
+    }
+}
+
+/// Larger and smaller maps, of every kind, one after the other, while connections are opened and others are open: none
+/// breaks or moves.
+#[test]
+fn maps_grow_and_shrink_under_load() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(2);
+    let options = lab.node().run(place::options).unwrap();
+    let cluster = town();
+    let mut kernels = run(&lab, &with(&options, SMALL), &cluster);
+    assert_eq!(limits(&mut kernels), SMALL);
+    let targets = [
+        (lab.client(), SocketAddr::new(NODE, 3001)),
+        (lab.client(), SocketAddr::new(NODE6, 3003)),
+        (lab.pod("10.180.0.1").unwrap(), SocketAddr::new(cluster_ip(IpFamily::V4, 1), 80)),
+        (lab.node(), SocketAddr::new(cluster_ip(IpFamily::V4, 1), 80)),
+        (lab.node(), SocketAddr::new(cluster_ip(IpFamily::V6, 3), 80)),
+    ];
+    let askers: Vec<Asker> = [(IpFamily::V4, 2), (IpFamily::V6, 4)]
+        .into_iter()
+        .flat_map(|(f, n)| [(); 4].map(|()| Asker::new(&lab, f, n)))
+        .collect();
+    let from_outside = |node: IpAddr, service: u16, port: u16| {
+        let probe = Probe::udp(SocketAddr::new(node, 3000 + service)).from_port(port);
+        lab.client().probe(probe.timeout(Duration::from_secs(2))).unwrap().pod().unwrap().to_owned()
+    };
+    let homes = || -> Vec<String> {
+        let of_askers = askers.iter().map(|asker| asker.ask(&lab));
+        let outside =
+            (20_000..20_006).flat_map(|port| [from_outside(NODE, 2, port), from_outside(NODE6, 4, port)]);
+        of_askers.chain(outside).collect()
+    };
+    let first = homes();
+    assert!(first.contains(&"pod=10.180.0.1".to_owned()) || first.contains(&"pod=10.180.0.2".to_owned()));
+    under_load(&targets, || {
+        for limits_then in [
+            Limits { flows: 2 * FLOWS, ..SMALL },
+            Limits { frontends: 512, endpoints: 1000, flows: 2 * FLOWS, clients: 64, maglev: 4 },
+            Limits { frontends: 512, endpoints: 100, flows: 2 * FLOWS, clients: 2048, maglev: 16 },
+            Limits { frontends: 128, endpoints: 3000, flows: FLOWS / 2, clients: 2048, maglev: 16 },
+            SMALL,
+        ] {
+            let mut kernels = run(&lab, &with(&options, limits_then), &cluster);
+            assert_eq!(limits(&mut kernels), limits_then);
+            assert_eq!(homes(), first, "after {limits_then:?}");
+        }
+    });
+    run(&lab, &with(&options, SMALL), &cluster)[0].backend.cleanup().unwrap();
+    assert!(!options.bpf_root.join("shunt").exists());
+}
+
+/// What does not fit into smaller maps keeps the ones that it has, is served, and is named.
+#[test]
+fn maps_that_are_in_use_do_not_become_too_small() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(1);
+    let options = lab.node().run(place::options).unwrap();
+    let services = |count: u8| {
+        let mut cluster = cluster(Config::default());
+        for n in 1..=count {
+            // All but the first of the pods there are not.
+            let pods = if n == 20 { 1..=1 } else { 1..=8 };
+            cluster.steps(&[
+                service_of(IpFamily::V4, n, Protocol::Tcp, None),
+                slice_of(IpFamily::V4, n, Protocol::Tcp, &ready(pods.map(pod))),
+            ]);
+        }
+        cluster
+    };
+    let cluster = services(20);
+    let large = Limits { frontends: 256, endpoints: 1024, ..SMALL };
+    run(&lab, &with(&options, large), &cluster);
+    let small = Limits { frontends: 41, endpoints: 100, flows: 2048, ..SMALL };
+    let mut kernels = run(&lab, &with(&options, small), &cluster);
+    // Ids go up in steps of two from 16 and 2.
+    let said: Vec<&str> = kernels[0].backend.kernel().refused_limits().collect();
+    assert_eq!(
+        said,
+        [
+            "--ebpf-endpoints-max (ebpf.endpointsMax) is 100, but what is there needs 307: the maps keep room for 1024",
+            "--ebpf-frontends-max (ebpf.frontendsMax) is 41, but what is there needs 55: the maps keep room for 256",
+        ]
+    );
+    assert_eq!(limits(&mut kernels), Limits { flows: 2048, ..large });
+    let probe = Probe::tcp(SocketAddr::new(NODE, 3020)).timeout(Duration::from_secs(2));
+    lab.client().probe(probe).unwrap().pod().unwrap();
+    // With fewer Services there is room.
+    let fewer = services(5);
+    run(&lab, &with(&options, large), &fewer);
+    let mut kernels = run(&lab, &with(&options, small), &fewer);
+    let said: Vec<&str> = kernels[0].backend.kernel().refused_limits().collect();
+    assert_eq!((limits(&mut kernels), said), (small, Vec::new()));
+    kernels[0].backend.cleanup().unwrap();
+}
