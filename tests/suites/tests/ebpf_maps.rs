@@ -169,25 +169,25 @@ fn maps_that_are_in_use_do_not_become_too_small() {
     let cluster = services(20);
     let large = Limits { frontends: 256, endpoints: 1024, ..SMALL };
     run(&lab, &with(&options, large), &cluster);
-    let small = Limits { frontends: 41, endpoints: 100, flows: 2048, ..SMALL };
+    let small = Limits { frontends: 50, endpoints: 250, flows: 2048, ..SMALL };
     let mut kernels = run(&lab, &with(&options, small), &cluster);
     // Ids go up in steps of two from 16 and 2.
     let said: Vec<&str> = kernels[0].backend.kernel().refused_limits().collect();
     assert_eq!(
         said,
         [
-            "--ebpf-endpoints-max (ebpf.endpointsMax) is 100, but what is there needs 307: the maps keep room for 1024",
-            "--ebpf-frontends-max (ebpf.frontendsMax) is 41, but what is there needs 55: the maps keep room for 256",
+            "--ebpf-endpoints-max (ebpf.endpointsMax) is 250, but what is there needs 307: the maps keep room for 1024",
+            "--ebpf-frontends-max (ebpf.frontendsMax) is 50, but what is there needs 55: the maps keep room for 256",
         ]
     );
     assert_eq!(limits(&mut kernels), Limits { flows: 2048, ..large });
     let probe = Probe::tcp(SocketAddr::new(NODE, 3020)).timeout(Duration::from_secs(2));
     lab.client().probe(probe).unwrap().pod().unwrap();
-    // With fewer Services there is room.
+    // With fewer Services there is room. Ids do not move.
     let fewer = services(5);
     run(&lab, &with(&options, large), &fewer);
     let mut kernels = run(&lab, &with(&options, small), &fewer);
-    let said: Vec<&str> = kernels[0].backend.kernel().refused_limits().collect();
+    let said: Vec<String> = kernels[0].backend.kernel().refused_limits().map(str::to_owned).collect();
     assert_eq!((limits(&mut kernels), said), (small, Vec::new()));
     kernels[0].backend.cleanup().unwrap();
 }
