@@ -6,6 +6,7 @@
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::thread::sleep;
 use std::time::Duration;
 
 use shunt_core::id::{IpFamily, Protocol};
@@ -190,4 +191,136 @@ fn maps_that_are_in_use_do_not_become_too_small() {
     let said: Vec<String> = kernels[0].backend.kernel().refused_limits().map(str::to_owned).collect();
     assert_eq!((limits(&mut kernels), said), (small, Vec::new()));
     kernels[0].backend.cleanup().unwrap();
+}
+
+/// What the process of the next test is told: folder of the bpffs, cgroup, flows.
+const CHANGES: &str = "SHUNT_TEST_CHANGES_MAPS";
+
+/// The process that is killed, in the node's network namespace; nothing unless it is asked for.
+#[test]
+fn a_process_that_changes_maps() {
+    let Ok(told) = std::env::var(CHANGES) else { return };
+    let mut told = told.split(' ');
+    let mut next = || told.next().unwrap();
+    let (bpf_root, cgroup_root) = (next().into(), Some(next().into()));
+    let options = Options { bpf_root, cgroup_root, ..Options::default() };
+    let options = with(&options, Limits { flows: next().parse().unwrap(), ..SMALL });
+    let cluster = town();
+    for family in IpFamily::ALL {
+        let mut kernel = Synced::adopt(Ebpf::new(Bpf::open(family, options.clone()).unwrap())).unwrap();
+        // What a process before has left half-done is ended first, and read again.
+        if kernel.sync(cluster.table(family), &Change::everything()).is_err() {
+            kernel.mirror = kernel.backend.observe().unwrap();
+            kernel.sync(cluster.table(family), &Change::everything()).unwrap();
+        }
+    }
+    println!("done");
+}
+
+/// Processes are killed while they put maps of other sizes in the place of those in use, at any time: what was in use
+/// goes on, and the next start goes on from there.
+#[test]
+fn a_crash_in_between_breaks_no_connection() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(2);
+    let options = lab.node().run(place::options).unwrap();
+    let cluster = town();
+    run(&lab, &with(&options, SMALL), &cluster);
+    let targets = [
+        (lab.client(), SocketAddr::new(NODE, 3001)),
+        (lab.client(), SocketAddr::new(NODE6, 3003)),
+        (lab.node(), SocketAddr::new(cluster_ip(IpFamily::V4, 1), 80)),
+    ];
+    let asker = Asker::new(&lab, IpFamily::V4, 2);
+    let home = asker.ask(&lab);
+    let folder = options.bpf_root.join("shunt");
+    let cgroup = options.cgroup_root.as_ref().unwrap();
+    let (mut killed, mut half_done) = (0, 0);
+    under_load(&targets, || {
+        for n in 0..27_u32 {
+            let flows = if n % 2 == 0 { 2 * FLOWS } else { FLOWS };
+            let mut process = lab.node().command(std::env::current_exe().unwrap());
+            process.args(["--exact", "a_process_that_changes_maps", "--nocapture"]);
+            process.env(CHANGES, format!("{} {} {flows}", options.bpf_root.display(), cgroup.display()));
+            let mut process = process.stdout(std::process::Stdio::null()).spawn().unwrap();
+            // One anywhere, one while maps are taken into use, which does not take long, and one goes on to its end.
+            match n % 3 {
+                0 => sleep(Duration::from_millis(10 + 20 * u64::from(n))),
+                1 => {
+                    while !folder.join("maps-next").exists() && process.try_wait().unwrap().is_none() {
+                        sleep(Duration::from_micros(200));
+                    }
+                    sleep(Duration::from_millis(3 * u64::from(n)));
+                }
+                _ => drop(process.wait().unwrap()),
+            }
+            if process.try_wait().unwrap().is_none() {
+                process.kill().unwrap();
+                process.wait().unwrap();
+                killed += 1;
+            }
+            half_done += u32::from(folder.join("maps-next").exists());
+            assert_eq!(asker.ask(&lab), home, "after process {n}");
+        }
+        let kernels = IpFamily::ALL.map(|family| start_of(family, &lab, &with(&options, SMALL)));
+        for (family, mut kernel) in IpFamily::ALL.into_iter().zip(kernels) {
+            if kernel.sync(cluster.table(family), &Change::everything()).is_err() {
+                kernel.mirror = kernel.backend.observe().unwrap();
+                kernel.sync(cluster.table(family), &Change::everything()).unwrap();
+            }
+        }
+        let mut kernels = run(&lab, &with(&options, SMALL), &cluster);
+        assert_eq!(limits(&mut kernels), SMALL);
+    });
+    println!("{killed} processes were killed, {half_done} of them while maps were taken into use");
+    assert!(killed > 0 && half_done > 0);
+    let left: Vec<_> = std::fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left.len(), 4, "{left:?}");
+    run(&lab, &with(&options, SMALL), &cluster)[0].backend.cleanup().unwrap();
+    assert!(!folder.exists());
+}
+
+/// Maps of another version of the agent, whose layout nobody here knows, make room for new ones: connections of sockets
+/// go on, and new ones are served throughout.
+#[test]
+fn maps_of_another_layout_are_replaced() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(2);
+    let options = lab.node().run(place::options).unwrap();
+    let (small, cluster) = (with(&options, SMALL), town());
+    let targets = [(lab.node(), SocketAddr::new(cluster_ip(IpFamily::V4, 1), 80))];
+    let served = || {
+        for (node, service) in [(NODE, 3001), (NODE6, 3003)] {
+            let probe = Probe::tcp(SocketAddr::new(node, service)).timeout(Duration::from_secs(2));
+            assert!(lab.client().probe(probe).unwrap().pod().is_some());
+        }
+    };
+    let maps = options.bpf_root.join("shunt/maps");
+    let other_version = |kernels: &mut [Synced<Ebpf<Bpf>>; 2]| {
+        kernels[0].backend.kernel().pretend("version 77 object 0123456789abcdef").unwrap();
+        "the maps have layout version 77"
+    };
+    let other_elements = |_: &mut [Synced<Ebpf<Bpf>>; 2]| {
+        // Somebody who had other flows.
+        std::fs::rename(maps.join("fragments"), maps.join("flows")).unwrap();
+        "elements of map flows have 40+4 bytes, not 40+64"
+    };
+    let others: [&dyn Fn(&mut [Synced<Ebpf<Bpf>>; 2]) -> &'static str; 2] = [&other_version, &other_elements];
+    for make_other in others {
+        let mut kernels = run(&lab, &small, &cluster);
+        served();
+        under_load(&targets, || {
+            let why = make_other(&mut kernels);
+            assert_eq!(kernels[0].backend.kernel().foreign().unwrap().as_deref(), Some(why));
+            run(&lab, &small, &cluster);
+            served();
+        });
+        assert_eq!(kernels[0].backend.kernel().foreign().unwrap(), None);
+    }
+    run(&lab, &small, &cluster)[0].backend.cleanup().unwrap();
+    assert!(!options.bpf_root.join("shunt").exists());
 }

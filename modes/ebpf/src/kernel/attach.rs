@@ -28,8 +28,9 @@ pub(super) struct Pins {
     programs: &'static str,
     /// Folder of the links.
     links: &'static str,
-    /// Maps that are pinned apart from all others ([`Pins::fresh_maps`]).
+    /// Maps that are pinned apart from all others, and where.
     fresh: BTreeSet<&'static str>,
+    fresh_maps: &'static str,
 }
 
 /// Folders of what is in use.
@@ -75,7 +76,14 @@ fn io_at(what: impl Into<String>) -> impl FnOnce(io::Error) -> AttachError {
 impl Pins {
     pub(super) fn new(bpf_root: &Path) -> Self {
         let root = bpf_root.join("shunt");
-        Self { notes: clsact::notes(&root), root, programs: PROGRAMS, links: LINKS, fresh: BTreeSet::new() }
+        Self {
+            notes: clsact::notes(&root),
+            root,
+            programs: PROGRAMS,
+            links: LINKS,
+            fresh: BTreeSet::new(),
+            fresh_maps: FRESH_MAPS,
+        }
     }
 
     /// The same with programs that come, over such maps that are made anew.
@@ -83,18 +91,23 @@ impl Pins {
         Self { programs: NEXT_PROGRAMS, fresh: fresh.clone(), ..self.clone() }
     }
 
-    /// Programs that come, and links before all others.
-    pub(super) fn front(&self, fresh: &BTreeSet<&'static str>) -> Self {
-        Self { links: FRONT_LINKS, ..self.coming(fresh) }
+    /// The same once these maps are filled.
+    pub(super) fn resuming(&self, fresh: &BTreeSet<&'static str>) -> Self {
+        Self { fresh_maps: NEXT_MAPS, ..self.coming(fresh) }
+    }
+
+    /// Links before all others.
+    fn front(&self) -> Self {
+        Self { links: FRONT_LINKS, ..self.clone() }
     }
 
     /// The same programs once more, and links behind all others.
-    pub(super) fn back(&self, fresh: &BTreeSet<&'static str>) -> Self {
-        Self { programs: BACK_PROGRAMS, links: BACK_LINKS, ..self.coming(fresh) }
+    pub(super) fn back(&self) -> Self {
+        Self { programs: BACK_PROGRAMS, ..self.behind() }
     }
 
-    /// Programs that are in use, and links behind all others.
-    pub(super) fn held_at_back(&self) -> Self {
+    /// Links behind all others.
+    fn behind(&self) -> Self {
         Self { links: BACK_LINKS, ..self.clone() }
     }
 
@@ -113,7 +126,7 @@ impl Pins {
     }
 
     fn map(&self, name: &str) -> PathBuf {
-        let folder = if self.fresh.contains(name) { self.fresh_maps() } else { self.maps() };
+        let folder = if self.fresh.contains(name) { self.root.join(self.fresh_maps) } else { self.maps() };
         folder.join(name)
     }
 
@@ -131,7 +144,7 @@ impl Pins {
 
     fn make(&self) -> Result<(), AttachError> {
         let mut folders = vec![self.maps(), self.tables(), self.programs(), self.links()];
-        folders.extend((!self.fresh.is_empty()).then(|| self.fresh_maps()));
+        folders.extend((!self.fresh.is_empty()).then(|| self.root.join(self.fresh_maps)));
         for folder in folders {
             std::fs::create_dir_all(&folder).map_err(io_at(folder.display().to_string()))?;
         }
@@ -510,19 +523,19 @@ fn attach_cgroup(
 /// Leads traffic to programs that come with other flow tables: from now on they see each packet before those that
 /// go, and those still see what only they know.
 ///
-/// A flow has entries for several hooks. So that those which old programs have made and those which new ones have made are found at
-/// every hook at any time, the new programs come behind the old ones first, everywhere, and do nothing there but serve flows that new
-/// programs elsewhere have begun; then once more before them. `caught_up` is called in between. Sockets have no order:
-/// there the old programs come once more behind themselves, and the new ones take the place of the first.
+/// A flow has entries for several hooks. So that those which old programs have made and those which new ones have made
+/// are found at every hook at any time, the new programs come behind the old ones first, everywhere, and do nothing
+/// there but serve flows that new programs elsewhere have begun; then once more before them. `catch_up` is called in
+/// between. Sockets have no order: there the old programs come once more behind themselves, and the new ones take the
+/// place of the first. What a process before has done of it is not done again.
 pub(super) fn put_before(
     pins: &Pins,
-    fresh: &BTreeSet<&'static str>,
+    coming: &Pins,
     places: &Places<'_>,
-    caught_up: impl FnOnce() -> Result<(), AttachError>,
+    catch_up: impl FnOnce() -> Result<(), AttachError>,
 ) -> Result<(), AttachError> {
     let held = pins.link_names().map_err(io_at(pins.links().display().to_string()))?;
-    let (front, back, again) = (pins.front(fresh), pins.back(fresh), pins.held_at_back());
-    for folder in [front.links(), back.links()] {
+    for folder in [coming.front().links(), coming.behind().links()] {
         std::fs::create_dir_all(&folder).map_err(io_at(folder.display().to_string()))?;
     }
     let devices = |pins: &Pins, order: fn() -> LinkOrder| {
@@ -530,7 +543,7 @@ pub(super) fn put_before(
             let Hook::Tc(at) = hook else { continue };
             for (index, device) in places.devices {
                 let link = device_link(Way::Tcx, name, *index);
-                if held.contains(&link) {
+                if held.contains(&link) && !pins.links().join(&link).exists() {
                     let program = if device.ethernet { name.to_owned() } else { format!("{name}_l3") };
                     attach_device(pins, &program, &link, at, &device.name, order())?;
                 }
@@ -538,25 +551,26 @@ pub(super) fn put_before(
         }
         Ok(())
     };
-    devices(&back, LinkOrder::last)?;
+    devices(&coming.back(), LinkOrder::last)?;
     // Those that look up what others write are the first to look into the new maps, too.
     let mut at_sockets = HOOKS;
     at_sockets.sort_by_key(|(name, _)| !(name.starts_with("recvmsg") || name.starts_with("getpeername")));
+    let again = pins.behind();
     for (name, hook) in at_sockets {
         if let Hook::Cgroup(at) = hook
             && held.contains(name)
+            && !again.links().join(name).exists()
         {
             attach_cgroup(&again, name, at, places.cgroup)?;
         }
     }
-    caught_up()?;
-    let coming = pins.coming(fresh);
+    catch_up()?;
     for (name, hook) in at_sockets {
         if matches!(hook, Hook::Cgroup(_)) && held.contains(name) {
-            update(&coming, name, name)?;
+            update(coming, name, name)?;
         }
     }
-    devices(&front, LinkOrder::first)
+    devices(&coming.front(), LinkOrder::first)
 }
 
 fn is_gone(device: &str) -> bool {

@@ -11,6 +11,7 @@ use shunt_ebpf_abi::{
     Name, ServiceBlock, SocketKey, SocketRecord, map,
 };
 
+use super::held::all_maps;
 use super::maglev;
 use super::maps::{MapError, OBJECT, at, now, open};
 use super::sys::{self, Table};
@@ -42,23 +43,37 @@ pub(super) struct Copier {
     to: PathBuf,
     tables: PathBuf,
     /// Names of the maps in `to`.
-    fresh: BTreeSet<String>,
+    fresh: BTreeSet<&'static str>,
     config: Config,
-    /// When the first entry was copied.
-    began: u64,
+    /// What was written before that is copied already.
+    since: u64,
 }
 
 impl Copier {
-    /// Copies what is pinned in `from` to maps of the same names in `to`. `tables` has what is in `maglev`.
-    pub(super) fn new(from: PathBuf, to: PathBuf, tables: PathBuf, config: Config) -> Result<Self, MapError> {
+    /// Copies what is pinned in `from` to maps of the same names in `to`. `tables` has what is in `maglev`; what was
+    /// written before `since` (nanoseconds of `CLOCK_MONOTONIC`) need not be copied again.
+    pub(super) fn new(
+        from: PathBuf,
+        to: PathBuf,
+        tables: PathBuf,
+        config: Config,
+        since: u64,
+    ) -> Result<Self, MapError> {
         let entries = std::fs::read_dir(&to).map_err(at("folder"))?;
-        let fresh = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-        Ok(Self { from, to, tables, fresh, config, began: now().map_err(at(map::FLOWS))? })
+        let names: BTreeSet<String> =
+            entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        let fresh = all_maps().filter(|name| names.contains(*name)).collect();
+        Ok(Self { from, to, tables, fresh, config, since })
+    }
+
+    /// Names of the maps to which is copied.
+    pub(super) const fn fresh(&self) -> &BTreeSet<&'static str> {
+        &self.fresh
     }
 
     /// Whether a map of those that programs write has another one's place to take.
     pub(super) fn has_flows(&self) -> bool {
-        OF_PROGRAMS.iter().any(|name| self.fresh.contains(*name))
+        OF_PROGRAMS.iter().any(|name| self.fresh.contains(name))
     }
 
     fn copy<K: Pod + Default, V: Pod + Default>(
@@ -140,7 +155,7 @@ impl Copier {
     /// Copies what the programs have written, as far as it counts: what was used last, if there is not room for all.
     /// Says of each map what became of it.
     pub(super) fn flows(&self) -> Result<Vec<(&'static str, Copied)>, MapError> {
-        let (config, now) = (self.config, self.began);
+        let (config, now) = (self.config, self.since);
         let flow = |key: &FlowKey, flow: &Flow| last_seen(&config, key.protocol, flow, now);
         let copied = [
             self.latest(map::FLOWS, flow)?,
@@ -177,15 +192,19 @@ impl Copier {
     }
 
     /// Copies what the programs have written since [`Copier::flows`], unless what is there is newer.
-    pub(super) fn catch_up(&self) -> Result<usize, MapError> {
-        let since = self.began.saturating_sub(CLOCK_SLACK);
-        Ok(self.newer(map::FLOWS, |_: &FlowKey, flow: &Flow| flow.last_seen >= since, supersedes)?
-            + self.newer(map::SOCKETS, |_: &SocketKey, _: &SocketRecord| true, |_, _| false)?
-            + self.newer(
-                map::AFFINITY,
-                |_: &AffinityKey, client: &Affinity| client.last_used >= since,
-                |client, copy| client.last_used > copy.last_used,
-            )?)
+    pub(super) fn catch_up(&self) -> Result<(), MapError> {
+        let (config, since) = (self.config, self.since.saturating_sub(CLOCK_SLACK));
+        let now = now().map_err(at(map::FLOWS))?;
+        let counts = |key: &FlowKey, flow: &Flow| {
+            last_seen(&config, key.protocol, flow, now).is_some_and(|seen| seen >= since)
+        };
+        self.newer(map::FLOWS, counts, supersedes)?;
+        self.newer(map::SOCKETS, |_: &SocketKey, _: &SocketRecord| true, |_, _| false)?;
+        self.newer(
+            map::AFFINITY,
+            |_: &AffinityKey, client: &Affinity| client.last_used >= since,
+            |client, copy| client.last_used > copy.last_used,
+        )
     }
 
     fn newer<K: Pod + Default, V: Pod + Default>(
@@ -193,13 +212,13 @@ impl Copier {
         name: &'static str,
         counts: impl Fn(&K, &V) -> bool,
         supersedes: impl Fn(&V, &V) -> bool,
-    ) -> Result<usize, MapError> {
+    ) -> Result<(), MapError> {
         if !self.fresh.contains(name) {
-            return Ok(0);
+            return Ok(());
         }
         let at = at(name);
         let (from, to) = (open::<K, V>(&self.from, name)?, open::<K, V>(&self.to, name)?);
-        let (mut copied, mut result) = (0, Ok(()));
+        let mut result = Ok(());
         from.read(|key, value| {
             if result.is_err() || !counts(&key, &value) {
                 return;
@@ -208,13 +227,11 @@ impl Copier {
                 if held.is_some_and(|held| !supersedes(&value, &held)) {
                     return Ok(());
                 }
-                copied += 1;
                 to.set(&key, &value)
             });
         })
         .map_err(&at)?;
-        result.map_err(&at)?;
-        Ok(copied)
+        result.map_err(&at)
     }
 }
 

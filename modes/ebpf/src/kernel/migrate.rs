@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::io;
 use std::time::Instant;
 
-use shunt_ebpf_abi::map;
+use shunt_ebpf_abi::{Config, map};
 use shunt_mode::KernelError;
 
-use super::attach::{self, AttachError, Way};
+use super::attach::{self, AttachError, Pins, Way};
 use super::copy::Copier;
 use super::held::{Held, all_maps};
+use super::maps::now;
 use super::{Bpf, Places, failed, of_attach, of_map};
 use crate::sizes::{Limits, MapSizes};
 use crate::state::{Sizes, State};
@@ -66,6 +67,17 @@ impl Bpf {
         Ok(Held::look(&self.pins.maps()).map_err(of_map)?.and_then(|held| held.limits()))
     }
 
+    /// Why nobody here can read the maps that are pinned, if so.
+    pub fn foreign(&self) -> Result<Option<String>, KernelError> {
+        Ok(Held::look(&self.pins.maps()).map_err(of_map)?.and_then(|held| held.foreign))
+    }
+
+    /// Has the maps say that another agent made them.
+    #[cfg(feature = "testkit")]
+    pub fn pretend(&mut self, object: &str) -> Result<(), KernelError> {
+        self.maps()?.set_object(object).map_err(of_map)
+    }
+
     /// Limits that the settings ask for and that are not given, since what is there needs more: why.
     pub fn refused_limits(&self) -> impl Iterator<Item = &str> {
         self.said.iter().map(String::as_str)
@@ -80,15 +92,17 @@ impl Bpf {
             return Ok(false);
         }
         tracing::info!("going on with maps that a process before was taking into use");
-        if pins.next_maps().exists() && matches!(self.look()?, Look::Known { .. }) {
-            let maps = self.maps()?;
-            let config = maps.config().map_err(of_map)?;
-            maps.forget_object().map_err(of_map)?;
-            let copier = Copier::new(pins.maps(), pins.next_maps(), pins.tables(), config);
-            copier.and_then(|copier| copier.catch_up()).map_err(of_map)?;
+        if !pins.next_maps().exists() {
+            self.inside(|| pins.finish())?;
+            return Ok(true);
         }
-        self.inside(|| pins.finish())?;
-        self.maps = None;
+        let known = matches!(self.look()?, Look::Known { .. });
+        let config = if known { self.maps()?.config().map_err(of_map)? } else { Config::DEFAULT };
+        let copier = Copier::new(pins.maps(), pins.next_maps(), pins.tables(), config, 0).map_err(of_map)?;
+        let coming = pins.resuming(copier.fresh());
+        // Sizes are those of maps that are there.
+        self.load_all(&coming, &self.options.limits().maps())?;
+        self.take_over(&coming, known.then_some(&copier))?;
         Ok(true)
     }
 
@@ -108,42 +122,15 @@ impl Bpf {
         let config = maps.config().map_err(of_map)?;
         // Whoever comes after a crash loads the programs anew.
         maps.forget_object().map_err(of_map)?;
-        let (pins, sizes) = (self.pins.clone(), limits.maps());
-        let coming = pins.coming(&fresh);
-        self.load_all(&coming, &sizes)?;
-        let copier = Copier::new(pins.maps(), pins.fresh_maps(), pins.tables(), config).map_err(of_map)?;
-        copier.tables().map_err(of_map)?;
-        let copied = copier.flows().map_err(of_map)?;
-        let attached = self.inside(|| attach::is_attached(&pins))?;
-        let way = self.way(&coming)?;
-        let beside = attached && way == Way::Tcx && copier.has_flows();
-        if beside {
-            self.load_all(&pins.back(&fresh), &sizes)?;
-        }
+        let pins = self.pins.clone();
+        self.load_all(&pins.coming(&fresh), &limits.maps())?;
+        let since = now().map_err(|e| failed("read the clock", e))?;
+        let copier = |to| Copier::new(pins.maps(), to, pins.tables(), config, since).map_err(of_map);
+        let first = copier(pins.fresh_maps())?;
+        first.tables().map_err(of_map)?;
+        let copied = first.flows().map_err(of_map)?;
         pins.begin().map_err(|e| failed("rename the folder of maps", e))?;
-        let copier = Copier::new(pins.maps(), pins.next_maps(), pins.tables(), config).map_err(of_map)?;
-        let copy = |error| AttachError::Io("copy".to_owned(), io::Error::other(error));
-        let catch_up = || copier.catch_up().map(drop).map_err(copy);
-        if attached {
-            let cgroup = self.cgroup()?;
-            let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way };
-            self.inside(|| {
-                let swapped = if beside {
-                    attach::put_before(&pins, &fresh, &places, catch_up)
-                } else {
-                    catch_up().and_then(|()| attach::attach(&coming, &places, true))
-                };
-                swapped.map_err(io::Error::other)
-            })?;
-        }
-        let caught_up = copier.catch_up().map_err(of_map)?;
-        self.inside(|| pins.finish())?;
-        self.maps = None;
-        self.loaded = !attached;
-        if attached {
-            let name = self.options.object_name();
-            self.maps()?.set_object(&name).map_err(of_map)?;
-        }
+        self.take_over(&pins.resuming(&fresh), Some(&copier(pins.next_maps())?))?;
         for (map, copied) in &copied {
             let left_out = copied.before.saturating_sub(copied.now);
             if left_out > 0 {
@@ -158,7 +145,43 @@ impl Bpf {
         let entries: usize = copied.iter().map(|(_, copied)| copied.now).sum();
         let milliseconds = began.elapsed().as_millis() as u64;
         let maps = fresh.into_iter().collect::<Vec<_>>().join(" ");
-        tracing::info!(?held, ?limits, maps, entries, caught_up, milliseconds, "maps have other sizes");
+        tracing::info!(?held, ?limits, maps, entries, milliseconds, "maps have other sizes");
+        Ok(())
+    }
+
+    /// Takes maps that are filled and programs over them into use, and forgets those before. `copier` where what
+    /// programs have written into the maps before can be read.
+    fn take_over(&mut self, coming: &Pins, copier: Option<&Copier>) -> Result<(), KernelError> {
+        let pins = self.pins.clone();
+        let attached = self.inside(|| attach::is_attached(&pins))?;
+        if attached {
+            let (cgroup, way) = (self.cgroup()?, self.way(coming)?);
+            let beside = way == Way::Tcx && copier.is_some_and(Copier::has_flows);
+            if beside {
+                self.load_all(&coming.back(), &self.options.limits().maps())?;
+            }
+            let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way };
+            let copy = |error| AttachError::Io("copy".to_owned(), io::Error::other(error));
+            let catch_up = || copier.map_or(Ok(()), |copier| copier.catch_up().map_err(copy));
+            self.inside(|| {
+                let swapped = if beside {
+                    attach::put_before(&pins, coming, &places, catch_up)
+                } else {
+                    catch_up().and_then(|()| attach::attach(coming, &places, true))
+                };
+                swapped.map_err(io::Error::other)
+            })?;
+        }
+        if let Some(copier) = copier {
+            copier.catch_up().map_err(of_map)?;
+        }
+        self.inside(|| pins.finish())?;
+        self.maps = None;
+        self.loaded = !attached;
+        if attached {
+            let name = self.options.object_name();
+            self.maps()?.set_object(&name).map_err(of_map)?;
+        }
         Ok(())
     }
 
@@ -178,7 +201,7 @@ impl Bpf {
     }
 
     /// Loads programs, also those for devices without Ethernet headers if there is such a device.
-    fn load_all(&mut self, pins: &attach::Pins, sizes: &MapSizes) -> Result<(), KernelError> {
+    fn load_all(&mut self, pins: &Pins, sizes: &MapSizes) -> Result<(), KernelError> {
         attach::load(pins, &self.options.object, sizes).map_err(of_attach)?;
         if self.devices.by_index.is_empty() {
             self.look_at_devices()?;
