@@ -6,21 +6,25 @@
 mod attach;
 mod clsact;
 mod copy;
+mod destroy;
 mod devices;
+mod diag;
 mod held;
 mod maglev;
 mod maps;
 mod migrate;
 mod probe;
+mod sweep;
 mod sys;
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
@@ -53,6 +57,8 @@ pub trait Kernel {
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError>;
     /// Takes in that the node's devices or addresses have changed.
     fn refresh(&mut self) -> Result<(), KernelError>;
+    /// Deletes some of what the programs have written and nobody needs any more; when to come again.
+    fn sweep(&mut self, now: Instant) -> Result<Option<Instant>, KernelError>;
     /// What the programs have counted of the family's Service ports.
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
     /// Removes programs and maps of both families if they are there.
@@ -83,6 +89,8 @@ pub struct Options {
     pub tcp_transient_timeout: u32,
     /// Seconds after which an idle flow of UDP is forgotten.
     pub udp_timeout: u32,
+    /// Destroy sockets that the programs sent to an endpoint when it is gone.
+    pub destroy_sockets: bool,
     /// Put programs at devices by filters, as where the kernel has no links for them.
     pub clsact: bool,
     /// The programs' object.
@@ -102,6 +110,7 @@ impl Default for Options {
             tcp_timeout: Config::DEFAULT.tcp_timeout,
             tcp_transient_timeout: Config::DEFAULT.tcp_transient_timeout,
             udp_timeout: Config::DEFAULT.udp_timeout,
+            destroy_sockets: false,
             clsact: false,
             object: Cow::Borrowed(OBJECT),
         }
@@ -375,6 +384,11 @@ impl Kernel for Bpf {
                 self.look_at_devices()?;
             }
         }
+        let gone = if self.options.destroy_sockets { destroy::gone(ops) } else { BTreeMap::new() };
+        if !gone.is_empty() {
+            let own = self.netns.try_clone().map_err(|e| failed("network namespace", e))?;
+            destroy::start(self.pins.maps(), own, gone);
+        }
         Ok(())
     }
 
@@ -383,6 +397,10 @@ impl Kernel for Bpf {
             return Ok(());
         }
         self.attach()
+    }
+
+    fn sweep(&mut self, now: Instant) -> Result<Option<Instant>, KernelError> {
+        self.sweep_flows(now)
     }
 
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {

@@ -32,6 +32,7 @@ pub mod trace;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Instant;
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
@@ -117,6 +118,10 @@ impl<K: Kernel + Send> Backend for Ebpf<K> {
 
     fn apply(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError> {
         self.kernel.carry_out(&transaction.ops)
+    }
+
+    fn ripen(&mut self, _state: &State, now: Instant) -> Result<(Plan<Op>, Option<Instant>), KernelError> {
+        Ok((Plan::default(), self.kernel.sweep(now)?))
     }
 
     fn refresh(&mut self) -> Result<(), KernelError> {

@@ -7,7 +7,7 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::node::Config;
@@ -300,21 +300,18 @@ fn maps_of_another_layout_are_replaced() {
         }
     };
     let maps = options.bpf_root.join("shunt/maps");
-    let other_version = |kernels: &mut [Synced<Ebpf<Bpf>>; 2]| {
-        kernels[0].backend.kernel().pretend("version 77 object 0123456789abcdef").unwrap();
-        "the maps have layout version 77"
-    };
-    let other_elements = |_: &mut [Synced<Ebpf<Bpf>>; 2]| {
-        // Somebody who had other flows.
-        std::fs::rename(maps.join("fragments"), maps.join("flows")).unwrap();
-        "elements of map flows have 40+4 bytes, not 40+64"
-    };
-    let others: [&dyn Fn(&mut [Synced<Ebpf<Bpf>>; 2]) -> &'static str; 2] = [&other_version, &other_elements];
-    for make_other in others {
+    for other_version in [true, false] {
         let mut kernels = run(&lab, &small, &cluster);
         served();
         under_load(&targets, || {
-            let why = make_other(&mut kernels);
+            let why = if other_version {
+                kernels[0].backend.kernel().pretend("version 77 object 0123456789abcdef").unwrap();
+                "the maps have layout version 77"
+            } else {
+                // Somebody who had other flows.
+                std::fs::rename(maps.join("fragments"), maps.join("flows")).unwrap();
+                "elements of map flows have 40+4 bytes, not 40+64"
+            };
             assert_eq!(kernels[0].backend.kernel().foreign().unwrap().as_deref(), Some(why));
             run(&lab, &small, &cluster);
             served();
@@ -323,4 +320,80 @@ fn maps_of_another_layout_are_replaced() {
     }
     run(&lab, &small, &cluster)[0].backend.cleanup().unwrap();
     assert!(!options.bpf_root.join("shunt").exists());
+}
+
+/// A connection that is open and quiet outlives many more short ones than there is room for, if those that are over are
+/// swept; and the table is where that is decided: without it the connection is forgotten.
+#[test]
+fn short_connections_do_not_push_out_a_quiet_one() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(2);
+    let options = lab.node().run(place::options).unwrap();
+    let options = with(&options, Limits { flows: 2048, ..SMALL });
+    let options = Arc::new(Options { tcp_transient_timeout: 1, ..Options::clone(&options) });
+    let cluster = town();
+    let mut kernels = run(&lab, &options, &cluster);
+    let to = Probe::tcp(SocketAddr::new(NODE, 3001)).timeout(Duration::from_secs(2));
+    for swept in [true, false] {
+        let mut quiet = lab.client().converse(&to).unwrap();
+        quiet.ask().unwrap();
+        for _ in 0..6 {
+            // Four entries each, more than half of the table.
+            for _ in 0..10 {
+                let connections = lab.client().probe_all(vec![to.clone(); 30]).unwrap();
+                assert!(connections.iter().all(|seen| seen.pod().is_some()), "{connections:?}");
+            }
+            sleep(Duration::from_millis(1500));
+            if swept {
+                let Synced { backend, mirror } = &mut kernels[0];
+                let mut due = Instant::now();
+                for _ in 0..8 {
+                    let began = due;
+                    due = backend.ripen(mirror, began).unwrap().1.unwrap();
+                    if due - began > Duration::from_secs(1) {
+                        break;
+                    }
+                }
+            }
+        }
+        assert_eq!(quiet.ask().is_ok(), swept);
+    }
+    kernels[0].backend.cleanup().unwrap();
+}
+
+/// What it takes to look through the table at rest, and through a full one.
+#[test]
+fn sweeping_costs_little() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(1);
+    let options = lab.node().run(place::options).unwrap();
+    let options = Arc::new(Options { flows: Options::default().flows, ..Options::clone(&options) });
+    let mut kernels = run(&lab, &options, &town());
+    let Synced { backend, mirror } = &mut kernels[0];
+    let mut pass = |what: &str, flows: u32, seconds: u64| {
+        backend.kernel().remember_flows(flows, seconds).unwrap();
+        let (mut now, mut steps, mut longest) = (Instant::now(), 0, Duration::ZERO);
+        let began = Instant::now();
+        loop {
+            let at = Instant::now();
+            let next = backend.ripen(mirror, now).unwrap().1.unwrap();
+            longest = longest.max(at.elapsed());
+            steps += 1;
+            if next - now > Duration::from_secs(1) {
+                let (all, every) = (began.elapsed(), next - now);
+                println!("{what}: {all:?} in {steps} steps, the longest {longest:?}, every {every:?}");
+                break (all, longest);
+            }
+            now = next;
+        }
+    };
+    assert!(pass("no flows", 0, 0).0 < Duration::from_millis(50));
+    pass("200,000 flows", 200_000, 1);
+    assert!(pass("200,000 flows whose time is over", 200_000, 600).1 < Duration::from_millis(200));
+    assert!(pass("no flows", 0, 0).0 < Duration::from_millis(50));
+    kernels[0].backend.cleanup().unwrap();
 }

@@ -15,6 +15,7 @@ use shunt_ebpf_abi::{
     Name, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters, address_flags, map,
 };
 
+use super::sweep::Sweeper;
 use super::sys::{Prefix, Table};
 use crate::op::Op;
 use crate::sizes::Extent;
@@ -50,6 +51,8 @@ pub(super) struct Maps {
     /// Where they are pinned, and when something there became another one.
     folder: PathBuf,
     changed: Option<SystemTime>,
+    /// Once somebody has asked for it.
+    sweeper: Option<Sweeper>,
 }
 
 fn changed(folder: &Path) -> Option<SystemTime> {
@@ -153,6 +156,7 @@ impl Maps {
             local: BTreeSet::new(),
             folder: folder.to_owned(),
             changed,
+            sweeper: None,
         };
         maps.read_local(|_, _| {})?;
         Ok(maps)
@@ -161,6 +165,15 @@ impl Maps {
     /// Whether other maps may be pinned by now.
     pub(super) fn is_stale(&self) -> bool {
         self.changed.is_none() || changed(&self.folder) != self.changed
+    }
+
+    /// What goes through the table of flows.
+    pub(super) fn sweeper(&mut self) -> Result<&mut Sweeper, MapError> {
+        let sweeper = match self.sweeper.take() {
+            Some(sweeper) => sweeper,
+            None => Sweeper::new(&self.folder)?,
+        };
+        Ok(self.sweeper.insert(sweeper))
     }
 
     /// Reads what is known of addresses, and remembers which are the node's.
