@@ -237,6 +237,12 @@ fn render_port(table: &ForwardingTable, name: &ServicePortName) -> Port {
             *members.entry((address, target.port.to_be())).or_default() |= endpoint_flags::SERVING;
         }
     }
+    for target in same().flat_map(|port| port.listed.iter()) {
+        let address = Address::from(target.address);
+        if is_of(&address, table.family()) {
+            members.entry((address, target.port.to_be())).or_default();
+        }
+    }
     let mut maglev = [false; 2];
     let hashing = same().flat_map(|port| &port.frontends).filter(|f| f.algorithm == Algorithm::Maglev);
     for verdict in hashing.flat_map(|entry| entry.verdicts).map(verdict).filter(|v| v.is_forward()) {
