@@ -247,7 +247,7 @@ fn control(report: &Report, out: &mut String) {
     if !report.failures.is_empty() {
         _ = writeln!(out, "## Not measured\n");
         for failure in &report.failures {
-            _ = writeln!(out, "* {}", failure.lines().next().unwrap_or_default());
+            _ = writeln!(out, "* {failure}");
         }
     }
 }

@@ -100,6 +100,13 @@ impl Report {
             let path = folder.join(name);
             std::fs::write(&path, text).with_context(|| path.display().to_string())
         };
+        for failure in &self.failures {
+            eprintln!("NOT MEASURED: {failure}");
+        }
+        // What programs have logged is for whoever is here; files keep the first line.
+        for failure in &mut self.failures {
+            failure.truncate(failure.find('\n').unwrap_or(failure.len()));
+        }
         put(format!("{stem}.json"), &format!("{}\n", serde_json::to_string_pretty(&self)?))?;
         let plots = plot::all(&self)?;
         let mut names = Vec::new();
@@ -112,9 +119,6 @@ impl Report {
         put(format!("{stem}.md"), &text)?;
         println!("{text}");
         eprintln!("written: {}/{stem}.*", folder.display());
-        for failure in &self.failures {
-            eprintln!("NOT MEASURED: {failure}");
-        }
         Ok(folder.join(format!("{stem}.json")))
     }
 }
