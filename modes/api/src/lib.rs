@@ -259,14 +259,14 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// What would break if everything was removed, once what is over is forgotten; `None` where there is nothing to
-    /// remove, and from modes whose connections are in the hands of the kernel's conntrack.
+    /// What would break if everything was removed while another mode goes on, once what is over is forgotten; `None`
+    /// where there is nothing to remove, and from modes whose connections conntrack alone goes on with.
     fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
         Ok(None)
     }
 
-    /// Takes no new connections of the family any more, for another mode that does by now, and goes on with those
-    /// that there are.
+    /// Leaves new connections of the family to another mode, which takes them by now, and goes on with those that there
+    /// are.
     fn retire(&mut self) -> Result<(), KernelError> {
         Ok(())
     }

@@ -90,6 +90,17 @@ impl Tools {
         self.programs.as_ref().map(|programs| programs.flavour)
     }
 
+    /// Whether there are rules of ours, or of kube-proxy's, in any flavour that can be asked.
+    pub fn has_rules(&self) -> bool {
+        let programs =
+            Flavour::ALL.into_iter().filter_map(|f| Programs::find(&self.namespace, self.family, f));
+        programs.filter_map(|programs| programs.save(&self.namespace).ok()).any(|text| {
+            let mut state = State::empty(self.family);
+            state.read_rules(&text);
+            !plan::removal(&state).is_empty()
+        })
+    }
+
     /// Removes rules of ours in the flavour that is not in use. Sets are the same in both.
     pub fn remove_other_flavour(&mut self) -> Result<(), KernelError> {
         let used = self.flavour();
@@ -114,20 +125,22 @@ impl Tools {
         Ok(())
     }
 
-    /// Whether there are rules of ours, or of kube-proxy's, in any flavour.
-    pub fn has_rules(&mut self) -> Result<bool, KernelError> {
-        let flavours = self.of_flavours(|_| true)?;
-        Ok(flavours.iter().any(|(_, state, _)| !plan::removal(state).is_empty()))
-    }
-
     fn remove_rules(
         &mut self,
         is_meant: impl Fn(Flavour) -> bool,
         is_kept: &IsKept<'_>,
     ) -> Result<(), KernelError> {
-        for (programs, mut state, held) in self.of_flavours(is_meant)? {
-            let flavour = programs.flavour;
-            let held = std::mem::replace(&mut self.held, held);
+        let lost = |error| failed("read rules", error);
+        let used = self.flavour();
+        for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
+            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
+            let text = match programs.save(&self.namespace) {
+                // The kernel may not know the other one.
+                Err(_) if Some(flavour) != used => continue,
+                text => text.map_err(lost)?,
+            };
+            let mut state = State::empty(self.family);
+            let held = std::mem::replace(&mut self.held, state.read_rules(&text));
             state.forget(&|table, chain| is_kept(flavour, table, chain));
             let used = self.programs.replace(programs);
             let removed = self.carry_out(&plan::removal(&state));
@@ -135,27 +148,6 @@ impl Tools {
             removed?;
         }
         Ok(())
-    }
-
-    /// Rules of ours by flavour, with the programs that speak for it and what rules of others hold.
-    fn of_flavours(
-        &self,
-        is_meant: impl Fn(Flavour) -> bool,
-    ) -> Result<Vec<(Programs, State, Held)>, KernelError> {
-        let used = self.flavour();
-        let mut found = Vec::new();
-        for flavour in Flavour::ALL.into_iter().filter(|flavour| is_meant(*flavour)) {
-            let Some(programs) = Programs::find(&self.namespace, self.family, flavour) else { continue };
-            let text = match programs.save(&self.namespace) {
-                // The kernel may not know the other one.
-                Err(_) if Some(flavour) != used => continue,
-                text => text.map_err(|error| failed("read rules", error))?,
-            };
-            let mut state = State::empty(self.family);
-            let held = state.read_rules(&text);
-            found.push((programs, state, held));
-        }
-        Ok(found)
     }
 
     fn programs(&self) -> io::Result<&Programs> {

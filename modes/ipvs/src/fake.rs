@@ -90,6 +90,14 @@ impl Kernel for FakeKernel {
         Ok(true)
     }
 
+    fn carried(&mut self) -> Result<Option<usize>, KernelError> {
+        Ok(None)
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     fn remove_everything(&mut self) -> Result<(), KernelError> {
         self.state = State::empty(self.state.family);
         Ok(())

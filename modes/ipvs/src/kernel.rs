@@ -2,6 +2,7 @@
 //! addresses by rtnetlink, rules by `iptables-restore` where the skeleton changes, settings by `/proc`.
 
 mod batch;
+mod carried;
 mod link;
 mod schedulers;
 mod tables;
@@ -45,6 +46,10 @@ pub trait Kernel {
     fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError>;
     /// Whether what a flush takes away is still there: virtual servers, the link, rules.
     fn intact(&mut self) -> Result<bool, KernelError>;
+    /// How many TCP connections of the family go on; `None` where there is no virtual server of ours.
+    fn carried(&mut self) -> Result<Option<usize>, KernelError>;
+    /// Removes the rules that judge new connections by what virtual servers there are.
+    fn retire(&mut self) -> Result<(), KernelError>;
     /// Removes everything that is ours.
     fn remove_everything(&mut self) -> Result<(), KernelError>;
 }
@@ -438,6 +443,24 @@ impl Kernel for Linux {
             }
         }
         Ok(connections)
+    }
+
+    fn carried(&mut self) -> Result<Option<usize>, KernelError> {
+        let lost = |error: ipvs_netlink::Error| failed("list virtual servers", error, Remedy::Retry);
+        if self.ipvs.is_none() {
+            return Ok(None);
+        }
+        let listed = self.ipvs()?.services().map_err(lost)?;
+        if !listed.iter().any(|entry| self.is_ours(&entry.service.key)) {
+            return Ok(None);
+        }
+        let family = self.family;
+        let lost = |error: io::Error| failed("list connections", error, Remedy::Retry);
+        self.namespace.inside(|| carried::connections(family)).map(Some).map_err(lost)
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        self.remove_rules(&|_, table, _| table != xtables_tools::Table::Mangle)
     }
 
     fn remove_everything(&mut self) -> Result<(), KernelError> {

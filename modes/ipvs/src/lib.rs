@@ -38,7 +38,7 @@ use std::time::Instant;
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable, NodeFacts};
 use shunt_core::walk::{Outcome, Packet};
-use shunt_mode::{Backend, KernelError, Mode, Plan, Transaction, Unsupported};
+use shunt_mode::{Backend, KernelError, Mode, Plan, Remains, Transaction, Unsupported};
 
 use crate::drain::Drains;
 use crate::kernel::Kernel;
@@ -128,6 +128,15 @@ impl<K: Kernel + Send> Backend for Ipvs<K> {
 
     fn intact(&mut self) -> Result<bool, KernelError> {
         self.kernel.intact()
+    }
+
+    fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
+        let carried = self.kernel.carried()?;
+        Ok(carried.map(|connections| Remains { connections, ..Remains::default() }))
+    }
+
+    fn retire(&mut self) -> Result<(), KernelError> {
+        self.kernel.retire()
     }
 
     fn cleanup(&mut self) -> Result<(), KernelError> {

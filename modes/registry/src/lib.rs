@@ -111,7 +111,7 @@ pub fn remove_leftovers(in_use: Option<Mode>, family: IpFamily, options: &Option
 /// Whether modes of netfilter, ours or kube-proxy's, have left rules for a family. What cannot be asked has none.
 pub fn has_rules_of_netfilter(family: IpFamily, options: &Options) -> bool {
     // ipvs mode has rules under the names that iptables mode uses.
-    let in_iptables = Tools::open(family, options.flavour).and_then(|mut tools| tools.has_rules());
+    let in_iptables = Tools::open(family, options.flavour).map(|tools| tools.has_rules());
     let asked =
         [(Mode::Nftables, shunt_mode_nftables::kernel::has_table(family)), (Mode::Iptables, in_iptables)];
     asked.into_iter().any(|(mode, has)| {

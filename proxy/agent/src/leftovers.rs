@@ -2,8 +2,8 @@
 //!
 //! Modes of netfilter hand over to each other: conntrack knows how connections are translated, and the hooks that do
 //! so stay. It forgets neither in ebpf mode, but has its hooks only while there are chains of type nat; and what the
-//! programs at devices translate is known to them alone. So what is left of the old kind stays until no connection
-//! needs it; a start during that time goes on with that.
+//! programs at devices translate is known to them alone, as what IPVS translates is to IPVS. So what is left of the old
+//! kind stays until no connection needs it; a start during that time goes on with that.
 //!
 //! Meanwhile both look at the same packets. The programs leave alone what they have no flow for. netfilter is told of
 //! their flows: it would take a packet from the middle of a connection for the first of a new one, which it would
@@ -54,10 +54,17 @@ pub(crate) fn stop() -> MutexGuard<'static, ()> {
 /// connections that would break.
 pub(crate) fn remove(in_use: Mode, family: IpFamily, options: Options) {
     let work = move || {
-        let waited =
-            if in_use.uses_conntrack() { leave(family, &options) } else { enter(in_use, family, &options) };
-        if let Err(error) = waited {
-            tracing::warn!(%family, "connections of the mode before are not waited for: {error:#}");
+        let said = |waited: Result<()>| {
+            if let Err(error) = waited {
+                tracing::warn!(%family, "connections of the mode before are not waited for: {error:#}");
+            }
+        };
+        if in_use.uses_conntrack() {
+            for before in [Mode::Ebpf, Mode::Ipvs].into_iter().filter(|before| *before != in_use) {
+                said(leave(before, family, &options));
+            }
+        } else {
+            said(enter(in_use, family, &options));
         }
         let _held = at_work();
         for error in shunt_modes::remove_leftovers(Some(in_use), family, &options) {
@@ -75,7 +82,7 @@ pub(crate) fn announce(in_use: Mode, family: IpFamily, options: &Options) {
     if !in_use.uses_conntrack() {
         return;
     }
-    let announced = Leaving::open(family, options).and_then(|leaving| match leaving {
+    let announced = Leaving::open(Mode::Ebpf, family, options).and_then(|leaving| match leaving {
         Some(mut leaving) => leaving.look().map(drop),
         None => Ok(()),
     });
@@ -84,9 +91,9 @@ pub(crate) fn announce(in_use: Mode, family: IpFamily, options: &Options) {
     }
 }
 
-/// Connections of the programs of ebpf mode, which another mode takes over from.
+/// Connections of a mode that others cannot go on with, which another mode takes over from.
 struct Leaving {
-    ebpf: Box<dyn Driver>,
+    before: Box<dyn Driver>,
     conntrack: Netlink,
     /// Those that netfilter was told of, and since when.
     told: BTreeSet<Tuple>,
@@ -94,22 +101,22 @@ struct Leaving {
 }
 
 impl Leaving {
-    /// `None` where ebpf mode cannot even be opened: then it has left nothing.
-    fn open(family: IpFamily, options: &Options) -> Result<Option<Self>> {
-        let ebpf = match shunt_modes::open(Mode::Ebpf, family, options) {
-            Ok(ebpf) => ebpf,
+    /// `None` where the mode cannot even be opened: then it has left nothing.
+    fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Option<Self>> {
+        let before = match shunt_modes::open(mode, family, options) {
+            Ok(before) => before,
             Err(error) => {
                 tracing::debug!(%family, "{error}");
                 return Ok(None);
             }
         };
         let conntrack = Netlink::open()?;
-        Ok(Some(Self { ebpf, conntrack, told: BTreeSet::new(), told_since: Instant::now() }))
+        Ok(Some(Self { before, conntrack, told: BTreeSet::new(), told_since: Instant::now() }))
     }
 
     /// Says what is left, and tells netfilter of connections that it was not told of.
     fn look(&mut self) -> Result<Option<Remains>> {
-        let Some(remains) = self.ebpf.remains()? else { return Ok(None) };
+        let Some(remains) = self.before.remains()? else { return Ok(None) };
         if self.told_since.elapsed() > TELL_AGAIN {
             self.told.clear();
             self.told_since = Instant::now();
@@ -118,15 +125,15 @@ impl Leaving {
             remains.tuples.iter().filter(|tuple| self.told.insert(**tuple)).copied().collect();
         if let Err(error) = self.conntrack.enter(&news, KNOWN_SECONDS) {
             // Most of them go on without.
-            tracing::warn!("conntrack does not know all connections of ebpf mode: {error}");
+            tracing::warn!("conntrack does not know all connections of the mode before: {error}");
         }
         Ok(Some(remains))
     }
 }
 
-/// Waits for connections of the programs of ebpf mode, which another one has taken over from.
-fn leave(family: IpFamily, options: &Options) -> Result<()> {
-    let Some(mut leaving) = Leaving::open(family, options)? else { return Ok(()) };
+/// Waits for connections of a mode that another one has taken over from.
+fn leave(before: Mode, family: IpFamily, options: &Options) -> Result<()> {
+    let Some(mut leaving) = Leaving::open(before, family, options)? else { return Ok(()) };
     let mut wait = Wait::new(family);
     let mut retired = false;
     loop {
@@ -134,7 +141,7 @@ fn leave(family: IpFamily, options: &Options) -> Result<()> {
         let started = Instant::now();
         let Some(remains) = leaving.look()? else { return Ok(()) };
         if !retired {
-            leaving.ebpf.retire()?;
+            leaving.before.retire()?;
             retired = true;
             continue;
         }

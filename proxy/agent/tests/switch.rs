@@ -1,5 +1,5 @@
-//! Iptables mode on a node that carries traffic: from and to ipvs mode nothing is refused or left behind; node ports on
-//! loopback; counters. `dropin/modes.rs` has the other ways from mode to mode.
+//! Iptables mode on a node that carries traffic: from and to ipvs mode nothing is refused or left behind; host ports of
+//! others; node ports on loopback; counters; flavours; the lock. `dropin/modes.rs` has the other ways from mode to mode.
 
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(clippy::unwrap_used)]

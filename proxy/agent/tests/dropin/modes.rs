@@ -99,7 +99,12 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
     };
     // These processes are in no cgroup that is served, so that ebpf mode meets the node's own connections at its
     // devices, too.
-    let transfers = || Ok::<_, anyhow::Error>(vec![transfer(client)?, transfer(cluster.lab.node())?]);
+    // In ipvs mode VIPs are addresses of the node: there such connections have no way out to its devices.
+    let of_node = !tour.contains(&IPVS) || !tour.contains(&GUEST_EBPF);
+    let transfers = || {
+        let from = [client, cluster.lab.node()].into_iter().take(if of_node { 2 } else { 1 });
+        from.map(transfer).collect::<Result<Vec<_>>>()
+    };
     let go_on = |transfers: &[Transfer], what: &str| {
         let bytes: Vec<u64> = transfers.iter().map(Transfer::bytes).collect();
         cluster.wait(what, |_| {
@@ -201,7 +206,7 @@ fn modes_of_netfilter_give_way_to_each_other_under_load() -> Result<()> {
 #[test]
 fn ipvs_and_iptables_mode_give_way_to_each_other_under_load() {
     test_in_guest(module_path!(), "ipvs_and_iptables_mode_give_way_to_each_other_under_load", || {
-        tour(&WITH_IPVS, true).unwrap();
+        tour(&WITH_IPVS, false).unwrap();
     });
 }
 
