@@ -460,7 +460,7 @@ impl Kernel for Linux {
     }
 
     fn retire(&mut self) -> Result<(), KernelError> {
-        self.remove_rules(&|_, table, _| table != xtables_tools::Table::Mangle)
+        self.remove_rules(&|_, table, _| table != Table::Mangle)
     }
 
     fn remove_everything(&mut self) -> Result<(), KernelError> {

@@ -4,6 +4,7 @@
 mod cluster;
 mod config;
 mod confined;
+mod full;
 mod metrics;
 mod modes;
 mod node;
