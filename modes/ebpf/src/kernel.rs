@@ -5,7 +5,9 @@
 
 mod attach;
 mod clsact;
+mod counters;
 mod devices;
+mod filter;
 mod maglev;
 mod maps;
 mod probe;
@@ -27,6 +29,7 @@ use shunt_ebpf_abi::{
 use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins, Places, Way};
+use self::counters::EndpointFlows;
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
 use crate::op::Op;
@@ -110,6 +113,7 @@ impl Options {
         BTreeMap::from([
             (map::FRONTENDS, self.frontends),
             (map::SERVICE_STATS, self.frontends.div_ceil(SERVICE_BLOCK)),
+            (map::SERVICE_BYTES, self.frontends.div_ceil(SERVICE_BLOCK)),
             (map::ENDPOINTS, self.endpoints),
             (map::ENDPOINT_STATS, self.endpoints.div_ceil(ENDPOINT_BLOCK)),
             // Two groups of each endpoint, in extents of which half may be unused.
@@ -142,6 +146,8 @@ pub struct Bpf {
     devices: Devices,
     /// Programs were loaded that no link has yet.
     loaded: bool,
+    /// What endpoints were counted to have.
+    endpoints: EndpointFlows,
 }
 
 impl Bpf {
@@ -149,13 +155,23 @@ impl Bpf {
     pub fn open(family: IpFamily, options: Arc<Options>) -> Result<Self, KernelError> {
         let netns = File::open(OWN_NAMESPACE).map_err(|e| failed("open network namespace", e))?;
         let pins = Pins::new(&options.bpf_root);
-        Ok(Self { family, pins, options, netns, maps: None, devices: Devices::default(), loaded: false })
+        Ok(Self {
+            family,
+            pins,
+            options,
+            netns,
+            maps: None,
+            devices: Devices::default(),
+            loaded: false,
+            endpoints: EndpointFlows::default(),
+        })
     }
 
     /// What the programs have counted, by Service port, of both families.
     pub fn counters(&mut self) -> Result<Vec<(Arc<str>, ServiceCounters)>, KernelError> {
         let names = self.maps()?.names().map_err(of_map)?;
-        maps::counters(&self.pins.maps(), &names).map_err(of_map)
+        let counted = counters::of_services(&self.pins.maps(), &names).map_err(of_map)?;
+        Ok(names.into_values().zip(counted.into_iter().map(|(counters, _)| counters)).collect())
     }
 
     /// How many clients of the family are remembered for Services with session affinity, as far as their
@@ -215,15 +231,21 @@ impl Bpf {
     /// Loads programs and maps unless those that are there are of the same object.
     fn install(&mut self) -> Result<(), KernelError> {
         let name = self.options.object_name();
-        let held = match self.open_maps()? {
-            Some(maps) => maps.object().map_err(of_map)?,
-            None => None,
+        let (adopted, held) = match self.open_maps()? {
+            Some(maps) => (true, maps.object().map_err(of_map)?),
+            None => (false, None),
         };
         if held.as_deref() == Some(&*name) {
             return Ok(());
         }
         self.maps = None;
         attach::load(&self.pins, &self.options.object, &self.options.sizes()).map_err(of_attach)?;
+        if adopted {
+            // Programs of before may not know the filter.
+            let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
+            let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
+            filter::fill(&self.pins.maps(), longest).map_err(of_map)?;
+        }
         let cookie = self.inside(sys::netns_cookie)?;
         let maps = self.maps()?;
         // What runs meanwhile under the programs of before goes on with what it knows of the node.
@@ -362,11 +384,14 @@ impl Kernel for Bpf {
         let Some(maps) = self.open_maps()? else { return Ok(Vec::new()) };
         let mut names = maps.names().map_err(of_map)?;
         names.retain(|id, _| id & 1 == parity(family));
-        let counters = maps::counters(&self.pins.maps(), &names).map_err(of_map)?;
+        let services = counters::of_services(&self.pins.maps(), &names).map_err(of_map)?;
+        let mut endpoints = self.endpoints.read(&self.pins.maps(), parity(family)).map_err(of_map)?;
         // A name that was shortened to fit cannot be read back.
-        let named = names.into_keys().zip(counters).filter_map(|(counter, (name, c))| {
-            let ServiceCounters { forwarded, rejected, dropped } = c;
-            Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped })
+        let named = names.into_iter().zip(services).filter_map(|((counter, name), (counters, bytes))| {
+            let ServiceCounters { forwarded, rejected, dropped } = counters;
+            let bytes = [bytes.request, bytes.response];
+            let endpoints = endpoints.remove(&counter).unwrap_or_default();
+            Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped, bytes, endpoints })
         });
         Ok(named.collect())
     }

@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::MapData;
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Address, Affinity, AffinityKey, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface,
-    Name, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters, address_flags, map,
+    Name, RangeKey, address_flags, map,
 };
 
 use super::sys::{Prefix, Table};
@@ -71,42 +71,13 @@ pub(super) fn at(map: &'static str) -> impl Fn(io::Error) -> MapError {
     move |source| MapError { map, source }
 }
 
-fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
+pub(super) fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
     folder: &Path,
     name: &'static str,
 ) -> Result<Table<K, V>, MapError> {
     let fd = super::sys::open_pinned(&folder.join(name)).map_err(at(name))?;
     let data = MapData::from_fd(fd).map_err(|e| at(name)(io::Error::other(e)))?;
     Table::new(data).map_err(at(name))
-}
-
-/// Sums of what the processors have counted, by Service port.
-pub(super) fn counters(
-    folder: &Path,
-    names: &BTreeMap<u32, Arc<str>>,
-) -> Result<Vec<(Arc<str>, ServiceCounters)>, MapError> {
-    let at = at(map::SERVICE_STATS);
-    let fd = super::sys::open_pinned(&folder.join(map::SERVICE_STATS)).map_err(&at)?;
-    let data = MapData::from_fd(fd).map_err(|e| at(io::Error::other(e)))?;
-    let array = PerCpuArray::<MapData, ServiceBlock>::try_from(Map::PerCpuArray(data));
-    let array = array.map_err(|e| at(io::Error::other(e)))?;
-    let mut counters = Vec::with_capacity(names.len());
-    let mut block = None;
-    for (id, name) in names {
-        let number = id / SERVICE_BLOCK;
-        if block.as_ref().is_none_or(|(held, _)| *held != number) {
-            block = Some((number, array.get(&number, 0).map_err(|e| at(io::Error::other(e)))?));
-        }
-        let mut sum = ServiceCounters::default();
-        let of_cpus = block.iter().flat_map(|(_, values)| values.iter());
-        for one in of_cpus.filter_map(|block| block.get((id % SERVICE_BLOCK) as usize)) {
-            sum.forwarded += one.forwarded;
-            sum.rejected += one.rejected;
-            sum.dropped += one.dropped;
-        }
-        counters.push((name.clone(), sum));
-    }
-    Ok(counters)
 }
 
 /// Makes the map that the object does not have, unless it is pinned already.
@@ -483,7 +454,7 @@ const fn is_removal(op: &Op) -> bool {
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, which programs read too.
-fn now() -> io::Result<u64> {
+pub(super) fn now() -> io::Result<u64> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
     let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
     Ok(seconds * 1_000_000_000 + nanoseconds)
