@@ -96,7 +96,7 @@ pub struct Flow {
 impl Flow {
     /// Flag: packets from the endpoint.
     pub const REPLY: u16 = 1;
-    /// Flag: the client is a process of this node.
+    /// Flag: the client is a process of this node, which its socket hook did not serve.
     pub const FROM_NODE: u16 = 2;
     /// Flag: where packets leave, the source becomes a node address, which is chosen with the first
     /// one ([`Flow::masquerade_port`]).

@@ -40,9 +40,12 @@
 //! | `maglev` | hash of arrays, 4,096 | [`Group::id`] (`u32`) → array of one [`MaglevTable`] | agent |
 //! | `affinity` | LRU hash, 65,536 | [`AffinityKey`] → [`Affinity`] | programs |
 //! | `sockets` | LRU hash, 131,072 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
+//! | `peers` | array, 131,072 | [`Peer::place`] → [`Peer`] | programs (socket hooks) |
 //! | `flows` | LRU hash, 262,144 | [`FlowKey`] → [`Flow`] | programs (tc; for sockets that are bound, socket hooks) |
+//! | `flow_filter` | array, 1 | 0 → [`FlowFilter`] | programs; agent, when it replaces programs |
 //! | `fragments` | LRU hash, 8,192 | [`FragmentKey`] → [`Fragment`] | programs (tc) |
 //! | `service_stats` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`ServiceBlock`] | programs |
+//! | `service_bytes` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`BytesBlock`] | programs (tc) |
 //! | `endpoint_stats` | per-CPU array, 512 | endpoint id / [`ENDPOINT_BLOCK`] → [`EndpointBlock`] | programs |
 //! | `events` | per-CPU array | [`Event`] → `u64` | programs |
 //!
@@ -85,6 +88,7 @@
 #![allow(clippy::inline_always)]
 
 pub mod address;
+pub mod filter;
 pub mod flow;
 pub mod lookup;
 pub mod maglev;
@@ -96,15 +100,16 @@ pub mod socket;
 mod pod;
 
 pub use address::Address;
+pub use filter::FlowFilter;
 pub use flow::{Flow, FlowKey, Fragment, FragmentKey, Tuple};
 pub use map::size;
 pub use service::{
-    Affinity, AffinityKey, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID,
-    Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Name, RangeKey, SERVICE_BLOCK,
-    ServiceBlock, ServiceCounters, Verdict, address_flags, config_flags, endpoint_flags, frontend_flags,
-    range_owner,
+    Affinity, AffinityKey, BytesBlock, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event,
+    FIRST_SERVICE_ID, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Name, RangeKey,
+    SERVICE_BLOCK, ServiceBlock, ServiceBytes, ServiceCounters, Verdict, address_flags, config_flags,
+    endpoint_flags, frontend_flags, range_owner,
 };
-pub use socket::{SocketKey, SocketRecord};
+pub use socket::{Peer, SocketKey, SocketRecord};
 
 /// Version of all of the above. Maps pinned by another version are not adopted but migrated.
 pub const VERSION: u32 = 1;

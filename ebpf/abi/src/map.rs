@@ -20,14 +20,20 @@ pub const NAMES: &str = "names";
 pub const MAGLEV: &str = "maglev";
 /// Session affinity.
 pub const AFFINITY: &str = "affinity";
-/// What sockets were promised.
+/// What sockets were promised that name the peer each time.
 pub const SOCKETS: &str = "sockets";
+/// What connected sockets were promised.
+pub const PEERS: &str = "peers";
 /// The connection table of tc.
 pub const FLOWS: &str = "flows";
+/// One element: [`crate::FlowFilter`].
+pub const FLOW_FILTER: &str = "flow_filter";
 /// Ports of packets whose fragments are on the way.
 pub const FRAGMENTS: &str = "fragments";
 /// Counters per service id.
 pub const SERVICE_STATS: &str = "service_stats";
+/// Bytes per service id.
+pub const SERVICE_BYTES: &str = "service_bytes";
 /// Counters per endpoint id.
 pub const ENDPOINT_STATS: &str = "endpoint_stats";
 /// Counters of events that belong to no Service.
@@ -53,11 +59,13 @@ pub mod size {
     pub const AFFINITY: u32 = 65_536;
     /// `sockets`.
     pub const SOCKETS: u32 = 131_072;
+    /// `peers`: a power of two, always the same.
+    pub const PEERS: u32 = 131_072;
     /// `flows`: two to four a connection.
     pub const FLOWS: u32 = 262_144;
     /// `fragments`.
     pub const FRAGMENTS: u32 = 8_192;
-    /// `service_stats`, for service ids below the size of `frontends`.
+    /// `service_stats` and `service_bytes`, for service ids below the size of `frontends`.
     pub const SERVICE_STATS: u32 = FRONTENDS.div_ceil(crate::SERVICE_BLOCK);
     /// `endpoint_stats`.
     pub const ENDPOINT_STATS: u32 = ENDPOINTS.div_ceil(crate::ENDPOINT_BLOCK);

@@ -1,8 +1,9 @@
 //! Lets aya copy the types into and out of maps.
 
 use crate::{
-    Address, Affinity, AffinityKey, Config, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Frontend,
-    FrontendKey, Interface, Name, RangeKey, ServiceCounters, SocketKey, SocketRecord,
+    Address, Affinity, AffinityKey, Config, Endpoint, Flow, FlowFilter, FlowKey, Fragment, FragmentKey,
+    Frontend, FrontendKey, Interface, Name, Peer, RangeKey, ServiceBytes, ServiceCounters, SocketKey,
+    SocketRecord,
 };
 
 macro_rules! pod {
@@ -21,6 +22,7 @@ pod!(
     Config,
     Endpoint,
     Flow,
+    FlowFilter,
     FlowKey,
     Fragment,
     FragmentKey,
@@ -28,7 +30,9 @@ pod!(
     FrontendKey,
     Interface,
     Name,
+    Peer,
     RangeKey,
+    ServiceBytes,
     ServiceCounters,
     SocketKey,
     SocketRecord

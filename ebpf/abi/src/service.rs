@@ -370,6 +370,18 @@ pub struct ServiceCounters {
 pub const SERVICE_BLOCK: u32 = 64;
 /// An element of `service_stats`.
 pub type ServiceBlock = [ServiceCounters; SERVICE_BLOCK as usize];
+/// Bytes of packets to and from endpoints of one service id, IP headers included. Only programs at devices see
+/// packets: those of sockets that were served are not among them.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct ServiceBytes {
+    /// From clients.
+    pub request: u64,
+    /// To clients.
+    pub response: u64,
+}
+/// An element of `service_bytes`, with as many service ids as one of `service_stats`.
+pub type BytesBlock = [ServiceBytes; SERVICE_BLOCK as usize];
 /// Endpoint ids in one element of `endpoint_stats`.
 pub const ENDPOINT_BLOCK: u32 = 512;
 /// An element of `endpoint_stats`: new flows by endpoint.
@@ -417,4 +429,5 @@ const _: () = {
     assert!(size_of::<AffinityKey>() == 32);
     assert!(size_of::<Affinity>() == 16);
     assert!(size_of::<ServiceCounters>() == 24);
+    assert!(size_of::<ServiceBytes>() == 16);
 };

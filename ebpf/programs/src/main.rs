@@ -13,6 +13,7 @@
 // What is moved is copied to the stack, of which there is little.
 #![allow(clippy::needless_borrows_for_generic_args)]
 
+mod filter;
 mod maps;
 mod pick;
 mod socket;

@@ -4,9 +4,9 @@ use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use shunt_ebpf_abi::{
-    Address, Affinity, AffinityKey, Config, Endpoint, EndpointBlock, Event, Flow, FlowKey, Fragment,
-    FragmentKey, Frontend, FrontendKey, Interface, MaglevTable, RangeKey, ServiceBlock, SocketKey,
-    SocketRecord, size,
+    Address, Affinity, AffinityKey, BytesBlock, Config, Endpoint, EndpointBlock, Event, Flow, FlowFilter,
+    FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Interface, MaglevTable, Peer, RangeKey,
+    ServiceBlock, SocketKey, SocketRecord, size,
 };
 
 /// The agent reads these as memory: asked for one by one, a million elements take the kernel a third of a second.
@@ -45,8 +45,14 @@ pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { size::AFFINITY a
 pub(crate) static SOCKETS: LruHashMap<SocketKey, SocketRecord, { size::SOCKETS as usize }> =
     LruHashMap::new();
 
+#[btf_map(name = "peers")]
+pub(crate) static PEERS: Array<Peer, { size::PEERS as usize }> = Array::new();
+
 #[btf_map(name = "flows")]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, { size::FLOWS as usize }> = LruHashMap::new();
+
+#[btf_map(name = "flow_filter")]
+pub(crate) static FLOW_FILTER: Array<FlowFilter, 1> = Array::new();
 
 #[btf_map(name = "fragments")]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS as usize }> =
@@ -54,6 +60,10 @@ pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS
 
 #[btf_map(name = "service_stats")]
 pub(crate) static SERVICE_STATS: PerCpuArray<ServiceBlock, { size::SERVICE_STATS as usize }> =
+    PerCpuArray::new();
+
+#[btf_map(name = "service_bytes")]
+pub(crate) static SERVICE_BYTES: PerCpuArray<BytesBlock, { size::SERVICE_STATS as usize }> =
     PerCpuArray::new();
 
 #[btf_map(name = "endpoint_stats")]

@@ -8,7 +8,8 @@ use shunt_ebpf_abi::{
 };
 
 use crate::maps::{
-    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, MAGLEV, RANGES, SERVICE_STATS, SLOTS,
+    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, MAGLEV, RANGES, SERVICE_BYTES,
+    SERVICE_STATS, SLOTS,
 };
 
 /// The kernel's maps.
@@ -115,5 +116,20 @@ pub(crate) fn count_flow(service: u32, endpoint: u32) {
         && let Some(count) = unsafe { &mut *block }.get_mut((endpoint % ENDPOINT_BLOCK) as usize)
     {
         *count += 1;
+    }
+}
+
+/// Counts the bytes of a packet of a Service, to its client or from there.
+#[inline(always)]
+pub(crate) fn count_bytes(service: u32, response: bool, bytes: u32) {
+    if let Some(block) = SERVICE_BYTES.get_ptr_mut(service / SERVICE_BLOCK)
+        // SAFETY: as above.
+        && let Some(counted) = unsafe { &mut *block }.get_mut((service % SERVICE_BLOCK) as usize)
+    {
+        if response {
+            counted.response += u64::from(bytes);
+        } else {
+            counted.request += u64::from(bytes);
+        }
     }
 }

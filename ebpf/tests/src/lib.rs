@@ -22,9 +22,9 @@ use aya::programs::{
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
-    Address, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID, Frontend, FrontendKey,
-    Group, Interface, MAGLEV_SIZE, MaglevTable, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters,
-    Verdict, endpoint_flags, maglev, map,
+    Address, BytesBlock, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID,
+    FlowFilter, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, RangeKey, SERVICE_BLOCK,
+    ServiceBlock, ServiceBytes, ServiceCounters, Verdict, endpoint_flags, maglev, map,
 };
 
 /// The object that the product embeds.
@@ -124,6 +124,7 @@ impl Loaded {
             (map::FLOWS, 4096),
             (map::FRAGMENTS, 1024),
             (map::SERVICE_STATS, 16),
+            (map::SERVICE_BYTES, 16),
             (map::ENDPOINT_STATS, 8),
             (map::MAGLEV, 16),
         ] {
@@ -286,6 +287,16 @@ impl Loaded {
         Ok(self.hash(name)?.insert(key, value, 0)?)
     }
 
+    /// The filter in front of the connection table.
+    pub fn flow_filter(&mut self) -> Result<FlowFilter> {
+        Ok(self.array(map::FLOW_FILTER)?.get(&0, 0)?)
+    }
+
+    /// Replaces the filter.
+    pub fn set_flow_filter(&mut self, filter: &FlowFilter) -> Result<()> {
+        Ok(self.array::<FlowFilter>(map::FLOW_FILTER)?.set(0, filter, 0)?)
+    }
+
     /// Counters of a Service.
     pub fn service_stats(&mut self, id: u32) -> Result<ServiceCounters> {
         let data = self.ebpf.map(map::SERVICE_STATS).context(map::SERVICE_STATS)?;
@@ -296,6 +307,18 @@ impl Loaded {
             forwarded: sum.forwarded + c.forwarded,
             rejected: sum.rejected + c.rejected,
             dropped: sum.dropped + c.dropped,
+        }))
+    }
+
+    /// Bytes of a Service that programs at devices have seen.
+    pub fn service_bytes(&mut self, id: u32) -> Result<ServiceBytes> {
+        let data = self.ebpf.map(map::SERVICE_BYTES).context(map::SERVICE_BYTES)?;
+        let map: PerCpuArray<_, BytesBlock> = PerCpuArray::try_from(data)?;
+        let all = map.get(&(id / SERVICE_BLOCK), 0)?;
+        let all = all.iter().map(|block| block[(id % SERVICE_BLOCK) as usize]);
+        Ok(all.fold(ServiceBytes::default(), |sum, b| ServiceBytes {
+            request: sum.request + b.request,
+            response: sum.response + b.response,
         }))
     }
 

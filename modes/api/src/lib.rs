@@ -18,7 +18,7 @@ pub mod sync;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -155,6 +155,19 @@ pub struct Counted {
     pub rejected: u64,
     /// Packets that were dropped.
     pub dropped: u64,
+    /// Bytes of packets that the mode has seen, IP headers included: from clients, and to them.
+    pub bytes: [u64; 2],
+    /// Endpoints that ever had a flow.
+    pub endpoints: Vec<CountedEndpoint>,
+}
+
+/// What a mode has counted of an endpoint of a Service port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CountedEndpoint {
+    /// The endpoint.
+    pub address: SocketAddr,
+    /// New flows that were sent to it since the mode was asked last; 0 the first time.
+    pub flows: u64,
 }
 
 /// What is left of a mode that another one has taken over from.

@@ -6,9 +6,11 @@
 mod attach;
 mod clsact;
 mod copy;
+mod counters;
 mod destroy;
 mod devices;
 mod diag;
+mod filter;
 mod flows;
 mod held;
 mod maglev;
@@ -34,6 +36,7 @@ use shunt_ebpf_abi::{Config, ServiceCounters, config_flags, size};
 use shunt_mode::{Counted, KernelError, Remains, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins, Places, Way};
+use self::counters::EndpointFlows;
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
 use self::migrate::Look;
@@ -152,6 +155,8 @@ pub struct Bpf {
     replacing: bool,
     /// Limits that cannot be had, as it was logged.
     said: BTreeSet<String>,
+    /// What endpoints were counted to have.
+    endpoints: EndpointFlows,
 }
 
 impl Bpf {
@@ -169,13 +174,15 @@ impl Bpf {
             loaded: false,
             replacing: false,
             said: BTreeSet::new(),
+            endpoints: EndpointFlows::default(),
         })
     }
 
     /// What the programs have counted, by Service port, of both families.
     pub fn counters(&mut self) -> Result<Vec<(Arc<str>, ServiceCounters)>, KernelError> {
         let names = self.maps()?.names().map_err(of_map)?;
-        maps::counters(&self.pins.maps(), &names).map_err(of_map)
+        let counted = counters::of_services(&self.pins.maps(), &names).map_err(of_map)?;
+        Ok(names.into_values().zip(counted.into_iter().map(|(counters, _)| counters)).collect())
     }
 
     /// How many clients of the family are remembered for Services with session affinity, as far as their
@@ -245,22 +252,36 @@ impl Bpf {
             });
         }
         let sizes = self.options.limits().maps();
+        let (pins, options) = (self.pins.clone(), self.options.clone());
+        let load = || attach::load(&pins, &options.object, &sizes).map_err(of_attach);
         match self.look()? {
-            Look::Known { held, limits, fresh, .. } if !fresh.is_empty() => {
-                self.migrate(&held, &limits, fresh)?;
-            }
-            Look::Known { object, .. } if object.as_deref() == Some(&*self.options.object_name()) => {
-                return Ok(());
-            }
-            Look::Known { .. } | Look::Nothing => {
+            Look::Known { object, held, limits, fresh } => {
                 self.maps = None;
-                attach::load(&self.pins, &self.options.object, &sizes).map_err(of_attach)?;
+                let same = object.as_deref() == Some(&*self.options.object_name());
+                if same && fresh.is_empty() {
+                    return Ok(());
+                }
+                if fresh.is_empty() {
+                    load()?;
+                    self.loaded = true;
+                }
+                if !same {
+                    // Programs of before may not know the filter.
+                    let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
+                    let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
+                    filter::fill(&self.pins.maps(), longest).map_err(of_map)?;
+                }
+                if !fresh.is_empty() {
+                    self.migrate(&held, &limits, fresh)?;
+                }
+            }
+            Look::Nothing => {
+                load()?;
                 self.loaded = true;
             }
             Look::Foreign(why) => self.replace(&why)?,
         }
         let cookie = self.inside(sys::netns_cookie)?;
-        let options = self.options.clone();
         let maps = self.maps()?;
         // What runs meanwhile under the programs of before goes on with what it knows of the node.
         maps.edit_config(|config| {
@@ -416,11 +437,14 @@ impl Kernel for Bpf {
         let Some(maps) = self.open_maps()? else { return Ok(Vec::new()) };
         let mut names = maps.names().map_err(of_map)?;
         names.retain(|id, _| id & 1 == parity(family));
-        let counters = maps::counters(&self.pins.maps(), &names).map_err(of_map)?;
+        let services = counters::of_services(&self.pins.maps(), &names).map_err(of_map)?;
+        let mut endpoints = self.endpoints.read(&self.pins.maps(), parity(family)).map_err(of_map)?;
         // A name that was shortened to fit cannot be read back.
-        let named = names.into_keys().zip(counters).filter_map(|(counter, (name, c))| {
-            let ServiceCounters { forwarded, rejected, dropped } = c;
-            Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped })
+        let named = names.into_iter().zip(services).filter_map(|((counter, name), (counters, bytes))| {
+            let ServiceCounters { forwarded, rejected, dropped } = counters;
+            let bytes = [bytes.request, bytes.response];
+            let endpoints = endpoints.remove(&counter).unwrap_or_default();
+            Some(Counted { port: unlabel(&name)?, counter, forwarded, rejected, dropped, bytes, endpoints })
         });
         Ok(named.collect())
     }

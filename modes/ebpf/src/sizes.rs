@@ -32,6 +32,7 @@ impl Limits {
             (map::FRONTENDS, self.frontends),
             (map::NAMES, self.frontends),
             (map::SERVICE_STATS, self.frontends.div_ceil(SERVICE_BLOCK)),
+            (map::SERVICE_BYTES, self.frontends.div_ceil(SERVICE_BLOCK)),
             (map::ENDPOINTS, self.endpoints),
             (map::ENDPOINT_STATS, self.endpoints.div_ceil(ENDPOINT_BLOCK)),
             // Two groups of each endpoint, in extents of which half may be unused.

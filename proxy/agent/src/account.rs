@@ -2,7 +2,7 @@
 //! about the tables, and costs what a change touches.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use shunt_core::compile::Compiler;
@@ -10,8 +10,8 @@ use shunt_core::health::{HealthCheck, health_check, ports_without_local_endpoint
 use shunt_core::id::{IpFamily, NamespacedName, ServicePortName};
 use shunt_core::store::{Dirty, Event, Store};
 use shunt_core::table::NodePortMatch;
-use shunt_mode::Counted;
 use shunt_mode::driver::{Driver, Report};
+use shunt_mode::{Counted, CountedEndpoint};
 use shunt_node::health::Health;
 use shunt_node::health::service::ServiceHealth;
 use shunt_watch::{EventType, Notice, Regarding};
@@ -40,7 +40,9 @@ struct Family {
     usage_at: Option<Instant>,
     /// When flows were counted last, and what the kernel's counters said, with whose they were.
     counted_at: Option<Instant>,
-    counted: BTreeMap<u32, (ServicePortName, [u64; 3])>,
+    counted: BTreeMap<u32, (ServicePortName, [u64; 5])>,
+    /// Endpoints for which flows are shown.
+    endpoints: BTreeSet<(ServicePortName, SocketAddr)>,
     /// Something about the checks changed.
     dirty: bool,
     /// Ports that could not be opened: it is said once.
@@ -98,6 +100,7 @@ impl Account {
             usage_at: None,
             counted_at: None,
             counted: BTreeMap::new(),
+            endpoints: BTreeSet::new(),
             checks: BTreeMap::new(),
             addresses: BTreeSet::new(),
             servers: ServiceHealth::new(health.clone()),
@@ -226,17 +229,29 @@ impl Account {
         };
         let before = std::mem::take(&mut family.counted);
         let mut gone: BTreeSet<ServicePortName> = before.values().map(|(port, _)| port.clone()).collect();
-        for Counted { port, counter, forwarded, rejected, dropped } in counted {
-            let now = [forwarded, rejected, dropped];
+        let mut gone_endpoints = std::mem::take(&mut family.endpoints);
+        for Counted { port, counter, forwarded, rejected, dropped, bytes, endpoints } in counted {
+            let now = [forwarded, rejected, dropped, bytes[0], bytes[1]];
             // What was counted before the first look, or for another Service port, is not this one's.
             let base = before.get(&counter).map_or(now, |(_, counts)| *counts);
-            let counts = [0, 1, 2].map(|i| now[i].saturating_sub(base[i]));
-            self.metrics.service_flows(of, &port, counts);
+            let [forwarded, rejected, dropped, request, response] =
+                [0, 1, 2, 3, 4].map(|i| now[i].saturating_sub(base[i]));
+            self.metrics.service_flows(of, &port, [forwarded, rejected, dropped]);
+            self.metrics.service_flow_bytes(of, &port, [request, response]);
+            for CountedEndpoint { address, flows } in endpoints {
+                self.metrics.endpoint_flows(of, &port, address, flows);
+                let shown = (port.clone(), address);
+                gone_endpoints.remove(&shown);
+                family.endpoints.insert(shown);
+            }
             gone.remove(&port);
             family.counted.insert(counter, (port, now));
         }
         for port in gone {
             self.metrics.no_service_flows(of, &port);
+        }
+        for (port, address) in gone_endpoints {
+            self.metrics.no_endpoint_flows(of, &port, address);
         }
     }
 

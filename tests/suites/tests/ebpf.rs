@@ -212,6 +212,40 @@ fn no_connection_breaks_when_the_agent_starts_anew_or_is_replaced() {
     assert!(seen.answer().is_none(), "{seen}");
 }
 
+/// Flows that were written down by programs that know no filter go on under those that have one.
+#[test]
+fn flows_of_older_programs_go_on() {
+    if !require_kernel() {
+        return;
+    }
+    let pod: IpAddr = [10, 180, 0, 1].into();
+    let lab = Lab::builder()
+        .node([[192, 168, 0, 2].into()])
+        .client([[203, 0, 113, 2].into()])
+        .pod("pod", [pod])
+        .build()
+        .unwrap();
+    lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
+    EbpfMode::settle(&lab).unwrap();
+    let options = lab.node().run(place::options).unwrap();
+    let mut cluster = cluster();
+    cluster.steps(&[service(1, Some(3001)), slice(1, &[pod])]);
+    start(&lab, &options).sync(cluster.table(V4), &Change::everything()).unwrap();
+    let to = "192.168.0.2:3001".parse().unwrap();
+    let probe = Probe::tcp(to).timeout(Duration::from_secs(2));
+    let mut conversation = lab.client().converse(&probe).unwrap();
+    conversation.ask().unwrap();
+    // What an older version leaves behind.
+    std::fs::remove_file(options.bpf_root.join("shunt/maps/flow_filter")).unwrap();
+    let other = Cow::Owned(other_build(&options.object));
+    let other = Arc::new(Options { object: other, ..Options::clone(&options) });
+    let mut upgraded = start(&lab, &other);
+    upgraded.sync(cluster.table(V4), &Change::everything()).unwrap();
+    conversation.ask().unwrap();
+    assert!(lab.client().probe(probe).unwrap().answer().is_some());
+    upgraded.backend.cleanup().unwrap();
+}
+
 /// A device that comes is served when the agent hears of it.
 #[test]
 fn new_devices_are_served() {

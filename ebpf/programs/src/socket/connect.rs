@@ -4,7 +4,7 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use shunt_ebpf_abi::FrontendKey;
 
-use super::{ALLOW, Call, Family, Route, TCP, UDP, deny, remember_reverse, route};
+use super::{ALLOW, Call, Family, Route, TCP, UDP, deny, peer, route};
 use crate::tables::Kernel;
 
 #[cgroup_sock_addr(connect4)]
@@ -29,7 +29,7 @@ fn connect(call: &Call<'_>) -> i32 {
     match route(&kernel, call, &key) {
         Route::Pass => ALLOW,
         Route::To(id, endpoint, service) => {
-            remember_reverse(call.cookie(), &key, id, &endpoint, service);
+            peer::remember(call.cookie(), &key, id, &endpoint, service);
             call.set(&endpoint.address, endpoint.port);
             ALLOW
         }

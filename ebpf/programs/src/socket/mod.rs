@@ -8,6 +8,7 @@
 mod bind;
 mod connect;
 mod getpeername;
+mod peer;
 mod recvmsg;
 mod sendmsg;
 mod source;
@@ -122,14 +123,12 @@ impl<'a> Call<'a> {
     /// Tells the process that `address` and `port` are those of the frontend that it knows.
     #[inline(always)]
     pub(crate) fn restore(&self, protocol: u8) {
-        let key = SocketKey {
-            cookie: self.cookie(),
-            address: self.address(),
-            port: self.port(),
-            direction: SocketKey::REVERSE,
-            protocol,
-            reserved: 0,
-        };
+        let (cookie, address, port) = (self.cookie(), self.address(), self.port());
+        if let Some((frontend, frontend_port)) = peer::recall(cookie, &address, port) {
+            self.set(&frontend, frontend_port);
+            return;
+        }
+        let key = SocketKey { cookie, address, port, direction: SocketKey::REVERSE, protocol, reserved: 0 };
         // SAFETY: copied at once.
         if let Some(record) = unsafe { SOCKETS.get(key) }.copied() {
             self.set(&record.address, record.port);

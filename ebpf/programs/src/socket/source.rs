@@ -6,6 +6,7 @@ use shunt_ebpf_abi::lookup::is_local;
 use shunt_ebpf_abi::{Address, Endpoint, Flow, FlowKey, FrontendKey, Tuple};
 
 use super::{Call, Family};
+use crate::filter::mark;
 use crate::maps::FLOWS;
 use crate::tables::Kernel;
 
@@ -67,9 +68,11 @@ pub(super) fn masquerade(
     let tuple =
         Tuple { source, destination: endpoint.address, source_port: port, destination_port: endpoint.port };
     let flow_key = FlowKey { tuple, protocol: key.protocol, hook: FlowKey::EGRESS, reserved: 0 };
+    // SAFETY: the helper reads a clock.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    mark(kernel, &source, now);
     let flow = Flow {
-        // SAFETY: the helper reads a clock.
-        last_seen: unsafe { bpf_ktime_get_coarse_ns() },
+        last_seen: now,
         tuple,
         service,
         endpoint: id,

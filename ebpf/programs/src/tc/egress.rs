@@ -12,9 +12,8 @@ use shunt_ebpf_abi::{Flow, FlowKey};
 use super::decide::{DROP, FORWARD, REJECT, decide};
 use super::frame::Skb;
 use super::reject::reject;
-use super::rewrite::rewrite;
 use super::work::{Work, zeroed};
-use super::{Begun, NEXT, begin};
+use super::{Begun, NEXT, begin, forward};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -37,20 +36,14 @@ fn work<const ETHERNET: bool>(context: &TcContext) -> i32 {
     let work = match begin::<ETHERNET>(context, FlowKey::EGRESS) {
         Begun::Done(action) => return action,
         Begun::Known(work) => work,
-        Begun::Unknown(work) => {
-            // SAFETY: the verifier knows the context.
-            if unsafe { (*skb.0).ingress_ifindex } != 0 {
-                return NEXT;
-            }
-            match decide(work) {
-                FORWARD => work,
-                DROP => return TC_ACT_SHOT,
-                REJECT => return reject(skb, work),
-                _ => return NEXT,
-            }
-        }
+        Begun::Unknown(work) => match decide(work) {
+            FORWARD => work,
+            DROP => return TC_ACT_SHOT,
+            REJECT => return reject(skb, work),
+            _ => return NEXT,
+        },
     };
-    if rewrite(skb, work) != 0 {
+    if forward(skb, work) != 0 {
         TC_ACT_SHOT
     } else if work.flow.flags & Flow::FROM_NODE != 0 {
         route(skb, work)

@@ -7,6 +7,7 @@ use shunt_ebpf_abi::{Address, Event, Flow, FlowKey};
 
 use super::packet::{TCP, UDP};
 use super::work::{Work, copy};
+use crate::filter::mark;
 use crate::maps::{FLOWS, INTERFACES};
 use crate::tables::{Kernel, event};
 
@@ -49,9 +50,10 @@ pub(crate) fn look_up(work: &mut Work) -> u32 {
     {
         return UNUSABLE;
     }
-    see(work, flow);
+    see(&kernel, work, flow);
     copy(&mut work.to, &flow.tuple);
     work.flow.flags = flow.flags;
+    work.flow.service = flow.service;
     KNOWN
 }
 
@@ -76,10 +78,10 @@ fn begins_anew(kernel: &Kernel, work: &Work, flow: &Flow) -> bool {
     gone
 }
 
-/// Notes a packet of a flow. The other direction's entry is looked up now and then, so that the table's
-/// eviction takes it for one in use.
+/// Notes a packet of a flow. Now and then the other direction's entry is looked up, so that the table's
+/// eviction takes it for one in use, and the filter is told that the flow goes on.
 #[inline(always)]
-fn see(work: &mut Work, flow: &mut Flow) {
+fn see(kernel: &Kernel, work: &mut Work, flow: &mut Flow) {
     if work.ends != 0 {
         flow.state = Flow::CLOSING;
     } else if flow.state == Flow::OPENING && (work.begins == 0 || work.layout.protocol == UDP) {
@@ -89,6 +91,10 @@ fn see(work: &mut Work, flow: &mut Flow) {
         flow.last_seen = work.now;
         work.flow_key = FlowKey { tuple: flow.tuple.reversed(), hook: 1 - work.key.hook, ..work.key };
         let _ = FLOWS.get_ptr(&work.flow_key);
+        let reply = flow.flags & Flow::REPLY != 0;
+        for tuple in [&work.key.tuple, &flow.tuple] {
+            mark(kernel, if reply { &tuple.destination } else { &tuple.source }, work.now);
+        }
     }
 }
 
@@ -98,6 +104,7 @@ fn see(work: &mut Work, flow: &mut Flow) {
 pub(crate) fn open(work: &mut Work) -> u32 {
     let Some(kernel) = Kernel::open() else { return 1 };
     let from_node = work.key.hook == FlowKey::EGRESS;
+    mark(&kernel, &work.key.tuple.source, work.now);
     work.to = work.key.tuple;
     work.to.destination = work.endpoint.address;
     work.to.destination_port = work.endpoint.port;
@@ -106,7 +113,8 @@ pub(crate) fn open(work: &mut Work) -> u32 {
     work.flow.service = work.frontend.service;
     work.flow.endpoint = work.endpoint_id;
     work.flow.generation = work.endpoint.generation;
-    work.flow.flags = Flow::REPLY;
+    let of_node = if from_node { Flow::FROM_NODE } else { 0 };
+    work.flow.flags = Flow::REPLY | of_node;
     work.flow.state = Flow::OPENING;
     // Nothing else writes what is reserved: the map was made of zeroes.
     work.flow.masquerade_port = 0;
@@ -124,7 +132,7 @@ pub(crate) fn open(work: &mut Work) -> u32 {
             return 1;
         }
     }
-    work.flow.flags = if from_node { Flow::FROM_NODE } else { 0 };
+    work.flow.flags = of_node;
     if FLOWS.insert(&work.key, &work.flow, BPF_ANY.into()).is_err() {
         event(Event::NoFlow);
         return 1;
@@ -173,6 +181,7 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
         event(Event::NoPort);
         return 1;
     }
+    mark(kernel, &source, work.now);
     let min = kernel.config.masquerade_port_min;
     let range = u32::from(kernel.config.masquerade_port_max.wrapping_sub(min)) + 1;
     work.flow_key = FlowKey { tuple: work.key.tuple.reversed(), hook: FlowKey::INGRESS, ..work.key };

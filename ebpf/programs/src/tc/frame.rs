@@ -3,12 +3,24 @@
 use aya_ebpf::bindings::{__sk_buff, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
 
+use super::ETHERNET_HEADER;
+
 /// Bytes of a packet, and its checksums. Offsets count from its first byte.
 pub(crate) trait Frame: Copy {
     /// Reads a value that any bytes make.
     fn read<T: Copy>(&self, offset: u32) -> Option<T>;
-    /// The same for an offset below 16: straight from the packet where it lies in one piece.
-    fn read_early<T: Copy>(&self, offset: u32) -> Option<T>;
+    /// Reads a value, `further` bytes after an offset that is a constant, straight from the packet. `None` where the
+    /// packet does not lie in one piece up to there.
+    fn peek<T: Copy>(&self, offset: u32, further: u32) -> Option<T>;
+    /// [`Frame::peek`] with the header before the IP header as offset, or where that does not help, [`Frame::read`].
+    #[inline(always)]
+    fn read_early<T: Copy>(&self, l2: u32, further: u32) -> Option<T> {
+        let found = if l2 == 0 { self.peek(0, further) } else { self.peek(ETHERNET_HEADER, further) };
+        match found {
+            None => self.read(l2 + further),
+            found => found,
+        }
+    }
     /// Reads bytes into memory.
     fn load<T: Copy>(&self, offset: u32, to: &mut T, size: u32) -> Option<()>;
     /// Writes a value whose change a checksum inside the packet makes up for.
@@ -46,15 +58,22 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn read_early<T: Copy>(&self, offset: u32) -> Option<T> {
-        // SAFETY: the verifier sees that what is read lies before the end.
+    fn peek<T: Copy>(&self, offset: u32, further: u32) -> Option<T> {
+        // SAFETY: the verifier sees that what is read lies before the end. What follows an Ethernet header is read in
+        // words, as the kernel's own code reads it: an unaligned read is compiled to one for each byte, and the compiler
+        // takes this for the host's code, with no way to say what eBPF can read.
         unsafe {
-            let start = (*self.0).data as usize + (offset & 15) as usize;
+            let start = (*self.0).data as usize + offset as usize + further as usize;
             if start + size_of::<T>() <= (*self.0).data_end as usize {
-                return Some((start as *const T).read_unaligned());
+                let (start, words) = (start as *const T, (offset + further) & 3 == 2);
+                return Some(if words || align_of::<T>() == 1 {
+                    start.read()
+                } else {
+                    start.read_unaligned()
+                });
             }
         }
-        self.read(offset)
+        None
     }
 
     #[inline(always)]

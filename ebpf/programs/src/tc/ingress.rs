@@ -8,8 +8,7 @@ use shunt_ebpf_abi::FlowKey;
 use super::decide::{DROP, FORWARD, REJECT, decide};
 use super::frame::Skb;
 use super::reject::reject;
-use super::rewrite::rewrite;
-use super::{Begun, NEXT, begin};
+use super::{Begun, NEXT, begin, forward};
 
 /// For devices with Ethernet headers.
 #[classifier]
@@ -36,5 +35,5 @@ fn work<const ETHERNET: bool>(context: &TcContext) -> i32 {
             _ => return NEXT,
         },
     };
-    if rewrite(skb, work) == 0 { NEXT } else { TC_ACT_SHOT }
+    if forward(skb, work) == 0 { NEXT } else { TC_ACT_SHOT }
 }

@@ -3,13 +3,14 @@
 //! between ingress and egress.
 //!
 //! ```text
-//!   packet::parse ─► flow::look_up ─ known ─────────────────────► rewrite
-//!                         └── unknown ─► decide ─► flow::open ───────┘
-//!                                           └─► reject
+//!   early::passes ─ no ─► packet::parse ─► flow::look_up ─ known ─────────────────────► rewrite
+//!        └─ yes ─► next program                 └── unknown ─► decide ─► flow::open ───────┘
+//!                                                                 └─► reject
 //! ```
 
 mod crc;
 mod decide;
+mod early;
 mod egress;
 mod flow;
 mod frame;
@@ -24,7 +25,11 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 
+use shunt_ebpf_abi::{Flow, FlowKey};
+
+use crate::tables::count_bytes;
 use frame::Skb;
+use rewrite::rewrite;
 pub(crate) use work::Work;
 
 /// The next program, or the stack.
@@ -48,16 +53,21 @@ fn begin<const ETHERNET: bool>(context: &TcContext, hook: u8) -> Begun {
         IPV6 => false,
         _ => return Begun::Done(NEXT),
     };
+    let skb = Skb(context.skb.skb);
+    // SAFETY: the verifier knows the context.
+    let may_begin = hook == FlowKey::INGRESS || unsafe { (*skb.0).ingress_ifindex } == 0;
+    let mut now = 0;
+    if early::passes::<ETHERNET>(skb, v4, may_begin, &mut now) {
+        return Begun::Done(NEXT);
+    }
     let Some(work) = work::work() else { return Begun::Done(NEXT) };
     work.l2 = if ETHERNET { ETHERNET_HEADER } else { 0 };
     work.key.hook = hook;
-    work.key.reserved = 0;
     // SAFETY: the verifier knows the context; the helper reads a clock.
     unsafe {
         work.ifindex = (*context.skb.skb).ifindex;
-        work.now = bpf_ktime_get_coarse_ns();
+        work.now = if now == 0 { bpf_ktime_get_coarse_ns() } else { now };
     }
-    let skb = Skb(context.skb.skb);
     match packet::parse(skb, work, v4) {
         packet::PORTS => {}
         packet::ERROR => {
@@ -69,7 +79,26 @@ fn begin<const ETHERNET: bool>(context: &TcContext, hook: u8) -> Begun {
     match flow::look_up(work) {
         flow::KNOWN => Begun::Known(work),
         flow::UNUSABLE => Begun::Done(TC_ACT_SHOT),
-        _ if work.begins != 0 => Begun::Unknown(work),
+        _ if work.begins != 0 && may_begin => Begun::Unknown(work),
         _ => Begun::Done(NEXT),
     }
+}
+
+/// Gives a packet of a flow its tuple; 0 when that went well. Its bytes are counted where it meets the frontend: with
+/// masquerade the packet meets two entries.
+#[inline(always)]
+fn forward(skb: Skb, work: &Work) -> u32 {
+    let flags = work.flow.flags;
+    let response = flags & Flow::REPLY != 0;
+    let at_frontend = if response {
+        work.key.hook == FlowKey::EGRESS || flags & Flow::FROM_NODE != 0
+    } else {
+        flags & Flow::MASQUERADE == 0
+    };
+    if at_frontend {
+        // SAFETY: the verifier knows the context.
+        let length = unsafe { (*skb.0).len };
+        count_bytes(work.flow.service, response, length.wrapping_sub(work.l2));
+    }
+    rewrite(skb, work)
 }

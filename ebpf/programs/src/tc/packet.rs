@@ -1,6 +1,6 @@
 //! What a packet says about itself.
 
-use shunt_ebpf_abi::{Address, Fragment, FragmentKey, Tuple};
+use shunt_ebpf_abi::{Address, FlowKey, Fragment, FragmentKey, Tuple};
 
 use super::frame::Frame;
 use super::work::{Layout, Work};
@@ -39,9 +39,9 @@ pub(crate) struct Ip4 {
 /// With what follows it, where it has no options: read at once, for speed.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Ip4AndPorts {
-    ip: Ip4,
-    ports: Fragment,
+pub(crate) struct Ip4AndPorts {
+    pub(crate) ip: Ip4,
+    pub(crate) ports: Fragment,
 }
 
 #[repr(C)]
@@ -58,9 +58,9 @@ pub(crate) struct Ip6 {
 /// See [`Ip4AndPorts`].
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Ip6AndPorts {
-    ip: Ip6,
-    ports: Fragment,
+pub(crate) struct Ip6AndPorts {
+    pub(crate) ip: Ip6,
+    pub(crate) ports: Fragment,
 }
 
 /// Where the parts of the packet with an IP header at `l3` are, its tuple (ports of whatever kind: see
@@ -93,13 +93,15 @@ pub(crate) fn dissect<F: Frame, const EARLY: bool>(
 
 #[inline(always)]
 fn header<F: Frame, T: Copy, const EARLY: bool>(frame: F, l3: u32) -> Option<T> {
-    if EARLY { frame.read_early(l3) } else { frame.read(l3) }
+    if EARLY { frame.read_early(l3, 0) } else { frame.read(l3) }
 }
 
 #[inline(always)]
 fn set_ports(tuple: &mut Tuple, ports: Fragment) {
-    tuple.source_port = ports.source_port;
-    tuple.destination_port = ports.destination_port;
+    let both = u32::from(ports.source_port) | u32::from(ports.destination_port) << 16;
+    // SAFETY: the two ports are the last word of the tuple. They are written as what they are read as when the tuple is
+    // hashed: the processor waits where it reads what was written in parts.
+    unsafe { (&raw mut tuple.source_port).cast::<u32>().write_volatile(both) };
 }
 
 #[inline(always)]
@@ -125,6 +127,7 @@ fn dissect4(
     tuple.destination = Address::v4(ip.destination);
     set_ports(tuple, ports);
     layout.checksum = ip.checksum;
+    layout.before = u16::from_ne_bytes([ip.ttl, ip.protocol]);
     Some(())
 }
 
@@ -178,6 +181,14 @@ pub(crate) const PORTS: u32 = 1;
 /// An ICMP error.
 pub(crate) const ERROR: u32 = 2;
 
+/// Sets protocol and hook of a key, whose hook is known already, as one word: see [`set_ports`].
+#[inline(always)]
+fn set_kind(key: &mut FlowKey, protocol: u8) {
+    let word = u32::from(protocol) | u32::from(key.hook) << 8;
+    // SAFETY: protocol, hook and what is reserved are the last word of the key.
+    unsafe { (&raw mut key.protocol).cast::<u32>().write_volatile(word) };
+}
+
 /// Learns what the packet is. A first fragment leaves a note of its ports for the later ones; without it
 /// those are [`OTHER`], and go on as they are.
 #[inline(never)]
@@ -187,9 +198,10 @@ pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
     if dissect::<F, true>(frame, work.l2, v4, layout, tuple, &mut work.fragment).is_none() {
         return OTHER;
     }
-    work.key.protocol = layout.protocol;
+    set_kind(&mut work.key, work.layout.protocol);
+    let (layout, tuple) = (&work.layout, &mut work.key.tuple);
     if !has_ports(layout.protocol) {
-        return if is_error(frame, layout) { ERROR } else { OTHER };
+        return if tells_error(frame, layout) { ERROR } else { OTHER };
     }
     (work.begins, work.ends) = (0, 0);
     if layout.later {
@@ -202,23 +214,41 @@ pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
         let ports = Fragment { source_port: tuple.source_port, destination_port: tuple.destination_port };
         let _ = FRAGMENTS.insert(&work.fragment, ports, 0);
     }
-    let at = match layout.protocol {
-        TCP => 13,
-        SCTP => 12,
-        _ => {
-            work.begins = 1;
-            return PORTS;
-        }
+    let Some(at) = kind_at(layout.protocol) else {
+        work.begins = 1;
+        return PORTS;
     };
-    let Some(kind) = frame.read::<u8>(layout.l4 + at) else { return OTHER };
-    if layout.protocol == TCP {
-        work.begins = u32::from(kind & (SYN | ACK | RST | FIN) == SYN);
-        work.ends = u32::from(kind & (FIN | RST) != 0);
+    let plain = if v4 { 20 } else { 40 };
+    // Two bytes: the verifier does not follow a comparison for one.
+    let kind: Option<[u8; 2]> = if layout.l4 - layout.l3 == plain {
+        frame.read_early(work.l2, plain + at)
     } else {
-        work.begins = u32::from(kind == SCTP_INIT);
-        work.ends = u32::from(kind == SCTP_ABORT || kind == SCTP_SHUTDOWN_COMPLETE);
-    }
+        frame.read(layout.l4 + at)
+    };
+    let Some([kind, _]) = kind else { return OTHER };
+    work.begins = u32::from(begins(layout.protocol, kind));
+    work.ends = u32::from(if layout.protocol == TCP {
+        kind & (FIN | RST) != 0
+    } else {
+        kind == SCTP_ABORT || kind == SCTP_SHUTDOWN_COMPLETE
+    });
     PORTS
+}
+
+/// Where in its header a protocol says what a packet does to its flow: flags of TCP, the type of SCTP's first chunk.
+#[inline(always)]
+pub(crate) const fn kind_at(protocol: u8) -> Option<u32> {
+    match protocol {
+        TCP => Some(13),
+        SCTP => Some(12),
+        _ => None,
+    }
+}
+
+/// Whether a packet that says so begins a flow.
+#[inline(always)]
+pub(crate) const fn begins(protocol: u8, kind: u8) -> bool {
+    if protocol == TCP { kind & (SYN | ACK | RST | FIN) == SYN } else { kind == SCTP_INIT }
 }
 
 /// Whether Services have ports of this protocol.
@@ -229,13 +259,14 @@ pub(crate) const fn has_ports(protocol: u8) -> bool {
 
 /// Whether the packet is an error about another one.
 #[inline(always)]
-fn is_error<F: Frame>(frame: F, layout: &Layout) -> bool {
-    if layout.later || layout.protocol != if layout.v4 { ICMP } else { ICMP6 } {
-        return false;
-    }
-    match frame.read::<u8>(layout.l4) {
-        Some(kind) if layout.v4 => kind == 3 || kind == 11 || kind == 12,
-        Some(kind) => (1..=4).contains(&kind),
-        None => false,
-    }
+fn tells_error<F: Frame>(frame: F, layout: &Layout) -> bool {
+    !layout.later
+        && layout.protocol == if layout.v4 { ICMP } else { ICMP6 }
+        && frame.read(layout.l4).is_some_and(|kind| is_error(layout.v4, kind))
+}
+
+/// Whether an ICMP message of this type is an error about another packet.
+#[inline(always)]
+pub(crate) const fn is_error(v4: bool, kind: u8) -> bool {
+    if v4 { kind == 3 || kind == 11 || kind == 12 } else { kind >= 1 && kind <= 4 }
 }

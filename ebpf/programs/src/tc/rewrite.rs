@@ -75,7 +75,7 @@ fn turn<F: Frame>(frame: F, layout: &Layout, from: &Tuple, to: &Tuple) -> Option
     Some(())
 }
 
-/// Checksum and addresses of the IPv4 header, and the ports behind it, in one write.
+/// Checksum and addresses of the IPv4 header, and the ports behind it, in one write of whole words.
 #[inline(always)]
 fn headers4<F: Frame>(
     frame: F,
@@ -97,17 +97,14 @@ fn headers4<F: Frame>(
     }
     check = (check & 0xffff) + (check >> 16);
     let check = !(((check & 0xffff) + (check >> 16)) as u16);
-    let halves = |word: u32| {
-        let [a, b, c, d] = word.to_ne_bytes();
-        [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
-    };
-    let [a, b] = halves(to.source.word4());
-    let [c, d] = halves(to.destination.word4());
+    let pair = |first: u32, second: u32| u64::from(first) | u64::from(second) << 32;
+    let before = u32::from(layout.before) | u32::from(check) << 16;
+    let first = pair(before, to.source.word4());
     if layout.l4 - layout.l3 == 20 && !layout.later {
-        let (e, f) = (to.source_port, to.destination_port);
-        return frame.write(layout.l3 + 10, &[check, a, b, c, d, e, f]);
+        return frame.write(layout.l3 + 8, &[first, pair(to.destination.word4(), ports(to))]);
     }
-    frame.write(layout.l3 + 10, &[check, a, b, c, d])?;
+    frame.write(layout.l3 + 8, &first)?;
+    frame.write(layout.l3 + 16, &to.destination.word4())?;
     if layout.later { Some(()) } else { frame.write(layout.l4, &ports(to)) }
 }
 

@@ -23,7 +23,8 @@ pub(crate) struct Layout {
     pub(crate) protocol: u8,
     /// Checksum of the IPv4 header, as in the packet.
     pub(crate) checksum: u16,
-    pub(crate) reserved: u16,
+    /// The two bytes before that, time to live and protocol.
+    pub(crate) before: u16,
 }
 
 /// See above.

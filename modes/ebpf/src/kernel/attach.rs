@@ -279,7 +279,7 @@ fn open_object(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<Ebpf, Att
 }
 
 /// Maps of the object.
-const OBJECT_MAPS: [&str; 15] = [
+const OBJECT_MAPS: [&str; 18] = [
     map::CONFIG,
     map::FRONTENDS,
     map::SLOTS,
@@ -290,9 +290,12 @@ const OBJECT_MAPS: [&str; 15] = [
     map::MAGLEV,
     map::AFFINITY,
     map::SOCKETS,
+    map::PEERS,
     map::FLOWS,
+    map::FLOW_FILTER,
     map::FRAGMENTS,
     map::SERVICE_STATS,
+    map::SERVICE_BYTES,
     map::ENDPOINT_STATS,
     map::EVENTS,
 ];

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use aya::Pod;
 use aya::maps::{Map, MapData, PerCpuArray};
 use shunt_ebpf_abi::{
-    Address, Affinity, AffinityKey, Config, Endpoint, EndpointBlock, Flow, FlowKey, Frontend, FrontendKey,
-    Name, ServiceBlock, SocketKey, SocketRecord, map,
+    Address, Affinity, AffinityKey, BytesBlock, Config, Endpoint, EndpointBlock, Flow, FlowKey, Frontend,
+    FrontendKey, Name, ServiceBlock, SocketKey, SocketRecord, map,
 };
 
 use super::held::all_maps;
@@ -132,6 +132,7 @@ impl Copier {
                 .map_err(at(map::MAGLEV))?;
         }
         self.counters::<ServiceBlock>(map::SERVICE_STATS)?;
+        self.counters::<BytesBlock>(map::SERVICE_BYTES)?;
         self.counters::<EndpointBlock>(map::ENDPOINT_STATS)
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use netlink_requests::Error;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
-use shunt_ebpf_abi::{Address, Endpoint, SocketKey, SocketRecord, map};
+use shunt_ebpf_abi::{Address, Endpoint, Peer, SocketKey, SocketRecord, map};
 
 use super::diag::{Connected, Diag};
 use super::maps::{MapError, at, open};
@@ -29,8 +29,11 @@ pub(super) fn gone(ops: &[Op]) -> Gone {
     freed.collect()
 }
 
-/// Sockets that the programs sent to endpoints that are gone: protocol and cookie, and the endpoint's address and port.
-type Wanted = BTreeMap<(u8, u64), BTreeSet<(Address, u16)>>;
+/// Sockets that the programs sent to endpoints that are gone: cookie, and the endpoint's address and port.
+type Wanted = BTreeMap<u64, BTreeSet<(Address, u16)>>;
+
+/// Protocols whose sockets the programs send somewhere.
+const PROTOCOLS: [u8; 2] = [libc::IPPROTO_TCP as u8, libc::IPPROTO_UDP as u8];
 
 /// What became of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -71,10 +74,18 @@ fn wanted(folder: &Path, gone: &Gone) -> Result<Wanted, MapError> {
     sockets
         .read(|key, record| {
             if key.direction == SocketKey::REVERSE && gone.get(&record.endpoint) == Some(&record.generation) {
-                wanted.entry((key.protocol, key.cookie)).or_default().insert((key.address, key.port));
+                wanted.entry(key.cookie).or_default().insert((key.address, key.port));
             }
         })
         .map_err(at(map::SOCKETS))?;
+    let peers: Table<u32, Peer> = open(folder, map::PEERS)?;
+    peers
+        .read_array(|_, peer| {
+            if peer.cookie != 0 && gone.get(&peer.id) == Some(&peer.generation) {
+                wanted.entry(peer.cookie).or_default().insert((peer.endpoint, peer.endpoint_port));
+            }
+        })
+        .map_err(at(map::PEERS))?;
     if wanted.is_empty() {
         return Ok(wanted);
     }
@@ -115,12 +126,11 @@ fn destroy(own: &File, wanted: &Wanted) -> io::Result<Report> {
 }
 
 fn destroy_here(wanted: &Wanted) -> Result<usize, Error> {
-    let protocols: BTreeSet<u8> = wanted.keys().map(|(protocol, _)| *protocol).collect();
     let (mut diag, mut destroyed) = (Diag::open()?, 0);
-    for protocol in protocols {
+    for protocol in PROTOCOLS {
         let mut found: Vec<Connected> = Vec::new();
         diag.connected(protocol, |socket| {
-            let peers = wanted.get(&(protocol, socket.cookie()));
+            let peers = wanted.get(&socket.cookie());
             if peers.is_some_and(|peers| peers.contains(&(socket.address(), socket.port()))) {
                 found.push(socket);
             }

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use aya::maps::MapData;
 use shunt_ebpf_abi::{
-    Address, Affinity, AffinityKey, Config, Endpoint, EndpointBlock, Flow, FlowKey, Fragment, FragmentKey,
-    Frontend, FrontendKey, Interface, Name, ServiceBlock, SocketKey, SocketRecord, VERSION, map,
+    Address, Affinity, AffinityKey, BytesBlock, Config, Endpoint, EndpointBlock, Flow, FlowFilter, FlowKey,
+    Fragment, FragmentKey, Frontend, FrontendKey, Interface, Name, Peer, ServiceBlock, SocketKey,
+    SocketRecord, VERSION, map,
 };
 
 use super::maps::{MapError, at, object_of};
@@ -18,7 +19,7 @@ const fn layout<K, V>(name: &'static str) -> (&'static str, usize, usize) {
 }
 
 /// Bytes of keys and values.
-const LAYOUT: [(&str, usize, usize); 16] = [
+const LAYOUT: [(&str, usize, usize); 19] = [
     layout::<u32, Config>(map::CONFIG),
     layout::<FrontendKey, Frontend>(map::FRONTENDS),
     layout::<u32, u32>(map::SLOTS),
@@ -30,9 +31,12 @@ const LAYOUT: [(&str, usize, usize); 16] = [
     layout::<u32, u32>(map::MAGLEV),
     layout::<AffinityKey, Affinity>(map::AFFINITY),
     layout::<SocketKey, SocketRecord>(map::SOCKETS),
+    layout::<u32, Peer>(map::PEERS),
     layout::<FlowKey, Flow>(map::FLOWS),
+    layout::<u32, FlowFilter>(map::FLOW_FILTER),
     layout::<FragmentKey, Fragment>(map::FRAGMENTS),
     layout::<u32, ServiceBlock>(map::SERVICE_STATS),
+    layout::<u32, BytesBlock>(map::SERVICE_BYTES),
     layout::<u32, EndpointBlock>(map::ENDPOINT_STATS),
     layout::<u32, u64>(map::EVENTS),
 ];

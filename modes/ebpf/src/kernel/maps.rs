@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::MapData;
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{
     Address, Affinity, AffinityKey, Config, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Interface,
-    Name, RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceCounters, address_flags, map,
+    Name, RangeKey, address_flags, map,
 };
 
 use super::sweep::Sweeper;
@@ -97,35 +97,6 @@ pub(super) fn object_of(folder: &Path) -> Result<Option<String>, MapError> {
     let names: Table<u32, Name> = open(folder, map::NAMES)?;
     let name = names.get(&OBJECT).map_err(at(map::NAMES))?;
     Ok(name.map(|name| name_text(&name).to_string()))
-}
-
-/// Sums of what the processors have counted, by Service port.
-pub(super) fn counters(
-    folder: &Path,
-    names: &BTreeMap<u32, Arc<str>>,
-) -> Result<Vec<(Arc<str>, ServiceCounters)>, MapError> {
-    let at = at(map::SERVICE_STATS);
-    let fd = super::sys::open_pinned(&folder.join(map::SERVICE_STATS)).map_err(&at)?;
-    let data = MapData::from_fd(fd).map_err(|e| at(io::Error::other(e)))?;
-    let array = PerCpuArray::<MapData, ServiceBlock>::try_from(Map::PerCpuArray(data));
-    let array = array.map_err(|e| at(io::Error::other(e)))?;
-    let mut counters = Vec::with_capacity(names.len());
-    let mut block = None;
-    for (id, name) in names {
-        let number = id / SERVICE_BLOCK;
-        if block.as_ref().is_none_or(|(held, _)| *held != number) {
-            block = Some((number, array.get(&number, 0).map_err(|e| at(io::Error::other(e)))?));
-        }
-        let mut sum = ServiceCounters::default();
-        let of_cpus = block.iter().flat_map(|(_, values)| values.iter());
-        for one in of_cpus.filter_map(|block| block.get((id % SERVICE_BLOCK) as usize)) {
-            sum.forwarded += one.forwarded;
-            sum.rejected += one.rejected;
-            sum.dropped += one.dropped;
-        }
-        counters.push((name.clone(), sum));
-    }
-    Ok(counters)
 }
 
 /// Makes the map that the object does not have, unless it is pinned already.

@@ -8,6 +8,7 @@ pub(crate) mod slis;
 pub(crate) mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +29,8 @@ use shunt_watch::{Answered, Kind};
 use crate::connections::Count;
 use process::{CountedPackets, Process};
 
+/// From clients, and to them.
+const DIRECTIONS: [&str; 2] = ["request", "response"];
 /// What becomes of a new flow.
 const RESULTS: [&str; 3] = ["forwarded", "rejected", "dropped"];
 
@@ -80,6 +83,17 @@ impl EncodeLabelSet for OfService {
         // As the API writes it.
         [("protocol", name.protocol.to_string().to_uppercase())].encode(encoder)?;
         other.iter().try_for_each(|other| [*other].encode(encoder))
+    }
+}
+
+/// An endpoint of a Service port.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct OfEndpoint(OfService, SocketAddr);
+
+impl EncodeLabelSet for OfEndpoint {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> std::fmt::Result {
+        self.0.encode(encoder)?;
+        [("endpoint", self.1.to_string())].encode(encoder)
     }
 }
 
@@ -159,6 +173,8 @@ pub(crate) struct Metrics {
     problems: Counter,
     not_programmed: Family<OfFamily, Gauge>,
     service_flows: Family<OfService, Counter>,
+    service_flow_bytes: Family<OfService, Counter>,
+    endpoint_flows: Family<OfEndpoint, Counter>,
     service_connections: Family<OfService, Gauge>,
     service_bytes: Family<OfService, Gauge>,
     /// Which Service ports these two are shown for.
@@ -215,6 +231,8 @@ impl Metrics {
             problems: Counter::default(),
             not_programmed: Family::default(),
             service_flows: Family::default(),
+            service_flow_bytes: Family::default(),
+            endpoint_flows: Family::default(),
             service_connections: Family::default(),
             service_bytes: Family::default(),
             service_names: Arc::default(),
@@ -447,6 +465,16 @@ impl Metrics {
                 "New flows to a Service port, by what became of them: forwarded, rejected, dropped",
                 self.service_flows.clone(),
             );
+            r.register(
+                "service_flow_bytes",
+                "Bytes of packets to and from a Service port that were translated at the node's devices",
+                self.service_flow_bytes.clone(),
+            );
+            r.register(
+                "endpoint_flows",
+                "New flows to an endpoint of a Service port",
+                self.endpoint_flows.clone(),
+            );
         }
         r.register("object_problems", "Fields of objects that could not be used", self.problems.clone());
     }
@@ -577,7 +605,7 @@ impl Metrics {
         }
         for name in shown {
             self.service_connections.remove(&OfService(family, name.clone(), None));
-            for direction in ["request", "response"] {
+            for direction in DIRECTIONS {
                 let direction = Some(("direction", direction));
                 self.service_bytes.remove(&OfService(family, name.clone(), direction));
             }
@@ -620,6 +648,34 @@ impl Metrics {
         for result in RESULTS {
             self.service_flows.remove(&OfService(family, port.clone(), Some(("result", result))));
         }
+        for direction in DIRECTIONS {
+            self.service_flow_bytes.remove(&OfService(family, port.clone(), Some(("direction", direction))));
+        }
+    }
+
+    /// Bytes to a Service port and from there since they were counted last.
+    pub(crate) fn service_flow_bytes(&self, family: IpFamily, port: &ServicePortName, bytes: [u64; 2]) {
+        for (direction, bytes) in DIRECTIONS.into_iter().zip(bytes) {
+            let labels = OfService(family, port.clone(), Some(("direction", direction)));
+            self.service_flow_bytes.get_or_create(&labels).inc_by(bytes);
+        }
+    }
+
+    /// New flows to an endpoint since they were counted last.
+    pub(crate) fn endpoint_flows(
+        &self,
+        family: IpFamily,
+        port: &ServicePortName,
+        address: SocketAddr,
+        flows: u64,
+    ) {
+        let labels = OfEndpoint(OfService(family, port.clone(), None), address);
+        self.endpoint_flows.get_or_create(&labels).inc_by(flows);
+    }
+
+    /// An endpoint is no more.
+    pub(crate) fn no_endpoint_flows(&self, family: IpFamily, port: &ServicePortName, address: SocketAddr) {
+        self.endpoint_flows.remove(&OfEndpoint(OfService(family, port.clone(), None), address));
     }
 
     /// A field of an object cannot be used.

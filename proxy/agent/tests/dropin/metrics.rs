@@ -1,11 +1,14 @@
 //! The metrics server: pages, names, labels and buckets.
 
 use std::io::Write;
+use std::net::TcpStream;
+use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use shunt_harness::lab::{Probe, TransferSpec, require_kernel};
+use shunt_harness::lab::{Probe, TransferSpec, place, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM};
 
@@ -204,6 +207,73 @@ fn drift_is_mended_and_counted() -> Result<()> {
     cluster.lab.node().nft("delete element ip shunt services { 10.96.0.10 . tcp . 80 }")?;
     cluster.wait("drift", |c| Ok(sample(&c.metrics()?, drift) == Some(1.0)))?;
     cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
+    agent.stop()?;
+    Ok(())
+}
+
+/// In ebpf mode programs count: connections by Service port and endpoint, at sockets and at devices, and bytes at
+/// devices.
+#[test]
+fn programs_count() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let cluster = Cluster::new()?;
+    let (cgroup, bpf) = (place::cgroup("metrics")?, place::bpffs("metrics")?);
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path");
+    let (cgroup_text, bpf_text) = (text(&cgroup)?, text(&bpf)?);
+    cluster.write_files(&format!(
+        "{KUBEADM}---\napiVersion: shunt/v1alpha1\nkind: ShuntConfiguration\nmode: ebpf\n"
+    ))?;
+    let mut agent = cluster.start(&["--cgroup-root", &cgroup_text, "--bpf-fs-root", &bpf_text])?;
+    let web = "namespace=\"demo\",service=\"web\",port=\"http\",ip_family=\"IPv4\",protocol=\"TCP\"";
+    let forwarded = format!("shunt_service_flows_total{{{web},result=\"forwarded\"}}");
+    let of_pod = |pod| format!("shunt_endpoint_flows_total{{{web},endpoint=\"10.244.1.{pod}:8080\"}}");
+    let bytes = |direction| format!("shunt_service_flow_bytes_total{{{web},direction=\"{direction}\"}}");
+    // A look every half minute.
+    let wait = |holds: &dyn Fn(&str) -> bool| {
+        let deadline = Instant::now() + Duration::from_mins(1);
+        loop {
+            match cluster.metrics() {
+                Ok(metrics) if holds(&metrics) => return Ok(metrics),
+                seen => ensure!(Instant::now() < deadline, "{seen:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let names = [forwarded.clone(), of_pod(11), of_pod(12), bytes("request"), bytes("response")];
+    let all = |metrics: &str| names.each_ref().map(|name| sample(metrics, name));
+    // The first look is the base, and the rules are there by then.
+    let metrics = wait(&|metrics| sample(metrics, &forwarded).is_some())?;
+    assert_eq!(all(&metrics), [Some(0.0), None, None, Some(0.0), Some(0.0)], "{metrics}");
+
+    // A process of the cluster, at its socket: no bytes.
+    let probe = Probe::tcp("10.96.0.10:80".parse()?);
+    let threads = cgroup.join("cgroup.threads");
+    cluster.lab.client().run(|| {
+        std::fs::write(&threads, "0")?;
+        for _ in 0..23 {
+            let stream = TcpStream::connect_timeout(&probe.dst, Duration::from_secs(5))?;
+            ensure!(stream.peer_addr()? == probe.dst, "the peer is {}", stream.peer_addr()?);
+        }
+        Ok(())
+    })?;
+    // One from outside that carries something.
+    let spec =
+        TransferSpec { probe: Probe::tcp("192.0.2.11:30080".parse()?), pace: None, limit: Some(1 << 20) };
+    cluster.lab.client().transfer(&spec)?.join()?;
+
+    let metrics = wait(&|metrics| sample(metrics, &forwarded).is_some_and(|n| n >= 24.0))?;
+    let counted = all(&metrics).map(Option::unwrap_or_default);
+    assert_eq!((counted[0], counted[1] + counted[2]), (24.0, 24.0), "{counted:?}");
+    // There and back, with headers, and not what the others carried.
+    assert!(counted[3..].iter().all(|bytes| (1e6..1.3e6).contains(bytes)), "{counted:?}");
+    promtool(&metrics)?;
+
+    // An endpoint that goes takes its counter along.
+    cluster.endpoints(&["10.244.1.11"]);
+    let metrics = wait(&|metrics| sample(metrics, &of_pod(12)).is_none())?;
+    assert!(sample(&metrics, &of_pod(11)).is_some(), "{metrics}");
     agent.stop()?;
     Ok(())
 }

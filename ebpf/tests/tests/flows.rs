@@ -1,0 +1,163 @@
+//! The filter in front of the connection table, and what is counted of flows.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Result, ensure};
+use nix::time::{ClockId, clock_gettime};
+use shunt_ebpf_abi::{Config, Flow, FlowFilter, FlowKey, ServiceBytes, address_flags, map};
+use shunt_ebpf_tests::packet::{ACK, ETHERNET, Packet, read};
+use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, Service, TCP, UDP, Written, in_both_kernels};
+
+/// `TC_ACT_UNSPEC`: the next program.
+const NEXT: i32 = -1;
+const SECOND: u64 = 1_000_000_000;
+
+struct Family {
+    node: IpAddr,
+    client: SocketAddr,
+    vip: SocketAddr,
+    masqueraded: SocketAddr,
+    endpoint: SocketAddr,
+}
+
+fn families() -> Result<[Family; 2]> {
+    let family = |a: [&str; 5]| -> Result<Family> {
+        Ok(Family {
+            node: a[0].parse()?,
+            client: a[1].parse()?,
+            vip: a[2].parse()?,
+            masqueraded: a[3].parse()?,
+            endpoint: a[4].parse()?,
+        })
+    };
+    Ok([
+        family(["192.168.0.2", "203.0.113.7:40001", "10.96.0.10:80", "10.96.0.10:81", "10.180.1.1:8080"])?,
+        family([
+            "fd00:192::2",
+            "[2001:db8::7]:40001",
+            "[fd00:96::10]:80",
+            "[fd00:96::10]:81",
+            "[fd00:181::1]:8080",
+        ])?,
+    ])
+}
+
+fn loaded(family: &Family, protocol: u8) -> Result<(Loaded, Written)> {
+    let mut loaded = Loaded::new()?;
+    let mut config = Config::DEFAULT;
+    *(if family.node.is_ipv4() { &mut config.masquerade4 } else { &mut config.masquerade6 }) =
+        family.node.into();
+    loaded.set_config(config)?;
+    loaded.set_address(family.vip.ip(), address_flags::CLUSTER_IP)?;
+    loaded.set_address(family.node, address_flags::LOCAL)?;
+    let service = loaded.add_service(&Service::new(protocol, [family.endpoint]))?;
+    loaded.add_frontend(&service, family.vip, [FORWARD; 3], 0)?;
+    loaded.add_frontend(&service, family.masqueraded, [MASQUERADE; 3], 0)?;
+    Ok((loaded, service))
+}
+
+fn pass(loaded: &mut Loaded, program: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+    let (action, out) = loaded.run(program, bytes)?;
+    ensure!(action == NEXT, "{program} returned {action}");
+    Ok(out)
+}
+
+fn now() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+    Ok(now.tv_sec().unsigned_abs() * SECOND + now.tv_nsec().unsigned_abs())
+}
+
+/// A masqueraded flow at its four places: the program, and the packet that it meets.
+fn four_places(loaded: &mut Loaded, family: &Family) -> Result<[(&'static str, Packet); 4]> {
+    let sent = Packet::new(family.client, family.masqueraded, TCP);
+    let inside = pass(loaded, "ingress", &sent.bytes())?;
+    let outside = read(&pass(loaded, "egress", &inside)?)?;
+    let sent = sent.flags(ACK);
+    let onward = Packet { destination: family.endpoint, ..sent.clone() };
+    let answer = Packet::new(outside.source, outside.destination, TCP).answer();
+    let back = onward.answer();
+    Ok([("ingress", sent), ("egress", onward), ("ingress", answer), ("egress", back)])
+}
+
+fn what_the_filter_does_not_know_is_left_alone() -> Result<()> {
+    for family in families()? {
+        let (mut loaded, _) = loaded(&family, TCP)?;
+        for (program, packet) in four_places(&mut loaded, &family)? {
+            let bytes = packet.bytes();
+            assert_ne!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
+            let held = loaded.flow_filter()?;
+            loaded.set_flow_filter(&FlowFilter::filled(0))?;
+            assert_eq!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
+            // So the mode fills it when it puts its programs over the flows of others.
+            loaded.set_flow_filter(&FlowFilter::filled(FlowFilter::until(now()?, 0)))?;
+            assert_ne!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
+            // Its time is over.
+            let past = FlowFilter::until(now()?, 0).wrapping_sub(3);
+            loaded.set_flow_filter(&FlowFilter::filled(past))?;
+            assert_eq!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
+            loaded.set_flow_filter(&held)?;
+        }
+    }
+    Ok(())
+}
+
+fn a_flow_that_goes_on_is_kept_in_the_filter() -> Result<()> {
+    for family in families()? {
+        let (mut loaded, _) = loaded(&family, TCP)?;
+        let [there, onward, answer, back] = four_places(&mut loaded, &family)?;
+        let (client, node) = (family.client.ip(), family.node);
+        for ((program, packet), known) in
+            [(there, &[client][..]), (onward, &[client, node]), (answer, &[client, node]), (back, &[client])]
+        {
+            loaded.set_flow_filter(&FlowFilter::filled(FlowFilter::until(now()?, 0)))?;
+            for (key, flow) in loaded.dump::<FlowKey, Flow>(map::FLOWS)? {
+                loaded.put(map::FLOWS, key, Flow { last_seen: 0, ..flow })?;
+            }
+            pass(&mut loaded, program, &packet.bytes())?;
+            let filter = loaded.flow_filter()?;
+            let in_time = now()? + (u64::from(Config::DEFAULT.tcp_timeout) - 1) * SECOND;
+            let holds = |address: IpAddr| {
+                FlowFilter::holds(filter.until[FlowFilter::entry(&address.into())], in_time)
+            };
+            for address in [client, node, family.vip.ip(), family.endpoint.ip()] {
+                assert_eq!(holds(address), known.contains(&address), "{program}, {address}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn bytes_are_counted_once_a_packet() -> Result<()> {
+    for family in families()? {
+        for (protocol, to) in
+            [(TCP, family.vip), (TCP, family.masqueraded), (UDP, family.vip), (UDP, family.masqueraded)]
+        {
+            let (mut loaded, service) = loaded(&family, protocol)?;
+            let sent = Packet::new(family.client, to, protocol);
+            let mut expected = ServiceBytes::default();
+            for size in [0, 700, 1000] {
+                let sent = sent.clone().payload(&vec![1; size]);
+                let bytes = sent.bytes();
+                let inside = pass(&mut loaded, "ingress", &bytes)?;
+                let outside = read(&pass(&mut loaded, "egress", &inside)?)?;
+                expected.request += u64::try_from(bytes.len() - ETHERNET)?;
+                let answer = Packet::new(outside.source, outside.destination, protocol).answer();
+                let inside = pass(&mut loaded, "ingress", &answer.bytes())?;
+                pass(&mut loaded, "egress", &inside)?;
+                expected.response += u64::try_from(answer.bytes().len() - ETHERNET)?;
+                assert_eq!(loaded.service_bytes(service.id)?, expected, "to {to}, {size} bytes");
+            }
+            // What is no flow's is nobody's.
+            let other = Packet::new(family.client, family.endpoint, protocol).flags(ACK).bytes();
+            pass(&mut loaded, "ingress", &other)?;
+            assert_eq!(loaded.service_bytes(service.id)?, expected);
+        }
+    }
+    Ok(())
+}
+
+in_both_kernels!(
+    what_the_filter_does_not_know_is_left_alone,
+    a_flow_that_goes_on_is_kept_in_the_filter,
+    bytes_are_counted_once_a_packet,
+);
