@@ -49,6 +49,8 @@ enum Phase {
     Drain,
     /// Sources that may from now on use what serves them no more.
     AddLateSources,
+    /// Sources that may no longer use what stays guarded.
+    DeleteEarlySources,
     /// What is masqueraded less than before; known ports.
     AddPlaces,
     /// VIPs whose other ports are closed, before they are there.
@@ -341,7 +343,9 @@ impl Planner<'_> {
         for (set, entries) in sources {
             let held = self.observed.entries_at(set, place);
             for entry in held.iter().filter(|entry| !entries.contains(entry)) {
-                self.push(phases(set).1, Op::DeleteElement(self.family, set, *entry));
+                // Before anything is open to them that was not: it may become another Service's.
+                let phase = if guard.is_some() { Phase::DeleteEarlySources } else { phases(set).1 };
+                self.push(phase, Op::DeleteElement(self.family, set, *entry));
             }
             for entry in entries.iter().filter(|entry| !held.contains(entry)) {
                 let phase = if late { Phase::AddLateSources } else { phases(set).0 };

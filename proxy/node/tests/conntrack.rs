@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use shunt_core::id::{IpFamily, Protocol};
-use shunt_core::stale::{Flow, FlowFilter, Scope, Serving, StaleFlows};
+use shunt_core::stale::{Flow, FlowFilter, Scope, Serving, StaleFlows, Tuple};
 use shunt_core::table::{ForwardingTable, Frontend};
-use shunt_harness::lab::{Lab, require_kernel};
+use shunt_harness::lab::{Lab, Probe, require_kernel};
 use shunt_node::conntrack::{Conntrack, Dump, Fate, Netlink, clean};
 
 const CLIENT: [&str; 2] = ["198.51.100.20", "2001:db8:1::20"];
@@ -197,4 +197,64 @@ fn stale_service(cluster_ip: &str) -> StaleFlows {
     let table: &ForwardingTable = compiler.table(IpFamily::V4);
     let frontend = Frontend { address: Some(ip(cluster_ip)), protocol: Protocol::Udp, port: 53 };
     StaleFlows::new(table, &Serving::full(IpFamily::V4, &store), &Scope::Frontends([frontend].into()))
+}
+
+/// A connection from before conntrack looked is none that it knows: its end is invalid, anything else new. Entered ahead
+/// it is neither.
+#[test]
+fn connections_that_are_entered_are_neither_new_nor_invalid() -> Result<()> {
+    const COUNTERS: &str = "table inet t {
+        counter new { }
+        counter invalid { }
+        counter established { }
+        chain c {
+            type filter hook forward priority 0
+            tcp dport 8080 ct state new counter name new
+            tcp dport 8080 ct state invalid counter name invalid
+            tcp dport 8080 ct state established counter name established
+        }
+    }";
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = Lab::builder()
+        .node([ip("192.0.2.11")])
+        .client([ip(CLIENT[0])])
+        .pod("pod-a", [ip("10.244.1.11")])
+        .build()?;
+    lab.pod("pod-a")?.serve_ports([8080])?;
+    let node = lab.node();
+    let counted = |name: &str| -> Result<u64> {
+        let text = node.exec("nft", ["list", "counter", "inet", "t", name], "")?;
+        let packets = text.split_once("packets ").and_then(|(_, rest)| rest.split(' ').next());
+        Ok(packets.context("packets")?.parse()?)
+    };
+    let server: SocketAddr = "10.244.1.11:8080".parse()?;
+    for enter in [false, true] {
+        // Nobody asks for conntrack yet.
+        let mut conversation = lab.client().converse(&Probe::tcp(server))?;
+        conversation.ask()?;
+        let source = conversation.stream().local_addr()?;
+        node.nft(COUNTERS)?;
+        let tuple = Tuple { source, destination: server };
+        if enter {
+            // Once more renews it.
+            node.run(|| Ok(Netlink::open()?.enter(&[tuple], 60)?))?;
+            node.run(|| Ok(Netlink::open()?.enter(&[tuple], 60)?))?;
+            assert_eq!(node.run(|| Ok(Netlink::open()?.open_connections(IpFamily::V4)?))?, []);
+        }
+        drop(conversation);
+        let states =
+            || Ok::<_, anyhow::Error>([counted("new")?, counted("invalid")?, counted("established")?]);
+        let deadline = Instant::now() + std::time::Duration::from_secs(10);
+        while states()? == [0; 3] && Instant::now() < deadline {}
+        let [new, invalid, established] = states()?;
+        if enter {
+            assert!(new == 0 && invalid == 0 && established > 0, "{new} {invalid} {established}");
+        } else {
+            assert!(invalid > 0, "{new} {invalid} {established}");
+        }
+        node.nft("delete table inet t")?;
+    }
+    Ok(())
 }

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use shunt_core::id::{NamespacedName, ServicePortName};
@@ -61,34 +62,51 @@ fn what_iptables_mode_translates_goes_on_until_all_is_there_for_it() {
     assert_eq!(order(&observed), at_once, "ipvs mode serves");
 }
 
-#[test]
-fn sources_that_were_kept_out_never_get_to_endpoints_that_go() {
-    let place = Place { address: [192, 0, 2, 1].into(), protocol: Protocol::Tcp, port: 80 };
-    let wanted = |range: &str, destinations: &[&str]| Wanted {
-        owner: ServicePortName {
-            service: NamespacedName::new("ns", "svc"),
-            port: "".into(),
-            protocol: Protocol::Tcp,
-        },
-        service: Service::new(place.key(), scheduler::DEFAULT),
+const PLACE: Place =
+    Place { address: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), protocol: Protocol::Tcp, port: 80 };
+
+/// A load balancer's VIP that sources of a range may use; without destinations it discards.
+fn guarded(range: &str, destinations: &[&str]) -> Desired {
+    let mut sets = BTreeSet::from([SetName::LoadBalancer, SetName::LoadBalancerFw]);
+    sets.extend(destinations.is_empty().then_some(SetName::NoLocal));
+    let service = NamespacedName::new("ns", "svc");
+    let ranges = [range.parse().unwrap()].into();
+    let wanted = Wanted {
+        owner: ServicePortName { service, port: "".into(), protocol: Protocol::Tcp },
+        service: Service::new(PLACE.key(), scheduler::DEFAULT),
         destinations: destinations.iter().map(|d| d.parse().unwrap()).collect(),
         inside: None,
-        sets: [SetName::LoadBalancer, SetName::LoadBalancerFw].into(),
-        guard: Some(Arc::new(SourceRanges {
-            ranges: [range.parse().unwrap()].into(),
-            allow_vip_source: false,
-        })),
+        sets,
+        guard: Some(Arc::new(SourceRanges { ranges, allow_vip_source: false })),
     };
-    let with = |wanted| Desired { places: BTreeMap::from([(place, Some(wanted))]), ..desired() };
+    Desired { places: BTreeMap::from([(PLACE, Some(wanted))]), ..desired() }
+}
+
+/// What is done where one VIP is there and becomes another.
+fn change(from: &Desired, to: &Desired) -> Vec<Op> {
     let mut state = State::empty(IpFamily::V4);
-    for transaction in &plan(&state, &with(wanted("10.1.0.0/16", &["10.0.0.1:80"]))).transactions {
+    for transaction in &plan(&state, from).transactions {
         crate::op::advance(&mut state, transaction);
     }
-    let order = |destinations: &[&str]| {
-        let ops = ops(&state, &with(wanted("10.2.0.0/16", destinations)));
-        let source = ops.iter().position(|op| matches!(op, Op::AddElement(..))).unwrap();
+    ops(&state, to)
+}
+
+#[test]
+fn sources_that_were_kept_out_never_get_to_endpoints_that_go() {
+    let before_drain = |destinations: &[&str]| {
+        let ops = change(&guarded("10.1.0.0/16", &["10.0.0.1:80"]), &guarded("10.2.0.0/16", destinations));
+        let is_source = |op: &Op| matches!(op, Op::AddElement(_, SetName::LoadBalancerSourceCidr, _));
+        let source = ops.iter().position(is_source).unwrap();
         source < ops.iter().position(|op| matches!(op, Op::SetDestination(..))).unwrap()
     };
-    assert!(!order(&[]), "nothing serves in the end");
-    assert!(order(&["10.0.0.2:80"]), "another endpoint does");
+    assert!(!before_drain(&[]), "nothing serves in the end");
+    assert!(before_drain(&["10.0.0.2:80"]), "another endpoint does");
+}
+
+#[test]
+fn sources_that_are_kept_out_in_the_end_never_get_to_endpoints_that_come() {
+    let ops = change(&guarded("10.1.0.0/16", &[]), &guarded("10.2.0.0/16", &["10.0.0.1:80"]));
+    let deleted =
+        |set| ops.iter().position(|op| matches!(op, Op::DeleteElement(_, of, _) if *of == set)).unwrap();
+    assert!(deleted(SetName::LoadBalancerSourceCidr) < deleted(SetName::NoLocal));
 }
