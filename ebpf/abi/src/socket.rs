@@ -66,8 +66,10 @@ pub struct Peer {
     pub id: u32,
     /// Its generation.
     pub generation: u32,
+    /// IP protocol number.
+    pub protocol: u8,
     /// Zero; with it a record is one line of a cache.
-    pub reserved: u64,
+    pub reserved: [u8; 7],
 }
 
 impl Peer {

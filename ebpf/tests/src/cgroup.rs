@@ -67,6 +67,15 @@ pub fn netns_cookie() -> Result<u64> {
     /// Not in libc yet for all platforms (`asm-generic/socket.h`).
     const SO_NETNS_COOKIE: i32 = 71;
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    cookie(&socket, SO_NETNS_COOKIE).context("SO_NETNS_COOKIE")
+}
+
+/// The kernel's cookie of a socket.
+pub fn socket_cookie(socket: &impl AsFd) -> Result<u64> {
+    cookie(socket, libc::SO_COOKIE).context("SO_COOKIE")
+}
+
+fn cookie(socket: &impl AsFd, option: i32) -> Result<u64> {
     let mut cookie = 0_u64;
     let mut size = libc::socklen_t::try_from(size_of::<u64>())?;
     // SAFETY: both pointers are to variables of the sizes named.
@@ -75,11 +84,11 @@ pub fn netns_cookie() -> Result<u64> {
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
+            option,
             (&raw mut cookie).cast(),
             &raw mut size,
         )
     };
-    nix::errno::Errno::result(result).context("SO_NETNS_COOKIE")?;
+    nix::errno::Errno::result(result)?;
     Ok(cookie)
 }

@@ -23,8 +23,8 @@ use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
     Address, BytesBlock, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID,
-    FlowFilter, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, RangeKey, SERVICE_BLOCK,
-    ServiceBlock, ServiceBytes, ServiceCounters, Verdict, endpoint_flags, maglev, map,
+    FlowFilter, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Peer, RangeKey,
+    SERVICE_BLOCK, ServiceBlock, ServiceBytes, ServiceCounters, Verdict, endpoint_flags, maglev, map,
 };
 
 /// The object that the product embeds.
@@ -295,6 +295,18 @@ impl Loaded {
     /// Replaces the filter.
     pub fn set_flow_filter(&mut self, filter: &FlowFilter) -> Result<()> {
         Ok(self.array::<FlowFilter>(map::FLOW_FILTER)?.set(0, filter, 0)?)
+    }
+
+    /// What the socket with a cookie was promised when it connected.
+    pub fn peer(&mut self, cookie: u64) -> Result<Option<Peer>> {
+        let peer: Peer = self.array(map::PEERS)?.get(&Peer::place(cookie), 0)?;
+        Ok(Some(peer).filter(|peer| peer.cookie == cookie))
+    }
+
+    /// Puts another socket's record in the place of a socket's.
+    pub fn forget_peer(&mut self, cookie: u64) -> Result<()> {
+        let other = Peer { cookie: cookie + u64::from(shunt_ebpf_abi::size::PEERS), ..Peer::default() };
+        Ok(self.array(map::PEERS)?.set(Peer::place(cookie), other, 0)?)
     }
 
     /// Counters of a Service.

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use shunt_ebpf_abi::{
-    Config, Event, Frontend, Group, SocketKey, SocketRecord, Verdict, address_flags, config_flags,
+    Address, Config, Event, Frontend, Group, SocketKey, SocketRecord, Verdict, address_flags, config_flags,
     endpoint_flags, frontend_flags, map,
 };
-use shunt_ebpf_tests::cgroup::{Cgroup, netns_cookie};
+use shunt_ebpf_tests::cgroup::{Cgroup, netns_cookie, socket_cookie};
 use shunt_ebpf_tests::{FORWARD, Loaded, Service, TCP, UDP, in_both_kernels, key};
 use shunt_harness::lab::{Lab, Namespace, Outcome, Probe};
 
@@ -125,6 +125,45 @@ fn connections_go_to_endpoints_and_look_as_if_to_the_frontend() -> Result<()> {
         assert_eq!(ask_unconnected(&unconnected, to)?.1, to);
         Ok(())
     })
+}
+
+fn a_connected_socket_is_remembered_until_others_take_its_place() -> Result<()> {
+    let (_guard, cgroup) = alone()?;
+    let lab = lab()?;
+    let mut loaded = attach(&lab, &cgroup, 0)?;
+    for (vip, a, ..) in FAMILIES {
+        let (to, endpoint) = (socket(vip, 80)?, socket(a, 8080)?);
+        let mut written = Vec::new();
+        for protocol in [TCP, UDP] {
+            let service = loaded.add_service(&Service::new(protocol, [endpoint]))?;
+            loaded.add_frontend(&service, to, [FORWARD; 3], 0)?;
+            written.push(service);
+        }
+        let (tcp, udp) = lab.pod("asker")?.run(|| {
+            let udp = UdpSocket::bind((if to.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
+            udp.connect(to)?;
+            Ok((TcpStream::connect(to)?, udp))
+        })?;
+        for (cookie, protocol, service) in
+            [(socket_cookie(&tcp)?, TCP, &written[0]), (socket_cookie(&udp)?, UDP, &written[1])]
+        {
+            let peer = loaded.peer(cookie)?.context("no record")?;
+            let of = |address: Address, port: u16| SocketAddr::new(address.into(), u16::from_be(port));
+            assert_eq!(of(peer.frontend, peer.frontend_port), to);
+            assert_eq!(of(peer.endpoint, peer.endpoint_port), endpoint);
+            assert_eq!((peer.protocol, peer.service), (protocol, service.id));
+            assert_eq!((peer.id, peer.generation), (service.endpoints[&endpoint], 1));
+        }
+        assert_eq!((tcp.peer_addr()?, udp.peer_addr()?), (to, to));
+        // The same socket connects elsewhere.
+        let direct = socket(a, 8081)?;
+        lab.pod("asker")?.run(|| Ok(udp.connect(direct)?))?;
+        assert_eq!(udp.peer_addr()?, direct);
+        // As many sockets have come as there are places.
+        loaded.forget_peer(socket_cookie(&tcp)?)?;
+        assert_eq!(tcp.peer_addr()?, endpoint);
+    }
+    Ok(())
 }
 
 fn an_unconnected_socket_stays_with_its_endpoint_while_that_serves() -> Result<()> {
@@ -294,6 +333,7 @@ fn loopback_of_a_pod_is_its_own() -> Result<()> {
 }
 
 in_both_kernels!(
+    a_connected_socket_is_remembered_until_others_take_its_place,
     connections_go_to_endpoints_and_look_as_if_to_the_frontend,
     an_unconnected_socket_stays_with_its_endpoint_while_that_serves,
     refused_left_alone_and_protected,

@@ -22,6 +22,7 @@ pub(super) fn remember(cookie: u64, key: &FrontendKey, id: u32, endpoint: &Endpo
         (&raw mut (*peer).service).write_volatile(service);
         (&raw mut (*peer).id).write_volatile(id);
         (&raw mut (*peer).generation).write_volatile(endpoint.generation);
+        (&raw mut (*peer).protocol).write_volatile(key.protocol);
         (&raw mut (*peer).cookie).write_volatile(cookie);
     }
 }
