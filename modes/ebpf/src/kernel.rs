@@ -349,7 +349,7 @@ impl Kernel for Bpf {
         let (family, name) = (self.family, self.options.object_name());
         let Look::Known { object, held, limits, fresh } = self.look()? else {
             let mut state = State::empty(family);
-            state.sizes = self.options.limits().room(0, 0);
+            state.sizes = self.options.limits().all_room();
             return Ok(state);
         };
         let changing = self.pins.is_changing();
