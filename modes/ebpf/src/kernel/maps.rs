@@ -152,7 +152,7 @@ impl Maps {
             interfaces: open(folder, map::INTERFACES)?,
             names: open(folder, map::NAMES)?,
             maglev: open(folder, map::MAGLEV)?,
-            tables: folder.with_file_name(super::attach::TABLES),
+            tables: folder.with_file_name(super::pins::TABLES),
             local: BTreeSet::new(),
             folder: folder.to_owned(),
             changed,

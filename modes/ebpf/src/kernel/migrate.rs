@@ -7,10 +7,11 @@ use std::time::Instant;
 use shunt_ebpf_abi::{Config, map};
 use shunt_mode::KernelError;
 
-use super::attach::{self, AttachError, Pins, Way};
+use super::attach::{self, AttachError, Way};
 use super::copy::Copier;
 use super::held::{Held, all_maps};
 use super::maps::now;
+use super::pins::Pins;
 use super::{Bpf, Places, failed, of_attach, of_map};
 use crate::sizes::{Limits, MapSizes};
 use crate::state::State;
