@@ -4,7 +4,7 @@
 mod cluster;
 mod config;
 mod confined;
-mod full;
+mod ebpf;
 mod metrics;
 mod modes;
 mod node;
