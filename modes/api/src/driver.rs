@@ -168,7 +168,7 @@ impl<B: Backend> Driver for ModeDriver<B> {
         }
         let everything = Change::everything();
         // While a sync runs, what the kernel holds is not known: an error leaves it so.
-        let (mut state, change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
+        let (mut state, mut change) = if let (Step::Apply(change), Some(state)) = (step, self.state.take()) {
             (state, if self.short { &everything } else { change })
         } else if let Some(ahead) = self.ahead.take().filter(|ahead| ahead.at.elapsed() < AHEAD_MAX) {
             report.observing = ahead.took;
@@ -179,21 +179,31 @@ impl<B: Backend> Driver for ModeDriver<B> {
             report.observing = started.elapsed();
             (state, &everything)
         };
-        let started = Instant::now();
-        let plan = B::plan(&state, &B::render(table, change));
-        report.planning = started.elapsed();
-        self.short = !plan.problems.is_empty();
-        report.problems = plan.problems;
-        let started = Instant::now();
-        for transaction in &plan.transactions {
-            self.backend.apply(transaction)?;
-            B::advance(&mut state, transaction);
-            report.transactions += 1;
-            report.operations += transaction.ops.len();
+        let mut written = Vec::new();
+        for _ in 0..2 {
+            let started = Instant::now();
+            let plan = B::plan(&state, &B::render(table, change));
+            report.planning += started.elapsed();
+            self.short = !plan.problems.is_empty();
+            report.problems = plan.problems;
+            let started = Instant::now();
+            for transaction in &plan.transactions {
+                self.backend.apply(transaction)?;
+                B::advance(&mut state, transaction);
+                report.transactions += 1;
+                report.operations += transaction.ops.len();
+            }
+            report.applying += started.elapsed();
+            let changed = !plan.transactions.is_empty();
+            written.extend(plan.transactions);
+            if !self.short || !changed {
+                break;
+            }
+            // What went may have made room, and no other change may come.
+            change = &everything;
         }
-        report.applying = started.elapsed();
         report.waiting = self.backend.waited();
-        report.rules = B::rules(&state, &plan.transactions);
+        report.rules = B::rules(&state, &written);
         self.state = Some(state);
         Ok(report)
     }

@@ -14,8 +14,8 @@ pub struct Transaction<Op> {
 pub struct Plan<Op> {
     /// The transactions, in order.
     pub transactions: Vec<Transaction<Op>>,
-    /// What is desired but cannot be had, a sentence each, beginning with the Service port or the
-    /// frontend: a map of the kernel is full.
+    /// What is desired but cannot be had, a sentence each, beginning with the Service port as
+    /// `namespace/name:port` and a colon: a map of the kernel is full.
     pub problems: Vec<String>,
 }
 

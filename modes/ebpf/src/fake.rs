@@ -2,6 +2,7 @@
 //! (`shunt_ebpf_abi`). Like the real one it carries out operations one by one.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{Endpoint, FIRST_SERVICE_ID, Frontend, lookup};
@@ -77,6 +78,10 @@ impl Kernel for FakeKernel {
 
     fn refresh(&mut self) -> Result<(), KernelError> {
         Ok(())
+    }
+
+    fn sweep(&mut self, _now: Instant) -> Result<Option<Instant>, KernelError> {
+        Ok(None)
     }
 
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {

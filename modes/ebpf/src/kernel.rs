@@ -5,12 +5,18 @@
 
 mod attach;
 mod clsact;
+mod copy;
 mod counters;
+mod destroy;
 mod devices;
+mod diag;
 mod filter;
+mod held;
 mod maglev;
 mod maps;
+mod migrate;
 mod probe;
+mod sweep;
 mod sys;
 
 use std::borrow::Cow;
@@ -20,20 +26,21 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::sched::{CloneFlags, setns};
 use shunt_core::id::IpFamily;
-use shunt_ebpf_abi::{
-    Config, ENDPOINT_BLOCK, SERVICE_BLOCK, ServiceCounters, VERSION, config_flags, map, size,
-};
+use shunt_ebpf_abi::{Config, ServiceCounters, config_flags, size};
 use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
 use self::attach::{AttachError, Pins, Places, Way};
 use self::counters::EndpointFlows;
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
+use self::migrate::Look;
 use crate::op::Op;
 use crate::render::unlabel;
+use crate::sizes::Limits;
 use crate::state::{State, parity};
 
 /// The programs, built by `make ebpf`.
@@ -53,6 +60,8 @@ pub trait Kernel {
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError>;
     /// Takes in that the node's devices or addresses have changed.
     fn refresh(&mut self) -> Result<(), KernelError>;
+    /// Deletes some of what the programs have written and nobody needs any more; when to come again.
+    fn sweep(&mut self, now: Instant) -> Result<Option<Instant>, KernelError>;
     /// What the programs have counted of the family's Service ports.
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError>;
     /// Removes programs and maps of both families if they are there.
@@ -83,6 +92,8 @@ pub struct Options {
     pub tcp_transient_timeout: u32,
     /// Seconds after which an idle flow of UDP is forgotten.
     pub udp_timeout: u32,
+    /// Destroy sockets that the programs sent to an endpoint when it is gone.
+    pub destroy_sockets: bool,
     /// Put programs at devices by filters, as where the kernel has no links for them.
     pub clsact: bool,
     /// The programs' object.
@@ -102,6 +113,7 @@ impl Default for Options {
             tcp_timeout: Config::DEFAULT.tcp_timeout,
             tcp_transient_timeout: Config::DEFAULT.tcp_transient_timeout,
             udp_timeout: Config::DEFAULT.udp_timeout,
+            destroy_sockets: false,
             clsact: false,
             object: Cow::Borrowed(OBJECT),
         }
@@ -109,29 +121,14 @@ impl Default for Options {
 }
 
 impl Options {
-    fn sizes(&self) -> attach::MapSizes {
-        BTreeMap::from([
-            (map::FRONTENDS, self.frontends),
-            (map::SERVICE_STATS, self.frontends.div_ceil(SERVICE_BLOCK)),
-            (map::SERVICE_BYTES, self.frontends.div_ceil(SERVICE_BLOCK)),
-            (map::ENDPOINTS, self.endpoints),
-            (map::ENDPOINT_STATS, self.endpoints.div_ceil(ENDPOINT_BLOCK)),
-            // Two groups of each endpoint, in extents of which half may be unused.
-            (map::SLOTS, self.endpoints.saturating_mul(4)),
-            (map::ADDRESSES, self.frontends.saturating_mul(2)),
-            (map::FLOWS, self.flows),
-            (map::SOCKETS, (self.flows / 2).max(2)),
-            (map::AFFINITY, self.clients),
-            (map::MAGLEV, self.maglev),
-        ])
+    const fn limits(&self) -> Limits {
+        let Self { frontends, endpoints, flows, clients, maglev, .. } = *self;
+        Limits { frontends, endpoints, flows, clients, maglev }
     }
 
     /// What the programs are loaded from: version of the maps' layout and a hash of the object.
     fn object_name(&self) -> String {
-        let hash = self.object.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-        });
-        format!("version {VERSION} object {hash:016x}")
+        held::object_name(&self.object)
     }
 }
 
@@ -148,6 +145,10 @@ pub struct Bpf {
     loaded: bool,
     /// What endpoints were counted to have.
     endpoints: EndpointFlows,
+    /// All maps are being made anew, beside those that are in use.
+    replacing: bool,
+    /// Limits that cannot be had, as it was logged.
+    said: BTreeSet<String>,
 }
 
 impl Bpf {
@@ -164,6 +165,8 @@ impl Bpf {
             devices: Devices::default(),
             loaded: false,
             endpoints: EndpointFlows::default(),
+            replacing: false,
+            said: BTreeSet::new(),
         })
     }
 
@@ -209,8 +212,9 @@ impl Bpf {
 
     /// The maps, if they are there.
     fn open_maps(&mut self) -> Result<Option<&mut Maps>, KernelError> {
-        if self.maps.is_none() {
-            self.maps = match Maps::open(&self.pins.maps()) {
+        if self.maps.as_ref().is_none_or(Maps::is_stale) {
+            let folder = if self.replacing { self.pins.fresh_maps() } else { self.pins.maps() };
+            self.maps = match Maps::open(&folder) {
                 Ok(maps) => Some(maps),
                 Err(error) if error.is_missing() => None,
                 Err(error) => return Err(of_map(error)),
@@ -228,25 +232,38 @@ impl Bpf {
         self.open_maps()?.ok_or_else(missing)
     }
 
-    /// Loads programs and maps unless those that are there are of the same object.
+    /// Loads programs and maps unless those that are there are of the same object and of the right sizes.
     fn install(&mut self) -> Result<(), KernelError> {
-        let name = self.options.object_name();
-        let (adopted, held) = match self.open_maps()? {
-            Some(maps) => (true, maps.object().map_err(of_map)?),
-            None => (false, None),
-        };
-        if held.as_deref() == Some(&*name) {
-            return Ok(());
-        }
         self.maps = None;
-        attach::load(&self.pins, &self.options.object, &self.options.sizes()).map_err(of_attach)?;
-        if adopted {
-            // Programs of before may not know the filter.
-            let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
-            let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
-            filter::fill(&self.pins.maps(), longest).map_err(of_map)?;
+        self.replacing = false;
+        if self.recover()? {
+            return Err(KernelError {
+                context: "take maps into use".to_owned(),
+                source: "a process before had begun it: now they are read again".into(),
+                remedy: Remedy::Resync,
+            });
+        }
+        let sizes = self.options.limits().maps();
+        let adopted = self.open_maps()?.is_some();
+        match self.look()? {
+            Look::Known { held, limits, fresh, .. } if !fresh.is_empty() => {
+                self.migrate(&held, &limits, fresh)?;
+            }
+            Look::Known { object, .. } if object.as_deref() == Some(&*self.options.object_name()) => {
+                return Ok(());
+            }
+            Look::Known { .. } | Look::Nothing => {
+                self.maps = None;
+                attach::load(&self.pins, &self.options.object, &sizes).map_err(of_attach)?;
+                self.loaded = true;
+                if adopted {
+                    self.fill_filter()?;
+                }
+            }
+            Look::Foreign(why) => self.replace(&why)?,
         }
         let cookie = self.inside(sys::netns_cookie)?;
+        let options = self.options.clone();
         let maps = self.maps()?;
         // What runs meanwhile under the programs of before goes on with what it knows of the node.
         maps.edit_config(|config| {
@@ -257,30 +274,47 @@ impl Bpf {
                 masquerade6: config.masquerade6,
                 masquerade_port_min: config.masquerade_port_min,
                 masquerade_port_max: config.masquerade_port_max,
+                tcp_timeout: options.tcp_timeout,
+                tcp_transient_timeout: options.tcp_transient_timeout,
+                udp_timeout: options.udp_timeout,
                 ..Config::DEFAULT
             };
         })
-        .map_err(of_map)?;
-        self.loaded = true;
-        Ok(())
+        .map_err(of_map)
+    }
+
+    /// Has the programs look every packet up until the flows that others than they may have written down are over.
+    fn fill_filter(&self) -> Result<(), KernelError> {
+        let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
+        let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
+        filter::fill(&self.pins.maps(), longest).map_err(of_map)
+    }
+
+    /// The cgroup whose processes are served.
+    fn cgroup(&self) -> Result<PathBuf, KernelError> {
+        let found = self.options.cgroup_root.clone().or_else(probe::cgroup2);
+        found.ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))
     }
 
     /// Attaches the programs to the cgroup and to the devices that there are.
     fn attach(&mut self) -> Result<(), KernelError> {
         self.look_at_devices()?;
+        let coming = self.replacing.then(|| self.pins.coming(&held::all_maps().collect()));
+        let (pins, replace) = (coming.as_ref().unwrap_or(&self.pins), self.loaded);
         if self.devices.by_index.values().any(|device| !device.ethernet) {
-            attach::load_headerless(&self.pins, &self.options.object, &self.options.sizes())
+            attach::load_headerless(pins, &self.options.object, &self.options.limits().maps())
                 .map_err(of_attach)?;
         }
-        let cgroup = match &self.options.cgroup_root {
-            Some(path) => path.clone(),
-            None => {
-                probe::cgroup2().ok_or_else(|| failed("find the cgroup", io::ErrorKind::NotFound.into()))?
-            }
-        };
-        let (pins, replace) = (&self.pins, self.loaded);
-        let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way: self.way()? };
+        let cgroup = self.cgroup()?;
+        if self.replacing {
+            self.pins.begin().map_err(|e| failed("rename the folder of maps", e))?;
+        }
+        let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way: self.way(pins)? };
         self.inside(|| attach::attach(pins, &places, replace).map_err(io::Error::other))?;
+        if self.replacing {
+            self.replacing = false;
+            self.inside(|| self.pins.finish())?;
+        }
         if self.loaded {
             // Only now: whoever comes after a crash in between starts over.
             let name = self.options.object_name();
@@ -291,11 +325,11 @@ impl Bpf {
     }
 
     /// How programs are put at devices.
-    fn way(&self) -> Result<Way, KernelError> {
+    fn way(&self, pins: &Pins) -> Result<Way, KernelError> {
         if self.options.clsact {
             return Ok(Way::Clsact);
         }
-        Way::of_kernel(&self.pins).map_err(|e| failed("ask for links at devices", e))
+        Way::of_kernel(pins).map_err(|e| failed("ask for links at devices", e))
     }
 
     /// Reads devices and addresses and tells the programs.
@@ -329,24 +363,23 @@ impl Kernel for Bpf {
     fn observe(&mut self) -> Result<State, KernelError> {
         // Somebody may have made them anew.
         self.maps = None;
+        self.replacing = false;
         let (family, name) = (self.family, self.options.object_name());
-        let sizes = self.options.sizes();
-        let Some(maps) = self.open_maps()? else {
+        let Look::Known { object, held, limits, fresh } = self.look()? else {
             let mut state = State::empty(family);
-            state.sizes.frontends = sizes[map::FRONTENDS];
-            state.sizes.services = sizes[map::FRONTENDS];
-            state.sizes.endpoints = sizes[map::ENDPOINTS];
-            state.sizes.slots = sizes[map::SLOTS];
-            state.sizes.maglev = sizes[map::MAGLEV];
+            state.sizes = self.options.limits().room(0, 0);
             return Ok(state);
         };
+        let changing = self.pins.is_changing();
+        let maps = self.maps()?;
         let mut state = maps.observe(family).map_err(of_map)?;
         let in_use = maps.in_use(family).map_err(of_map)?;
-        let same = maps.object().map_err(of_map)?.as_deref() == Some(&*name);
-        if in_use && same {
+        if !fresh.is_empty() {
+            Self::resized(&mut state, &held, &limits);
+        } else if in_use && object.as_deref() == Some(&*name) && !changing {
             let pods = maps.pods().map_err(of_map)?;
             self.devices = self.inside(|| Devices::read(&pods))?;
-            let wanted = attach::wanted_links(&self.pins, self.way()?, &self.devices.by_index);
+            let wanted = attach::wanted_links(&self.pins, self.way(&self.pins)?, &self.devices.by_index);
             let wanted = wanted.map_err(|e| failed("list programs", e))?;
             let held = self.inside(|| attach::held_links(&self.pins))?;
             state.installed = wanted == held;
@@ -369,14 +402,23 @@ impl Kernel for Bpf {
                 self.look_at_devices()?;
             }
         }
+        let gone = if self.options.destroy_sockets { destroy::gone(ops) } else { BTreeMap::new() };
+        if !gone.is_empty() {
+            let own = self.netns.try_clone().map_err(|e| failed("network namespace", e))?;
+            destroy::start(self.pins.maps(), own, gone);
+        }
         Ok(())
     }
 
     fn refresh(&mut self) -> Result<(), KernelError> {
-        if self.open_maps()?.is_none() || self.options.object_name() != self.object()? {
+        if self.replacing || self.open_maps()?.is_none() || self.options.object_name() != self.object()? {
             return Ok(());
         }
         self.attach()
+    }
+
+    fn sweep(&mut self, now: Instant) -> Result<Option<Instant>, KernelError> {
+        self.sweep_flows(now)
     }
 
     fn counted(&mut self) -> Result<Vec<Counted>, KernelError> {

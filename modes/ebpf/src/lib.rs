@@ -20,16 +20,19 @@
 
 #[cfg(any(test, feature = "testkit"))]
 pub mod fake;
+pub mod idle;
 pub mod kernel;
 pub mod op;
 pub mod plan;
 pub mod render;
+pub mod sizes;
 pub mod slots;
 pub mod state;
 pub mod trace;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Instant;
 
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, ForwardingTable};
@@ -115,6 +118,10 @@ impl<K: Kernel + Send> Backend for Ebpf<K> {
 
     fn apply(&mut self, transaction: &Transaction<Op>) -> Result<(), KernelError> {
         self.kernel.carry_out(&transaction.ops)
+    }
+
+    fn ripen(&mut self, _state: &State, now: Instant) -> Result<(Plan<Op>, Option<Instant>), KernelError> {
+        Ok((Plan::default(), self.kernel.sweep(now)?))
     }
 
     fn refresh(&mut self) -> Result<(), KernelError> {

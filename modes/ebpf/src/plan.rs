@@ -296,10 +296,11 @@ impl<'a> Planner<'a> {
             let held = self.observed.frontends().get(key);
             let to = dispatch.as_ref().and_then(|dispatch| self.frontend(dispatch));
             match (held, to) {
-                (None, Some(_)) if count >= room => self.problems.push(format!(
-                    "{}: not served: the map of frontends is full",
-                    crate::state::text::key_text(key)
-                )),
+                (None, Some(_)) if count >= room => {
+                    let port = dispatch.as_ref().map_or("", |dispatch| &*dispatch.port);
+                    let key = crate::state::text::key_text(key);
+                    self.problems.push(format!("{port}: {key} is not served: the map of frontends is full"));
+                }
                 (held, Some(to)) => {
                     count += usize::from(held.is_none());
                     if held.is_none() {

@@ -231,10 +231,14 @@ fn render_port(table: &ForwardingTable, name: &ServicePortName) -> Port {
             }
         }
     }
-    for target in same().flat_map(|port| port.terminating.iter()) {
+    let leaving =
+        same().flat_map(|port| port.terminating.iter()).map(|target| (target, endpoint_flags::SERVING));
+    let listed = same().flat_map(|port| port.listed.iter()).map(|target| (target, 0));
+    for (target, flag) in leaving.chain(listed) {
         let address = Address::from(target.address);
         if is_of(&address, table.family()) {
-            *members.entry((address, target.port.to_be())).or_default() |= endpoint_flags::SERVING;
+            let flags = members.entry((address, target.port.to_be())).or_default();
+            *flags |= flag | here(table, name.protocol, target);
         }
     }
     let mut maglev = [false; 2];

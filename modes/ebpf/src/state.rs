@@ -13,6 +13,8 @@ use shunt_ebpf_abi::{
 };
 use shunt_mode::Usage;
 
+use crate::sizes::moved_frontend;
+
 /// How much there is room for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sizes {
@@ -371,6 +373,23 @@ impl State {
             }
             self.users.entry(frontend.service).or_default().frontends.insert(key);
             self.settle(frontend.service);
+        }
+    }
+
+    /// What there is when the maps have become others with such sizes: the slots of IPv6 lie elsewhere, and what was
+    /// remembered of endpoints that have no owner, and for which there is no room, is forgotten.
+    pub fn resize(&mut self, sizes: Sizes) {
+        let (from, to) = (self.sizes.slots, sizes.slots);
+        self.sizes = sizes;
+        let moved: Vec<_> =
+            self.frontends.iter().map(|(key, held)| (*key, moved_frontend(held, from, to))).collect();
+        for (key, frontend) in moved {
+            self.set_frontend(key, Some(frontend));
+        }
+        let room = (sizes.endpoints + 1).saturating_sub(parity(self.family)) / 2;
+        self.endpoints.truncate(room as usize);
+        while self.endpoints.last() == Some(&Endpoint::default()) {
+            self.endpoints.pop();
         }
     }
 

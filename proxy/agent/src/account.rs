@@ -255,11 +255,18 @@ impl Account {
         }
     }
 
-    /// Tells of something that the kernel has no room for.
+    /// Tells of something that the kernel has no room for ([`Plan::problems`](shunt_mode::Plan::problems)), by an event
+    /// about the Service.
     pub(crate) fn no_room(&self, note: &str) {
+        let regarding = match service_of(note) {
+            Some((namespace, name)) => {
+                Regarding::Service { namespace: namespace.to_owned(), name: name.to_owned() }
+            }
+            None => Regarding::Node,
+        };
         // Nobody may be there to send it, or too much to send.
         let _ = self.events.try_send(Notice {
-            regarding: Regarding::Node,
+            regarding,
             event_type: EventType::Warning,
             reason: "KernelTableFull",
             action: "Sync",
@@ -317,5 +324,26 @@ impl Account {
                 note,
             });
         }
+    }
+}
+
+/// Namespace and name of the Service with whose port a sentence begins.
+fn service_of(problem: &str) -> Option<(&str, &str)> {
+    let (port, _) = problem.split_once(": ")?;
+    let (namespace, rest) = port.split_once('/')?;
+    let name = rest.split([':', '/']).next()?;
+    (!namespace.is_empty() && !namespace.contains(':') && !name.is_empty()).then_some((namespace, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::service_of;
+
+    #[test]
+    fn problems_name_their_service() {
+        assert_eq!(service_of("ns/web:http/tcp: not served: all is taken"), Some(("ns", "web")));
+        assert_eq!(service_of("ns/web/udp: 10.0.0.1:80/udp is not served"), Some(("ns", "web")));
+        assert_eq!(service_of("10.0.0.1:80/tcp: not served"), None);
+        assert_eq!(service_of("nothing"), None);
     }
 }

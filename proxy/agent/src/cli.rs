@@ -155,6 +155,9 @@ pub(crate) struct ModeArgs {
     /// are chosen by chance. Default: 4096.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=262_144))]
     pub ebpf_maglev_max: Option<u32>,
+    /// Destroy sockets of this node's processes in ebpf mode that were sent to an endpoint, when it is gone. Default: no.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub ebpf_destroy_sockets: Option<bool>,
     /// How ebpf mode chooses endpoints for external traffic, where a Service does not say: random or
     /// maglev. Default: random.
     #[arg(long, value_name = "ALGORITHM", value_enum)]
@@ -190,6 +193,7 @@ impl ModeArgs {
             tcp_timeout: seconds(file.tcp_timeout),
             tcp_transient_timeout: seconds(file.tcp_transient_timeout),
             udp_timeout: seconds(file.udp_timeout),
+            destroy_sockets: self.ebpf_destroy_sockets.unwrap_or(file.destroy_sockets),
             clsact: default.clsact,
             object: default.object,
         };

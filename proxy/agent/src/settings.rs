@@ -105,6 +105,7 @@ impl Settings {
             _ if ranges.is_empty() => LocalDetector::None,
             _ => LocalDetector::Cidr(ranges),
         };
+        let of_modes = options(kube_proxy, shunt, modes)?;
         // KEP-5707: on by default until Kubernetes 1.40.
         let allow_external_ips =
             kube_proxy.feature_gates.get("AllowServiceExternalIPs").copied().unwrap_or(true);
@@ -122,6 +123,7 @@ impl Settings {
                 localhost_node_ports: mode == Mode::Iptables
                     && kube_proxy.iptables.localhost_node_ports.unwrap_or(true),
                 drop_invalid: mode == Mode::Iptables && !kube_proxy.conntrack.tcp_be_liberal,
+                keep_listed: mode == Mode::Ebpf && of_modes.ebpf.destroy_sockets,
             },
             detect_by_node_cidr: kube_proxy.detect_local_mode == "NodeCIDR",
             min_sync_period: shunt.min_sync_period.unwrap_or(of_mode.min_sync_period).to_std(),
@@ -139,7 +141,7 @@ impl Settings {
             admin_socket: shunt.admin_socket.clone().unwrap_or_else(|| crate::cli::ADMIN_SOCKET.to_owned()),
             conntrack: sizing(&kube_proxy.conntrack, shunt.lower_sysctls),
             remove_leftovers: shunt.leftovers == Leftovers::Remove,
-            options: options(kube_proxy, shunt, modes)?,
+            options: of_modes,
         })
     }
 
@@ -315,12 +317,14 @@ mod tests {
             clients_max: Some(2000),
             cgroup_root: Some("/file".to_owned()),
             udp_timeout: shunt_config::Duration::from_secs(30),
+            destroy_sockets: true,
             ..Default::default()
         };
         let shunt = ShuntConfiguration { ebpf, ..ShuntConfiguration::default() };
         let flags = ModeArgs {
             cgroup_root: Some("/flag".into()),
             ebpf_flows_max: Some(3000),
+            ebpf_destroy_sockets: Some(false),
             ebpf_external_algorithm: Some(ExternalAlgorithm::Random),
             ..ModeArgs::default()
         };
@@ -328,9 +332,15 @@ mod tests {
         let (file, both) = (of(&ModeArgs::default()), of(&flags));
         assert_eq!(file.config.external_algorithm, Algorithm::Maglev);
         assert_eq!(both.config.external_algorithm, Algorithm::Random);
+        let of_nothing =
+            Settings::of(&kube_proxy, &ShuntConfiguration::default(), &ModeArgs::default()).unwrap();
+        // The compiler is only asked where the mode acts on it.
+        assert!(!file.config.keep_listed);
         let ebpf = |settings: &Settings| settings.options.ebpf.clone();
         assert_eq!((ebpf(&file).flows, ebpf(&file).cgroup_root.clone()), (1000, Some("/file".into())));
         assert_eq!((ebpf(&both).flows, ebpf(&both).cgroup_root.clone()), (3000, Some("/flag".into())));
+        let destroys = |settings: &Settings| settings.options.ebpf.destroy_sockets;
+        assert_eq!([destroys(&file), destroys(&both), destroys(&of_nothing)], [true, false, false]);
         assert_eq!((ebpf(&both).clients, ebpf(&both).udp_timeout), (2000, 30));
         assert_eq!(ebpf(&file).endpoints, shunt_modes::EbpfOptions::default().endpoints);
     }

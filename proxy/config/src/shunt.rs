@@ -58,6 +58,8 @@ pub struct Ebpf {
     pub tcp_transient_timeout: Duration,
     /// Idle flows of UDP are forgotten.
     pub udp_timeout: Duration,
+    /// Sockets of this node's processes that were sent to an endpoint are destroyed when it is gone.
+    pub destroy_sockets: bool,
 }
 
 /// How an endpoint is chosen.
@@ -84,6 +86,7 @@ impl Default for Ebpf {
             tcp_timeout: Duration::from_secs(86_400),
             tcp_transient_timeout: Duration::from_secs(120),
             udp_timeout: Duration::from_secs(120),
+            destroy_sockets: false,
         }
     }
 }

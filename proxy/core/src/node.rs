@@ -98,6 +98,9 @@ pub struct Config {
     /// Whether forwarded packets are dropped that conntrack calls INVALID; only for a mode that can (unless
     /// `conntrack.tcpBeLiberal`).
     pub drop_invalid: bool,
+    /// Whether endpoints are known as long as a slice lists them ([`PortEntry::listed`](crate::table::PortEntry::listed)),
+    /// for a mode that ends what is under way to those that are gone.
+    pub keep_listed: bool,
 }
 
 impl Default for Config {
@@ -112,6 +115,7 @@ impl Default for Config {
             external_algorithm: Algorithm::Random,
             localhost_node_ports: false,
             drop_invalid: false,
+            keep_listed: false,
         }
     }
 }

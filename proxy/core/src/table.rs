@@ -203,6 +203,9 @@ pub struct PortEntry {
     /// Endpoints of a UDP port that terminate, still serve and get no new flows: flows that have them keep
     /// them, in modes that know flows themselves.
     pub terminating: EndpointGroup,
+    /// All others that slices list, whatever their condition, where [`Config::keep_listed`](crate::node::Config::keep_listed)
+    /// asks for them: they get no flows and keep none of UDP, but they are not gone.
+    pub listed: EndpointGroup,
     /// Whether any usable endpoint exists anywhere in the cluster.
     pub has_any_endpoints: bool,
     /// Timeout of the session affinity by client address.

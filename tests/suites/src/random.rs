@@ -248,8 +248,10 @@ fn config() -> impl Strategy<Value = Config> {
         1 => Just(NodePortAddresses::Ranges(nets(&["10.0.0.0/8", "::/0"]))),
         1 => Just(NodePortAddresses::PrimaryAnd(nets(&["192.168.0.0/16"]))),
     ];
-    (any::<bool>(), select(vec![14_u8, 5]), detector, node_ports, any::<bool>(), algorithm()).prop_map(
-        |(masquerade_all, masquerade_bit, local_detector, node_port_addresses, external_ips, algorithm)| {
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    (flags, select(vec![14_u8, 5]), detector, node_ports, algorithm()).prop_map(
+        |(flags, masquerade_bit, local_detector, node_port_addresses, algorithm)| {
+            let (masquerade_all, external_ips, keep_listed) = flags;
             Config {
                 masquerade_all,
                 masquerade_bit,
@@ -260,6 +262,7 @@ fn config() -> impl Strategy<Value = Config> {
                 external_algorithm: algorithm.unwrap_or_default(),
                 localhost_node_ports: false,
                 drop_invalid: false,
+                keep_listed,
             }
         },
     )

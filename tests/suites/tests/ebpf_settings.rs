@@ -10,110 +10,31 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use shunt_core::compile::Context;
-use shunt_core::endpoint::{Conditions, Endpoint, EndpointPort, EndpointSlice};
-use shunt_core::id::{IpFamily, NamespacedName, Protocol};
-use shunt_core::node::{Config, Node};
-use shunt_core::service::{Algorithm, Service, ServicePort, TrafficPolicy};
+use shunt_core::endpoint::Conditions;
+use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::node::Config;
+use shunt_core::service::{Algorithm, Service, ServicePort};
 use shunt_core::store::Event;
 use shunt_core::table::Change;
 use shunt_core::walk::{Packet, walk};
 use shunt_ebpf_abi::lookup::maglev_entry;
 use shunt_ebpf_abi::{Group, MAGLEV_SIZE, MaglevTable, Tuple, maglev};
-use shunt_harness::cases;
-use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec, require_kernel};
+use shunt_harness::lab::{Probe, require_kernel};
 use shunt_mode::{Backend as _, Plan};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::fake::FakeKernel;
 use shunt_mode_ebpf::kernel::{Bpf, Options};
 use shunt_mode_ebpf::op::Op;
 use shunt_mode_ebpf::state::State;
-use shunt_suites::driver::{Cluster, Synced};
+use shunt_suites::driver::Synced;
 use shunt_suites::mode::ebpf::place;
+use shunt_suites::mode::ebpf::small::{
+    CLIENT, NODE, cluster, lab, pod, ready, service, slice, start, targets, under_load,
+};
 use shunt_suites::mode::{EbpfMode, ModeUnderTest as _};
 use shunt_suites::random::Step;
 
 const V4: IpFamily = IpFamily::V4;
-const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 168, 0, 2));
-const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 2));
-
-fn service(n: u8, protocol: Protocol, algorithm: Option<Algorithm>) -> Step {
-    Step::Event(Event::Service(Service {
-        scheduler: None,
-        algorithm,
-        name: NamespacedName::new("ns", format!("svc{n}")),
-        created: 0,
-        cluster_ips: vec![[172, 16, 0, n].into()],
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        ports: vec![ServicePort {
-            name: "".into(),
-            protocol,
-            port: 80,
-            node_port: Some(3000 + u16::from(n)),
-        }],
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        affinity: None,
-        health_check_node_port: None,
-    }))
-}
-
-fn slice(n: u8, protocol: Protocol, endpoints: &[(IpAddr, Conditions)]) -> Step {
-    Step::Event(Event::Slice(EndpointSlice {
-        name: NamespacedName::new("ns", format!("svc{n}-1")),
-        service: NamespacedName::new("ns", format!("svc{n}")),
-        family: V4,
-        ports: vec![EndpointPort { name: "".into(), protocol, port: 8080 }],
-        endpoints: endpoints
-            .iter()
-            .map(|(address, conditions)| Endpoint {
-                pod: None,
-                address: *address,
-                conditions: *conditions,
-                node: Some(cases::NODE.into()),
-                zone: None,
-                hints: None,
-            })
-            .collect(),
-        last_change_trigger: None,
-    }))
-}
-
-fn ready(addresses: impl IntoIterator<Item = IpAddr>) -> Vec<(IpAddr, Conditions)> {
-    addresses.into_iter().map(|address| (address, Conditions::default())).collect()
-}
-
-fn cluster(config: Config) -> Cluster {
-    let mut cluster = Cluster::new(Context::new(cases::NODE, config));
-    let node = Node { name: cases::NODE.into(), addresses: vec![NODE], ..Node::default() };
-    cluster.step(&Step::Event(Event::Node(node)));
-    cluster
-}
-
-fn pod(n: u8) -> IpAddr {
-    [10, 180, 0, n].into()
-}
-
-/// A node with so many pods, each of which answers with its address.
-fn lab(pods: u8) -> Lab {
-    let mut builder = Lab::builder().node([NODE]).client([CLIENT]);
-    for n in 1..=pods {
-        builder = builder.pod(&pod(n).to_string(), [pod(n)]);
-    }
-    let lab = builder.build().unwrap();
-    for n in 1..=pods {
-        lab.pod(&pod(n).to_string()).unwrap().serve_ports([8080]).unwrap();
-    }
-    EbpfMode::settle(&lab).unwrap();
-    lab
-}
-
-fn start(lab: &Lab, options: &Arc<Options>) -> Synced<Ebpf<Bpf>> {
-    lab.node().run(|| Ok(Synced::adopt(Ebpf::new(Bpf::open(V4, options.clone())?))?)).unwrap()
-}
-
 /// What a table that a plan puts in place says: addresses, not ids.
 fn table(plan: &Plan<Op>, state: &State, service: &str) -> Vec<IpAddr> {
     let (id, _) = state.names().iter().find(|(_, name)| name.contains(service)).unwrap();
@@ -330,35 +251,6 @@ fn packets_from_outside_are_hashed() {
     assert!(!options.bpf_root.join("shunt").exists());
 }
 
-/// Targets of load: at a device from outside, at sockets of the node.
-fn targets(lab: &Lab) -> Vec<(&Namespace, SocketAddr)> {
-    vec![(lab.client(), SocketAddr::new(NODE, 3001)), (lab.node(), "172.16.0.1:80".parse().unwrap())]
-}
-
-/// Connections begin and go on while `work` is done, and none breaks.
-fn under_load(lab: &Lab, work: impl FnOnce()) {
-    let probe = |to: SocketAddr| Probe::tcp(to).timeout(Duration::from_millis(900));
-    let storms: Vec<_> = targets(lab)
-        .into_iter()
-        .map(|(from, to)| {
-            let spec = StormSpec { probe: probe(to), rate: 100, duration: Duration::from_mins(2) };
-            from.storm(spec).unwrap()
-        })
-        .collect();
-    let mut open: Vec<_> =
-        targets(lab).into_iter().map(|(from, to)| from.converse(&probe(to)).unwrap()).collect();
-    let homes: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
-    work();
-    let now: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
-    assert_eq!(now, homes);
-    for storm in storms {
-        let report = storm.stop().unwrap();
-        println!("{report}");
-        assert!(report.failures.is_empty(), "{report}");
-        assert!(!report.replies.is_empty());
-    }
-}
-
 /// The way of kernels before 6.6: filters outlive the process, are adopted, replaced and removed, beside those
 /// of others; and both ways lead into each other.
 #[test]
@@ -383,7 +275,7 @@ fn filters_serve_where_there_are_no_links() {
     let mut kernel = start(&lab, &filters);
     kernel.sync(&table, &Change::everything()).unwrap();
     assert_eq!(ours(), 1);
-    under_load(&lab, || {
+    under_load(&targets(&lab), || {
         for _ in 0..10 {
             let again = start(&lab, &filters);
             assert!(again.mirror.installed);

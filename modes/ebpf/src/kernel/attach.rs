@@ -16,6 +16,7 @@ use shunt_ebpf_abi::map;
 use super::clsact::{self, Filters};
 use super::devices::Device;
 use super::sys;
+use crate::sizes::MapSizes;
 
 /// The folders in which everything is pinned.
 #[derive(Clone, Debug)]
@@ -23,7 +24,30 @@ pub(super) struct Pins {
     root: PathBuf,
     /// Notes of filters.
     notes: PathBuf,
+    /// Folder of the programs.
+    programs: &'static str,
+    /// Folder of the links.
+    links: &'static str,
+    /// Maps that are pinned apart from all others, and where.
+    fresh: BTreeSet<&'static str>,
+    fresh_maps: &'static str,
 }
+
+/// Folders of what is in use.
+const PROGRAMS: &str = "programs";
+const LINKS: &str = "links";
+/// Folder of the tables of `maglev`.
+pub(super) const TABLES: &str = "maglev";
+/// Folder of maps that are being made.
+const FRESH_MAPS: &str = "maps-new";
+/// Folder of maps that are filled and taken into use.
+const NEXT_MAPS: &str = "maps-next";
+/// Folders of the programs that come.
+const NEXT_PROGRAMS: &str = "programs-new";
+const BACK_PROGRAMS: &str = "programs-back";
+/// Folders of links before and behind those of the programs that go.
+const FRONT_LINKS: &str = "links-front";
+const BACK_LINKS: &str = "links-back";
 
 /// Why programs cannot be loaded or attached.
 #[derive(Debug, thiserror::Error)]
@@ -52,43 +76,125 @@ fn io_at(what: impl Into<String>) -> impl FnOnce(io::Error) -> AttachError {
 impl Pins {
     pub(super) fn new(bpf_root: &Path) -> Self {
         let root = bpf_root.join("shunt");
-        Self { notes: clsact::notes(&root), root }
+        Self {
+            notes: clsact::notes(&root),
+            root,
+            programs: PROGRAMS,
+            links: LINKS,
+            fresh: BTreeSet::new(),
+            fresh_maps: FRESH_MAPS,
+        }
+    }
+
+    /// The same with programs that come, over such maps that are made anew.
+    pub(super) fn coming(&self, fresh: &BTreeSet<&'static str>) -> Self {
+        Self { programs: NEXT_PROGRAMS, fresh: fresh.clone(), ..self.clone() }
+    }
+
+    /// The same once these maps are filled.
+    pub(super) fn resuming(&self, fresh: &BTreeSet<&'static str>) -> Self {
+        Self { fresh_maps: NEXT_MAPS, ..self.coming(fresh) }
+    }
+
+    /// Links before all others.
+    fn front(&self) -> Self {
+        Self { links: FRONT_LINKS, ..self.clone() }
+    }
+
+    /// The same programs once more, and links behind all others.
+    pub(super) fn back(&self) -> Self {
+        Self { programs: BACK_PROGRAMS, ..self.behind() }
+    }
+
+    /// Links behind all others.
+    fn behind(&self) -> Self {
+        Self { links: BACK_LINKS, ..self.clone() }
     }
 
     pub(super) fn maps(&self) -> PathBuf {
         self.root.join("maps")
     }
 
+    /// Folder of maps that are being made.
+    pub(super) fn fresh_maps(&self) -> PathBuf {
+        self.root.join(FRESH_MAPS)
+    }
+
+    /// Folder of maps that are filled and taken into use, while that takes.
+    pub(super) fn next_maps(&self) -> PathBuf {
+        self.root.join(NEXT_MAPS)
+    }
+
+    fn map(&self, name: &str) -> PathBuf {
+        let folder = if self.fresh.contains(name) { self.root.join(self.fresh_maps) } else { self.maps() };
+        folder.join(name)
+    }
+
     fn programs(&self) -> PathBuf {
-        self.root.join("programs")
+        self.root.join(self.programs)
     }
 
     fn links(&self) -> PathBuf {
-        self.root.join("links")
+        self.root.join(self.links)
     }
 
-    fn tables(&self) -> PathBuf {
+    pub(super) fn tables(&self) -> PathBuf {
         self.root.join(TABLES)
     }
 
     fn make(&self) -> Result<(), AttachError> {
-        for folder in [self.maps(), self.tables(), self.programs(), self.links()] {
+        let mut folders = vec![self.maps(), self.tables(), self.programs(), self.links()];
+        folders.extend((!self.fresh.is_empty()).then(|| self.root.join(self.fresh_maps)));
+        for folder in folders {
             std::fs::create_dir_all(&folder).map_err(io_at(folder.display().to_string()))?;
         }
         Ok(())
     }
 
+    /// Whether maps are being taken into use: a process ended before it was done.
+    pub(super) fn is_changing(&self) -> bool {
+        [NEXT_MAPS, FRONT_LINKS, BACK_LINKS].iter().any(|folder| self.root.join(folder).exists())
+    }
+
+    /// Forgets maps and programs that nothing uses yet.
+    pub(super) fn discard(&self) -> io::Result<()> {
+        [FRESH_MAPS, NEXT_PROGRAMS, BACK_PROGRAMS]
+            .iter()
+            .try_for_each(|folder| remove_with(&self.root.join(folder), |path| std::fs::remove_file(path)))
+    }
+
+    /// The new maps are filled: from now on a start goes on with them.
+    pub(super) fn begin(&self) -> io::Result<()> {
+        std::fs::rename(self.fresh_maps(), self.next_maps())
+    }
+
+    /// Puts what comes in the place of what goes: maps, programs, links.
+    pub(super) fn finish(&self) -> io::Result<()> {
+        let move_to = |folder: PathBuf| {
+            move |path: &Path| std::fs::rename(path, folder.join(path.file_name().unwrap_or_default()))
+        };
+        remove_with(&self.next_maps(), move_to(self.maps()))?;
+        remove_with(&self.root.join(NEXT_PROGRAMS), move_to(self.root.join(PROGRAMS)))?;
+        let links = self.root.join(LINKS);
+        remove_with(&self.root.join(FRONT_LINKS), |path| {
+            let old = links.join(path.file_name().unwrap_or_default());
+            if old.exists() {
+                sys::detach_link(sys::open_pinned(&old)?.as_fd())?;
+            }
+            std::fs::rename(path, old)
+        })?;
+        remove_with(&self.root.join(BACK_LINKS), unlink)?;
+        self.discard()
+    }
+
     /// Removes everything; links first, so that no program runs without its maps.
     pub(super) fn remove(&self) -> io::Result<()> {
-        // Without its file a link ends some time later.
-        for name in self.link_names()? {
-            sys::detach_link(sys::open_pinned(&self.links().join(name))?.as_fd())?;
+        for folder in [FRONT_LINKS, LINKS, BACK_LINKS] {
+            remove_with(&self.root.join(folder), unlink)?;
         }
-        for folder in [self.links(), self.programs(), self.maps(), self.tables()] {
-            for name in names(&folder)? {
-                std::fs::remove_file(folder.join(name))?;
-            }
-            remove_folder(&folder)?;
+        self.discard()?;
+        for folder in [self.root.join(PROGRAMS), self.next_maps(), self.maps(), self.tables()] {
+            remove_with(&folder, |path| std::fs::remove_file(path))?;
         }
         remove_folder(&self.root)
     }
@@ -99,8 +205,19 @@ impl Pins {
     }
 }
 
-/// Folder of the tables of `maglev`.
-pub(super) const TABLES: &str = "maglev";
+/// Takes a link off at once; without its file alone it ends some time later.
+fn unlink(path: &Path) -> io::Result<()> {
+    sys::detach_link(sys::open_pinned(path)?.as_fd())?;
+    std::fs::remove_file(path)
+}
+
+/// Does something with all that is pinned in a folder, which takes it out of there, and removes the folder.
+fn remove_with(folder: &Path, each: impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+    for name in names(folder)? {
+        each(&folder.join(name))?;
+    }
+    remove_folder(folder)
+}
 
 fn names(folder: &Path) -> io::Result<BTreeSet<String>> {
     match std::fs::read_dir(folder) {
@@ -117,16 +234,13 @@ fn remove_folder(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Sizes of maps by name.
-pub(super) type MapSizes = BTreeMap<&'static str, u32>;
-
 /// Loads the object over the maps that are pinned, pins those that are not, and loads and pins its programs, in
 /// place of those pinned before; those of [`load_headerless`] when they are asked for.
 pub(super) fn load(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<(), AttachError> {
     pins.make()?;
     let mut object = open_object(pins, object, sizes)?;
-    let size = sizes.get(map::FRONTENDS).copied().unwrap_or(shunt_ebpf_abi::size::FRONTENDS);
-    super::maps::pin_names(&pins.maps(), size).map_err(io_at(map::NAMES))?;
+    let size = sizes.get(map::NAMES).copied().unwrap_or(shunt_ebpf_abi::size::FRONTENDS);
+    super::maps::pin_names(&pins.map(map::NAMES), size).map_err(io_at(map::NAMES))?;
     for name in HEADERLESS {
         let path = pins.programs().join(name);
         match std::fs::remove_file(&path) {
@@ -155,11 +269,11 @@ const HEADERLESS: [&str; 2] = ["ingress_l3", "egress_l3"];
 /// Opens the object over the maps that are pinned; pins those that are not.
 fn open_object(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<Ebpf, AttachError> {
     let mut loader = EbpfLoader::new();
-    for (name, size) in sizes {
+    for (name, size) in sizes.iter().filter(|(name, _)| OBJECT_MAPS.contains(name)) {
         loader.map_max_entries(name, *size);
     }
     for name in OBJECT_MAPS {
-        loader.map_pin_path(name, pins.maps().join(name));
+        loader.map_pin_path(name, pins.map(name));
     }
     Ok(loader.load(object)?)
 }
@@ -282,6 +396,11 @@ pub(super) struct Places<'a> {
     pub(super) way: Way,
 }
 
+/// Whether links or filters lead traffic to programs.
+pub(super) fn is_attached(pins: &Pins) -> io::Result<bool> {
+    Ok(!held_links(pins)?.is_empty())
+}
+
 /// Makes the links that are missing: at the cgroup, and at each device. Those of devices that are gone are
 /// removed. With `replace`, links that are there get the pinned programs in place of theirs.
 pub(super) fn attach(pins: &Pins, places: &Places<'_>, replace: bool) -> Result<(), AttachError> {
@@ -321,7 +440,7 @@ pub(super) fn attach(pins: &Pins, places: &Places<'_>, replace: bool) -> Result<
                             update(pins, &program, &link)?;
                         }
                     } else {
-                        attach_device(pins, &program, &link, *at, &device.name)?;
+                        attach_device(pins, &program, &link, *at, &device.name, LinkOrder::first())?;
                     }
                     wanted.insert(link);
                 }
@@ -404,6 +523,59 @@ fn attach_cgroup(
     pin_link(pins, name, link.try_into())
 }
 
+/// Leads traffic to programs that come with other flow tables: from now on they see each packet before those that
+/// go, and those still see what only they know.
+///
+/// A flow has entries for several hooks. So that those which old programs have made and those which new ones have made
+/// are found at every hook at any time, the new programs come behind the old ones first, everywhere, and do nothing
+/// there but serve flows that new programs elsewhere have begun; then once more before them. `catch_up` is called in
+/// between. Sockets have no order: there the old programs come once more behind themselves, and the new ones take the
+/// place of the first. What a process before has done of it is not done again.
+pub(super) fn put_before(
+    pins: &Pins,
+    coming: &Pins,
+    places: &Places<'_>,
+    catch_up: impl FnOnce() -> Result<(), AttachError>,
+) -> Result<(), AttachError> {
+    let held = pins.link_names().map_err(io_at(pins.links().display().to_string()))?;
+    for folder in [coming.front().links(), coming.behind().links()] {
+        std::fs::create_dir_all(&folder).map_err(io_at(folder.display().to_string()))?;
+    }
+    let devices = |pins: &Pins, order: fn() -> LinkOrder| {
+        for (name, hook) in HOOKS {
+            let Hook::Tc(at) = hook else { continue };
+            for (index, device) in places.devices {
+                let link = device_link(Way::Tcx, name, *index);
+                if held.contains(&link) && !pins.links().join(&link).exists() {
+                    let program = if device.ethernet { name.to_owned() } else { format!("{name}_l3") };
+                    attach_device(pins, &program, &link, at, &device.name, order())?;
+                }
+            }
+        }
+        Ok(())
+    };
+    devices(&coming.back(), LinkOrder::last)?;
+    // Those that look up what others write are the first to look into the new maps, too.
+    let mut at_sockets = HOOKS;
+    at_sockets.sort_by_key(|(name, _)| !(name.starts_with("recvmsg") || name.starts_with("getpeername")));
+    let again = pins.behind();
+    for (name, hook) in at_sockets {
+        if let Hook::Cgroup(at) = hook
+            && held.contains(name)
+            && !again.links().join(name).exists()
+        {
+            attach_cgroup(&again, name, at, places.cgroup)?;
+        }
+    }
+    catch_up()?;
+    for (name, hook) in at_sockets {
+        if matches!(hook, Hook::Cgroup(_)) && held.contains(name) {
+            update(coming, name, name)?;
+        }
+    }
+    devices(&coming.front(), LinkOrder::first)
+}
+
 fn is_gone(device: &str) -> bool {
     nix::net::if_::if_nametoindex(device).is_err()
 }
@@ -414,11 +586,11 @@ fn attach_device(
     link_name: &str,
     at: TcAttachType,
     device: &str,
+    order: LinkOrder,
 ) -> Result<(), AttachError> {
     let refused = |error| AttachError::Program(format!("{name} at {device}"), error);
     let mut program = SchedClassifier::from_pin(pins.programs().join(name)).map_err(refused)?;
-    let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = match program.attach_with_options(device, at, first) {
+    let id = match program.attach_with_options(device, at, TcAttachOptions::TcxOrder(order)) {
         // Gone meanwhile: the next look at the devices will not find it.
         Err(_) if is_gone(device) => return Ok(()),
         attached => attached.map_err(refused)?,

@@ -10,7 +10,7 @@ use aya::maps::{Array, Map, MapData};
 use shunt_ebpf_abi::{MAGLEV_SIZE, MaglevTable, maglev, map};
 
 use super::maps::{MapError, Maps, at};
-use super::sys;
+use super::sys::{self, Table};
 use crate::op::Op;
 use crate::state::State;
 
@@ -32,6 +32,20 @@ fn table_of(members: &[maglev::Member]) -> io::Result<Box<MaglevTable>> {
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
     io::Error::other(error)
+}
+
+/// Puts the tables of one map into another one too; one that is not pinned is made anew by the next plan.
+pub(super) fn put_pinned(folder: &Path, from: &Table<u32, u32>, to: &Table<u32, u32>) -> io::Result<()> {
+    let mut groups = Vec::new();
+    from.read(|group, _| groups.push(group))?;
+    for group in groups {
+        match sys::open_pinned(&pin(folder, group)) {
+            Ok(table) => to.set(&group, &table.as_raw_fd().cast_unsigned())?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 impl Maps {

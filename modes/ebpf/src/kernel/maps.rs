@@ -5,6 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use aya::maps::MapData;
 use ipnet::IpNet;
@@ -14,12 +15,14 @@ use shunt_ebpf_abi::{
     Name, RangeKey, address_flags, map,
 };
 
+use super::sweep::Sweeper;
 use super::sys::{Prefix, Table};
 use crate::op::Op;
+use crate::sizes::Extent;
 use crate::state::{FamilyFlags, Sizes, State, parity};
 
 /// Number under which `names` holds what the programs were loaded from.
-const OBJECT: u32 = 0;
+pub(super) const OBJECT: u32 = 0;
 
 /// Number under which `names` holds by which interface local pods are known.
 const fn pods_number(family: IpFamily) -> u32 {
@@ -45,6 +48,15 @@ pub(super) struct Maps {
     pub(super) tables: PathBuf,
     /// Local addresses that `addresses` knows.
     local: BTreeSet<Address>,
+    /// Where they are pinned, and when something there became another one.
+    folder: PathBuf,
+    changed: Option<SystemTime>,
+    /// Once somebody has asked for it.
+    sweeper: Option<Sweeper>,
+}
+
+fn changed(folder: &Path) -> Option<SystemTime> {
+    std::fs::metadata(folder).and_then(|folder| folder.modified()).ok()
 }
 
 /// What went wrong with which map.
@@ -80,9 +92,15 @@ pub(super) fn open<K: aya::Pod + Default, V: aya::Pod + Default>(
     Table::new(data).map_err(at(name))
 }
 
+/// What the programs were loaded from, by the maps pinned in a folder.
+pub(super) fn object_of(folder: &Path) -> Result<Option<String>, MapError> {
+    let names: Table<u32, Name> = open(folder, map::NAMES)?;
+    let name = names.get(&OBJECT).map_err(at(map::NAMES))?;
+    Ok(name.map(|name| name_text(&name).to_string()))
+}
+
 /// Makes the map that the object does not have, unless it is pinned already.
-pub(super) fn pin_names(folder: &Path, size: u32) -> io::Result<()> {
-    let path = folder.join(map::NAMES);
+pub(super) fn pin_names(path: &Path, size: u32) -> io::Result<()> {
     if path.exists() {
         return Ok(());
     }
@@ -94,7 +112,8 @@ pub(super) fn pin_names(folder: &Path, size: u32) -> io::Result<()> {
 impl Maps {
     /// Opens the maps pinned in a folder.
     pub(super) fn open(folder: &Path) -> Result<Self, MapError> {
-        Ok(Self {
+        let changed = changed(folder);
+        let mut maps = Self {
             config: open(folder, map::CONFIG)?,
             frontends: open(folder, map::FRONTENDS)?,
             slots: open(folder, map::SLOTS)?,
@@ -106,20 +125,79 @@ impl Maps {
             maglev: open(folder, map::MAGLEV)?,
             tables: folder.with_file_name(super::attach::TABLES),
             local: BTreeSet::new(),
-        })
+            folder: folder.to_owned(),
+            changed,
+            sweeper: None,
+        };
+        maps.read_local(|_, _| {})?;
+        Ok(maps)
+    }
+
+    /// Whether other maps may be pinned by now.
+    pub(super) fn is_stale(&self) -> bool {
+        self.changed.is_none() || changed(&self.folder) != self.changed
+    }
+
+    /// What goes through the table of flows.
+    pub(super) fn sweeper(&mut self) -> Result<&mut Sweeper, MapError> {
+        let sweeper = match self.sweeper.take() {
+            Some(sweeper) => sweeper,
+            None => Sweeper::new(&self.folder)?,
+        };
+        Ok(self.sweeper.insert(sweeper))
+    }
+
+    /// Reads what is known of addresses, and remembers which are the node's.
+    fn read_local(&mut self, mut each: impl FnMut(Address, u32)) -> Result<(), MapError> {
+        let mut local = BTreeSet::new();
+        self.addresses
+            .read(|address, flags| {
+                if flags & address_flags::LOCAL != 0 {
+                    local.insert(address);
+                }
+                each(address, flags);
+            })
+            .map_err(at(map::ADDRESSES))?;
+        self.local = local;
+        Ok(())
     }
 
     /// What the programs were loaded from.
     pub(super) fn object(&self) -> Result<Option<String>, MapError> {
-        let mut object = None;
-        self.names
-            .read(|number, name| {
-                if number == OBJECT {
-                    object = Some(name_text(&name).to_string());
+        let name = self.names.get(&OBJECT).map_err(at(map::NAMES))?;
+        Ok(name.map(|name| name_text(&name).to_string()))
+    }
+
+    /// Forgets what the programs were loaded from: whoever starts next loads them.
+    pub(super) fn forget_object(&self) -> Result<(), MapError> {
+        self.names.remove(&OBJECT).map_err(at(map::NAMES))
+    }
+
+    /// How much the maps hold of both families.
+    pub(super) fn extent(&self) -> Result<Extent, MapError> {
+        let mut held = Extent::default();
+        let slots = self.slots.size().map_err(at(map::SLOTS))?;
+        let count = |entries: &mut u32| *entries = entries.saturating_add(1);
+        self.frontends
+            .read(|_, frontend| {
+                count(&mut held.frontends);
+                held.services = held.services.max(frontend.service.saturating_add(1));
+                held.group(frontend.cluster, slots);
+                held.group(frontend.local, slots);
+            })
+            .map_err(at(map::FRONTENDS))?;
+        let names = self.names.read(|id, _| held.services = held.services.max(id.saturating_add(1)));
+        names.map_err(at(map::NAMES))?;
+        self.endpoints
+            .read_array(|id, endpoint| {
+                if endpoint.service != 0 {
+                    held.endpoints = id + 1;
                 }
             })
-            .map_err(at(map::NAMES))?;
-        Ok(object)
+            .map_err(at(map::ENDPOINTS))?;
+        self.addresses.read(|_, _| count(&mut held.addresses)).map_err(at(map::ADDRESSES))?;
+        self.maglev.read(|_, _| count(&mut held.tables)).map_err(at(map::MAGLEV))?;
+        Ok(held)
     }
 
     /// Remembers what the programs were loaded from.
@@ -264,18 +342,11 @@ impl Maps {
             })
             .map_err(at(map::RANGES))?;
         self.observe_maglev(&mut state)?;
-        self.local.clear();
-        let local = &mut self.local;
-        self.addresses
-            .read(|address, flags| {
-                if flags & address_flags::LOCAL != 0 {
-                    local.insert(address);
-                }
-                if state.owns_address(&address) {
-                    state.set_address(address, flags & !address_flags::LOCAL);
-                }
-            })
-            .map_err(at(map::ADDRESSES))?;
+        self.read_local(|address, flags| {
+            if state.owns_address(&address) {
+                state.set_address(address, flags & !address_flags::LOCAL);
+            }
+        })?;
         Ok(state)
     }
 

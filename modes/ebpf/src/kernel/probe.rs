@@ -114,7 +114,11 @@ fn helper() -> Result<(), Unsupported> {
 
 /// The root of the first cgroup2 that is mounted.
 pub(super) fn cgroup2() -> Option<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    cgroup2_of(&std::fs::read_to_string("/proc/self/mounts").ok()?)
+}
+
+/// The same of what `/proc/self/mounts` says; hierarchies of version 1 may be there too.
+fn cgroup2_of(mounts: &str) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let path = fields.next()?;
@@ -137,6 +141,18 @@ mod tests {
         let error = of(sys_admin).unwrap_err().to_string();
         assert!(error.contains("it lacks CAP_NET_ADMIN;"), "{error}");
         assert_eq!(capabilities(""), Ok(()));
+    }
+
+    #[test]
+    fn the_second_version_is_found_beside_the_first() {
+        let hybrid = "tmpfs /sys/fs/cgroup tmpfs ro,mode=755 0 0
+cgroup /sys/fs/cgroup/systemd cgroup rw,xattr,name=systemd 0 0
+cgroup2 /sys/fs/cgroup/unified cgroup2 rw,nsdelegate 0 0
+cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0";
+        assert_eq!(cgroup2_of(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        let alone = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\ncgroup2 /run/other cgroup2 rw 0 0";
+        assert_eq!(cgroup2_of(alone), Some("/sys/fs/cgroup".into()));
+        assert_eq!(cgroup2_of("cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0"), None);
     }
 
     #[test]

@@ -13,6 +13,9 @@ use aya::Pod;
 use aya::maps::MapData;
 use shunt_ebpf_abi::RangeKey;
 
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
@@ -124,6 +127,16 @@ const _: () = assert!(size_of::<Prefix>() == 24);
 
 #[repr(C)]
 #[derive(Default)]
+struct Element {
+    map: i32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
 struct Batch {
     from: u64,
     reached: u64,
@@ -194,29 +207,82 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
 
     /// Reads all elements, in the map's own order.
     pub(super) fn read(&self, mut each: impl FnMut(K, V)) -> io::Result<()> {
-        let mut keys = vec![K::default(); BATCH];
-        let mut values = vec![V::default(); BATCH];
-        // The kernel's mark of how far it came: a key, or a number.
-        let mut mark = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
-        let mut first = true;
+        let mut reader = Reader::new(BATCH);
         loop {
-            let mut attr = self.batch(BATCH);
-            attr.from = if first { 0 } else { mark.as_ptr() as u64 };
-            attr.reached = mark.as_mut_ptr() as u64;
-            (attr.keys, attr.values) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
-            first = false;
-            let end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
-                Ok(_) => false,
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-                Err(error) => return Err(error),
-            };
-            for (key, value) in keys.iter().zip(&values).take(attr.count as usize) {
-                each(*key, *value);
-            }
+            let (elements, end) = reader.next(self)?;
+            elements.for_each(|(key, value)| each(key, value));
             if end {
                 return Ok(());
             }
         }
+    }
+
+    fn element(&self, key: &K) -> Element {
+        let key = std::ptr::from_ref(key) as u64;
+        Element { map: self.map.fd().as_fd().as_raw_fd(), key, ..Element::default() }
+    }
+
+    /// The value of a key. No use in the sense of least recently used.
+    pub(super) fn get(&self, key: &K) -> io::Result<Option<V>> {
+        let mut value = V::default();
+        let mut attr = Element { value: std::ptr::from_mut(&mut value) as u64, ..self.element(key) };
+        match bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes one element.
+    pub(super) fn set(&self, key: &K, value: &V) -> io::Result<()> {
+        let mut attr = Element { value: std::ptr::from_ref(value) as u64, ..self.element(key) };
+        bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+    }
+
+    /// Deletes one element, if it is there.
+    pub(super) fn remove(&self, key: &K) -> io::Result<()> {
+        match bpf(BPF_MAP_DELETE_ELEM, &mut self.element(key)) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Reads a map in parts.
+#[derive(Debug)]
+pub(super) struct Reader<K, V> {
+    keys: Vec<K>,
+    values: Vec<V>,
+    /// The kernel's mark of how far it came: a key, or a number.
+    mark: Vec<u64>,
+    begun: bool,
+}
+
+impl<K: Pod + Default, V: Pod + Default> Reader<K, V> {
+    /// A reader at the start, of so many elements at a time.
+    pub(super) fn new(batch: usize) -> Self {
+        Self {
+            keys: vec![K::default(); batch],
+            values: vec![V::default(); batch],
+            mark: vec![0; size_of::<K>().div_ceil(8).max(1)],
+            begun: false,
+        }
+    }
+
+    /// The next elements, and whether they are the last: the reader is then at the start again.
+    pub(super) fn next(&mut self, table: &Table<K, V>) -> io::Result<(impl Iterator<Item = (K, V)>, bool)> {
+        let mut attr = table.batch(self.keys.len());
+        attr.from = if self.begun { self.mark.as_ptr() as u64 } else { 0 };
+        attr.reached = self.mark.as_mut_ptr() as u64;
+        (attr.keys, attr.values) = (self.keys.as_mut_ptr() as u64, self.values.as_mut_ptr() as u64);
+        let end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        self.begun = !end;
+        let elements = self.keys.iter().copied().zip(self.values.iter().copied());
+        Ok((elements.take(attr.count as usize), end))
     }
 }
 

@@ -4,6 +4,7 @@
 mod cluster;
 mod config;
 mod confined;
+mod ebpf;
 mod metrics;
 mod modes;
 mod node;

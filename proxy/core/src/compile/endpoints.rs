@@ -83,10 +83,20 @@ pub struct Usable {
 impl Usable {
     /// Candidates that terminate and still serve, but get no new flows.
     pub fn terminating(&self, candidates: &[Candidate]) -> EndpointGroup {
-        let groups = [&self.cluster, &self.local].into_iter().flatten();
-        let chosen: BTreeSet<Target> = groups.flat_map(|group| group.iter().copied()).collect();
+        let chosen = self.chosen();
         let left = candidates.iter().filter(|c| c.serving_terminating() && !chosen.contains(&c.target));
         left.map(|c| c.target).collect()
+    }
+
+    /// Candidates that get no new flows, but for those that are known as terminating.
+    pub fn unused(&self, candidates: &[Candidate], terminating: &EndpointGroup) -> EndpointGroup {
+        let mut used = self.chosen();
+        used.extend(terminating.iter().copied());
+        candidates.iter().map(|c| c.target).filter(|target| !used.contains(target)).collect()
+    }
+
+    fn chosen(&self) -> BTreeSet<Target> {
+        [&self.cluster, &self.local].into_iter().flatten().flat_map(|group| group.iter().copied()).collect()
     }
 }
 

@@ -192,17 +192,16 @@ fn compile_port(
     }));
     frontends.sort_by_key(|f| (f.kind, f.frontend));
 
+    let terminating =
+        if port.protocol == crate::id::Protocol::Udp { usable.terminating(&candidates) } else { [].into() };
     PortEntry {
         name: ServicePortName {
             service: service.name.clone(),
             port: port.name.clone(),
             protocol: port.protocol,
         },
-        terminating: if port.protocol == crate::id::Protocol::Udp {
-            usable.terminating(&candidates)
-        } else {
-            [].into()
-        },
+        listed: if context.config.keep_listed { usable.unused(&candidates, &terminating) } else { [].into() },
+        terminating,
         cluster: usable.cluster,
         local: usable.local,
         has_any_endpoints: usable.any,

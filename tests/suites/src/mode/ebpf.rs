@@ -1,6 +1,7 @@
 //! ebpf mode as the suites see it.
 
 pub mod place;
+pub mod small;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
