@@ -158,8 +158,14 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             let is_member = |id| lookup::is_member(&state.endpoint(id), service, local);
             must(members.iter().all(|m| is_member(m.id())), "an endpoint that is not of the group")
         }
-        Op::SetAddress(address, _) => must(state.owns_address(address), "another family's"),
+        Op::SetAddress(address, to) => {
+            let full = state.addresses.len() >= state.sizes.addresses as usize;
+            must(!full || *to == 0 || state.addresses.contains_key(address), "the map is full")?;
+            must(state.owns_address(address), "another family's")
+        }
         Op::AddRange(owner, range) => {
+            let count: usize = state.ranges().values().map(BTreeSet::len).sum();
+            must(count < state.sizes.ranges as usize, "the map is full")?;
             must(state.owns_range(*owner), "another family's")?;
             must(range.trunc() == *range, "host bits are set")
         }

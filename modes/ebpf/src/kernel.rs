@@ -15,6 +15,7 @@ mod held;
 mod maglev;
 mod maps;
 mod migrate;
+mod pins;
 mod probe;
 mod sweep;
 mod sys;
@@ -33,11 +34,12 @@ use shunt_core::id::IpFamily;
 use shunt_ebpf_abi::{Config, ServiceCounters, config_flags, size};
 use shunt_mode::{Counted, KernelError, Remedy, Unsupported};
 
-use self::attach::{AttachError, Pins, Places, Way};
+use self::attach::{AttachError, Places, Way};
 use self::counters::EndpointFlows;
 use self::devices::Devices;
 use self::maps::{MapError, Maps};
 use self::migrate::Look;
+use self::pins::Pins;
 use crate::op::Op;
 use crate::render::unlabel;
 use crate::sizes::Limits;
@@ -367,7 +369,7 @@ impl Kernel for Bpf {
         let (family, name) = (self.family, self.options.object_name());
         let Look::Known { object, held, limits, fresh } = self.look()? else {
             let mut state = State::empty(family);
-            state.sizes = self.options.limits().room(0, 0);
+            state.sizes = self.options.limits().all_room();
             return Ok(state);
         };
         let changing = self.pins.is_changing();

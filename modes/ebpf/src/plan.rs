@@ -16,7 +16,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use shunt_ebpf_abi::{
-    Address, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, endpoint_flags, range_owner,
+    Address, Endpoint, FIRST_SERVICE_ID, Frontend, FrontendKey, Group, address_flags, endpoint_flags,
+    range_owner,
 };
 use shunt_mode::Plan;
 
@@ -180,11 +181,21 @@ impl<'a> Planner<'a> {
     /// free one.
     fn assign_ids(&mut self) -> BTreeMap<&'a Arc<str>, u32> {
         let mut ids = BTreeMap::new();
+        let room = self.observed.sizes.ranges as usize;
+        let mut ranges: usize = self.observed.ranges().values().map(BTreeSet::len).sum();
         for (name, port) in &self.desired.ports {
             let held = self.observed.id_of(name);
             let kept = held.filter(|id| self.may_keep(name, *id, port));
             match kept.or_else(|| self.free_services.next()).or(held) {
                 Some(id) => {
+                    let known = self.observed.ranges().get(&id);
+                    let is_known = |range: &&IpNet| known.is_some_and(|known| known.contains(*range));
+                    let come = port.ranges.len() - port.ranges.iter().filter(is_known).count();
+                    if come > 0 && ranges + come > room {
+                        self.problems.push(format!("{name}: not served: no room for its source ranges"));
+                        continue;
+                    }
+                    ranges += come;
                     if let Some(held) = held.filter(|held| *held != id) {
                         self.moved.insert(id, held);
                     }
@@ -351,7 +362,16 @@ impl<'a> Planner<'a> {
 
     fn addresses(&mut self) {
         let (observed, desired) = (&self.observed.addresses, &self.desired.addresses);
+        let room = self.observed.sizes.addresses as usize;
+        let (mut count, mut left_out) = (observed.len(), 0);
         let mut change = |address: &Address, from: u32, to: u32| {
+            if from == 0 && to != 0 {
+                if count >= room {
+                    left_out += 1;
+                    return;
+                }
+                count += 1;
+            }
             if from | to != from {
                 self.turn.push(Op::SetAddress(*address, from | to));
             }
@@ -359,13 +379,20 @@ impl<'a> Planner<'a> {
                 self.after.push(Op::SetAddress(*address, to));
             }
         };
-        for (address, to) in desired {
+        // Node ports first: without the other bit only unknown ports are not refused.
+        let (node_ports, others): (Vec<_>, Vec<_>) =
+            desired.iter().partition(|(_, to)| **to & address_flags::NODE_PORT != 0);
+        for (address, to) in node_ports.into_iter().chain(others) {
             change(address, observed.get(address).copied().unwrap_or(0), *to);
         }
         if self.desired.everything {
             for (address, from) in observed.iter().filter(|(address, _)| !desired.contains_key(address)) {
                 change(address, *from, 0);
             }
+        }
+        if left_out > 0 {
+            self.problems
+                .push(format!("the map of addresses is full: {left_out} are not known as cluster IPs"));
         }
     }
 

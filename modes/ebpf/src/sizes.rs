@@ -52,15 +52,26 @@ impl Limits {
         self.maps().into_iter().filter_map(differs).collect()
     }
 
-    /// Room for one family in maps of these limits, where the other one has so many frontends and tables.
-    pub fn room(&self, other_frontends: u32, other_tables: u32) -> Sizes {
+    /// Room for one family in maps of these limits, where it has so much room in maps of others.
+    pub fn room(&self, held: &Self, of: &Sizes) -> Sizes {
+        // What is taken by others stays so.
+        let rest = |of: u32, held: u32, now: u32| now.saturating_sub(held.saturating_sub(of));
         Sizes {
-            frontends: self.frontends.saturating_sub(other_frontends),
+            frontends: rest(of.frontends, held.frontends, self.frontends),
             services: self.frontends,
             endpoints: self.endpoints,
             slots: self.endpoints.saturating_mul(4),
-            maglev: self.maglev.saturating_sub(other_tables),
+            maglev: rest(of.maglev, held.maglev, self.maglev),
+            addresses: rest(of.addresses, held.frontends.saturating_mul(2), self.frontends.saturating_mul(2)),
+            ranges: of.ranges,
         }
+    }
+
+    /// Room for a family in maps that nobody uses.
+    pub fn all_room(&self) -> Sizes {
+        let of = Limits { frontends: 0, maglev: 0, ..*self };
+        let nothing = Sizes { frontends: 0, maglev: 0, addresses: 0, ..Sizes::default() };
+        self.room(&of, &nothing)
     }
 
     /// These limits as far as what is there fits into them: where it does not, the maps keep the size that they have, and

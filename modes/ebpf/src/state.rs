@@ -28,6 +28,10 @@ pub struct Sizes {
     pub slots: u32,
     /// Maglev tables of this family.
     pub maglev: u32,
+    /// Addresses of this family of which something is known.
+    pub addresses: u32,
+    /// Ranges of this family.
+    pub ranges: u32,
 }
 
 impl Default for Sizes {
@@ -38,6 +42,8 @@ impl Default for Sizes {
             endpoints: size::ENDPOINTS,
             slots: size::SLOTS,
             maglev: size::MAGLEV,
+            addresses: size::ADDRESSES,
+            ranges: size::RANGES,
         }
     }
 }

@@ -300,7 +300,15 @@ fn new_devices_are_served() {
 /// Services for which there is no room are named and not served, the others are; room that comes is used.
 #[test]
 fn what_does_not_fit_is_named_and_left_out_as_a_whole() {
-    let sizes = Sizes { frontends: 4, services: 16 + 2 * 8, endpoints: 2 * 7, slots: 64, maglev: 4 };
+    let sizes = Sizes {
+        frontends: 4,
+        services: 16 + 2 * 8,
+        endpoints: 2 * 7,
+        slots: 64,
+        maglev: 4,
+        addresses: 5,
+        ..Sizes::default()
+    };
     let mut kernel = Synced::adopt(Ebpf::new(FakeKernel::new(V4).with_sizes(sizes))).unwrap();
     let mut cluster = cluster();
     let pod = |n: u8| -> IpAddr { [10, 180, 0, n].into() };
@@ -451,4 +459,36 @@ fn flows_are_counted() {
     assert_eq!((of("svc1").forwarded, of("svc1").rejected), (6, 0));
     assert_eq!((of("svc2").forwarded, of("svc2").rejected), (0, 1));
     kernel.backend.cleanup().unwrap();
+}
+
+/// The maps of addresses and of source ranges are full sooner than that of frontends: what needs them is named and left
+/// out as a whole, and nothing else is.
+#[test]
+fn maps_of_addresses_and_ranges_are_never_overfilled() {
+    let sizes = Sizes { addresses: 3, ranges: 3, ..Sizes::default() };
+    let mut kernel = Synced::adopt(Ebpf::new(FakeKernel::new(V4).with_sizes(sizes))).unwrap();
+    let mut cluster = cluster();
+    for n in 1..=4 {
+        let Step::Event(Event::Service(mut guarded)) = service(n, None) else { unreachable!() };
+        guarded.load_balancer_ips = vec![[1, 2, 3, n as u8].into()];
+        guarded.source_ranges = vec!["203.0.113.0/25".parse().unwrap(), "198.51.100.0/24".parse().unwrap()];
+        if n == 4 {
+            guarded.source_ranges.clear();
+        }
+        cluster.steps(&[Step::Event(Event::Service(guarded)), slice(n, &[[10, 180, 0, 1].into()])]);
+    }
+    let plan = kernel.sync(cluster.table(V4), &Change::everything()).unwrap();
+    let problems = plan.problems;
+    assert_eq!(
+        problems,
+        [
+            "ns/svc2/tcp: not served: no room for its source ranges",
+            "ns/svc3/tcp: not served: no room for its source ranges",
+            "the map of addresses is full: 2 are not known as cluster IPs",
+        ]
+    );
+    let names: Vec<&str> = kernel.mirror.names().values().map(|name| &**name).collect();
+    assert_eq!(names, ["ns/svc1/tcp", "ns/svc4/tcp"]);
+    assert_eq!(kernel.mirror.frontends().len(), 4);
+    assert_eq!(kernel.mirror.ranges().values().map(std::collections::BTreeSet::len).sum::<usize>(), 2);
 }

@@ -339,13 +339,14 @@ fn short_connections_do_not_push_out_a_quiet_one() {
     for swept in [true, false] {
         let mut quiet = lab.client().converse(&to).unwrap();
         quiet.ask().unwrap();
-        for _ in 0..6 {
-            // Four entries each, more than half of the table.
+        for round in 0..8 {
+            // Four entries each, nearly half of the table.
             for _ in 0..10 {
-                let connections = lab.client().probe_all(vec![to.clone(); 30]).unwrap();
-                assert!(connections.iter().all(|seen| seen.pod().is_some()), "{connections:?}");
+                let connections = lab.client().probe_all(vec![to.clone(); 20]).unwrap();
+                let failed = connections.iter().find(|seen| seen.pod().is_none());
+                assert!(failed.is_none(), "round {round}, swept {swept}: {failed:?}");
             }
-            sleep(Duration::from_millis(1500));
+            sleep(Duration::from_millis(1300));
             if swept {
                 let Synced { backend, mirror } = &mut kernels[0];
                 let mut due = Instant::now();
@@ -358,7 +359,8 @@ fn short_connections_do_not_push_out_a_quiet_one() {
                 }
             }
         }
-        assert_eq!(quiet.ask().is_ok(), swept);
+        let answer = quiet.ask();
+        assert_eq!(answer.is_ok(), swept, "{answer:?}");
     }
     kernels[0].backend.cleanup().unwrap();
 }

@@ -123,7 +123,7 @@ impl Maps {
             interfaces: open(folder, map::INTERFACES)?,
             names: open(folder, map::NAMES)?,
             maglev: open(folder, map::MAGLEV)?,
-            tables: folder.with_file_name(super::attach::TABLES),
+            tables: folder.with_file_name(super::pins::TABLES),
             local: BTreeSet::new(),
             folder: folder.to_owned(),
             changed,
@@ -304,6 +304,8 @@ impl Maps {
             endpoints: self.endpoints.size().map_err(at(map::ENDPOINTS))?,
             slots: self.slots.size().map_err(at(map::SLOTS))?,
             maglev: 0,
+            addresses: self.addresses.size().map_err(at(map::ADDRESSES))?,
+            ranges: self.ranges.size().map_err(at(map::RANGES))?,
         };
         for (key, frontend) in frontends {
             state.set_frontend(key, Some(frontend));
@@ -332,21 +334,29 @@ impl Maps {
                 }
             })
             .map_err(at(map::ENDPOINTS))?;
+        let mut others = 0_u32;
         self.ranges
             .read(|prefix, _| {
                 if state.owns_range(prefix.key.owner)
                     && let Some(range) = range_of(&prefix, family)
                 {
                     state.add_range(prefix.key.owner, range);
+                } else {
+                    others += 1;
                 }
             })
             .map_err(at(map::RANGES))?;
+        state.sizes.ranges = state.sizes.ranges.saturating_sub(others);
         self.observe_maglev(&mut state)?;
+        // The node may get more addresses.
+        let mut others = state.sizes.addresses / 16;
         self.read_local(|address, flags| {
             if state.owns_address(&address) {
                 state.set_address(address, flags & !address_flags::LOCAL);
             }
+            others += u32::from(!state.owns_address(&address) || flags == address_flags::LOCAL);
         })?;
+        state.sizes.addresses = state.sizes.addresses.saturating_sub(others);
         Ok(state)
     }
 

@@ -7,13 +7,14 @@ use std::time::Instant;
 use shunt_ebpf_abi::{Config, map};
 use shunt_mode::KernelError;
 
-use super::attach::{self, AttachError, Pins, Way};
+use super::attach::{self, AttachError, Way};
 use super::copy::Copier;
 use super::held::{Held, all_maps};
 use super::maps::now;
+use super::pins::Pins;
 use super::{Bpf, Places, failed, of_attach, of_map};
 use crate::sizes::{Limits, MapSizes};
-use crate::state::{Sizes, State};
+use crate::state::State;
 
 /// What is pinned, and what should become of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -218,9 +219,7 @@ impl Bpf {
 
     /// What there will be of `state` once the maps have other limits.
     pub(super) fn resized(state: &mut State, held: &Limits, limits: &Limits) {
-        let Sizes { frontends, maglev, .. } = state.sizes;
-        let (others, tables) = (held.frontends.saturating_sub(frontends), held.maglev.saturating_sub(maglev));
-        state.resize(limits.room(others, tables));
+        state.resize(limits.room(held, &state.sizes));
     }
 }
 

@@ -11,10 +11,10 @@ use crate::cluster::{Cluster, KUBEADM};
 use crate::metrics::sample;
 
 /// Service ids below 64 of one family, from 16 on.
-const ROOM: usize = 24;
-const SERVICES: usize = 30;
+const ROOM: u8 = 24;
+const SERVICES: u8 = 30;
 
-fn put(cluster: &Cluster, n: usize) {
+fn put(cluster: &Cluster, n: u8) {
     let name = format!("many-{n:02}");
     let address = format!("10.96.1.{n}");
     cluster.server.put(json!({
@@ -130,10 +130,10 @@ fn what_ebpf_mode_has_no_room_for_is_told_of_and_left_out() -> Result<()> {
     let mut agent = start(&cluster, "full", "{frontendsMax: 64}", &[])?;
     let left_out = |metrics: &str| sample(metrics, "shunt_not_programmed{ip_family=\"IPv4\"}");
     cluster
-        .wait("the metric", |c| Ok(left_out(&c.metrics()?) == Some((SERVICES - ROOM) as f64)))
+        .wait("the metric", |c| Ok(left_out(&c.metrics()?) == Some(f64::from(SERVICES - ROOM))))
         .with_context(|| agent.to_string())?;
     let limited = "shunt_kernel_table_entries_limit{ip_family=\"IPv4\",table=\"services\"}";
-    ensure!(sample(&cluster.metrics()?, limited) == Some(ROOM as f64), "{}", cluster.metrics()?);
+    ensure!(sample(&cluster.metrics()?, limited) == Some(f64::from(ROOM)), "{}", cluster.metrics()?);
     for n in ROOM..SERVICES {
         let name = format!("many-{n:02}");
         let why = format!("demo/{name}:http/tcp: not served: all service ids are taken");
