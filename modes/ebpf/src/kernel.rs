@@ -266,14 +266,9 @@ impl Bpf {
                 if fresh.is_empty() {
                     load()?;
                     self.loaded = true;
-                }
-                if !same {
                     // Programs of before may not know the filter.
-                    let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
-                    let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
-                    filter::fill(&self.pins.maps(), longest).map_err(of_map)?;
-                }
-                if !fresh.is_empty() {
+                    self.fill_filter()?;
+                } else {
                     self.migrate(&held, &limits, fresh)?;
                 }
             }
@@ -301,6 +296,13 @@ impl Bpf {
             };
         })
         .map_err(of_map)
+    }
+
+    /// Has the programs look every packet up until the flows that others than they may have written down are over.
+    fn fill_filter(&self) -> Result<(), KernelError> {
+        let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
+        let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
+        filter::fill(&self.pins.maps(), longest).map_err(of_map)
     }
 
     /// The cgroup whose processes are served.

@@ -12,8 +12,12 @@ use crate::maps::{FLOWS, INTERFACES};
 use crate::tables::{Kernel, event};
 
 const SECOND: u64 = 1_000_000_000;
-/// How many ports are tried for a masqueraded flow.
+/// How many ports are tried for a flow whose own one is taken.
 const PORT_TRIES: u32 = 8;
+/// How many ports are tried for a masqueraded flow: many at one endpoint may share few ports
+/// (`ip_local_port_range` leaves 9,000 of them on some nodes), and of half that are taken eight in a row are
+/// hit once in 256 connections.
+const MASQUERADE_TRIES: u32 = 48;
 
 /// Whether nothing was seen of a flow for so long that it is forgotten.
 #[inline(always)]
@@ -194,7 +198,7 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
     work.flow.state = Flow::OPENING;
     work.flow.masquerade_port = 0;
     work.flow_key.tuple.destination = source;
-    for _ in 0..PORT_TRIES {
+    for _ in 0..MASQUERADE_TRIES {
         // SAFETY: the helper only makes a number.
         let random = unsafe { bpf_get_prandom_u32() };
         let port = (min.wrapping_add(scale(random, range) as u16)).to_be();

@@ -29,11 +29,8 @@ pub(super) fn gone(ops: &[Op]) -> Gone {
     freed.collect()
 }
 
-/// Sockets that the programs sent to endpoints that are gone: cookie, and the endpoint's address and port.
-type Wanted = BTreeMap<u64, BTreeSet<(Address, u16)>>;
-
-/// Protocols whose sockets the programs send somewhere.
-const PROTOCOLS: [u8; 2] = [libc::IPPROTO_TCP as u8, libc::IPPROTO_UDP as u8];
+/// Sockets that the programs sent to endpoints that are gone: protocol and cookie, and the endpoint's address and port.
+type Wanted = BTreeMap<(u8, u64), BTreeSet<(Address, u16)>>;
 
 /// What became of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -74,15 +71,16 @@ fn wanted(folder: &Path, gone: &Gone) -> Result<Wanted, MapError> {
     sockets
         .read(|key, record| {
             if key.direction == SocketKey::REVERSE && gone.get(&record.endpoint) == Some(&record.generation) {
-                wanted.entry(key.cookie).or_default().insert((key.address, key.port));
+                wanted.entry((key.protocol, key.cookie)).or_default().insert((key.address, key.port));
             }
         })
         .map_err(at(map::SOCKETS))?;
     let peers: Table<u32, Peer> = open(folder, map::PEERS)?;
     peers
-        .read_array(|_, peer| {
+        .read(|_, peer| {
             if peer.cookie != 0 && gone.get(&peer.id) == Some(&peer.generation) {
-                wanted.entry(peer.cookie).or_default().insert((peer.endpoint, peer.endpoint_port));
+                let sent = (peer.endpoint, peer.endpoint_port);
+                wanted.entry((peer.protocol, peer.cookie)).or_default().insert(sent);
             }
         })
         .map_err(at(map::PEERS))?;
@@ -126,11 +124,12 @@ fn destroy(own: &File, wanted: &Wanted) -> io::Result<Report> {
 }
 
 fn destroy_here(wanted: &Wanted) -> Result<usize, Error> {
+    let protocols: BTreeSet<u8> = wanted.keys().map(|(protocol, _)| *protocol).collect();
     let (mut diag, mut destroyed) = (Diag::open()?, 0);
-    for protocol in PROTOCOLS {
+    for protocol in protocols {
         let mut found: Vec<Connected> = Vec::new();
         diag.connected(protocol, |socket| {
-            let peers = wanted.get(&socket.cookie());
+            let peers = wanted.get(&(protocol, socket.cookie()));
             if peers.is_some_and(|peers| peers.contains(&(socket.address(), socket.port()))) {
                 found.push(socket);
             }
