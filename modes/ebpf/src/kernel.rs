@@ -383,7 +383,7 @@ impl Kernel for Bpf {
         let (family, pins) = (self.family, self.pins.maps());
         let Some(maps) = self.open_maps()? else { return Ok(None) };
         let serves = maps.frontends().map_err(of_map)? > 0;
-        match flows::live(&pins, family, !serves) {
+        match flows::live(&pins, family) {
             Ok((connections, tuples)) => Ok(Some(Remains { serves, connections, tuples })),
             // Removed with the other family's.
             Err(error) if error.is_missing() => Ok(None),

@@ -26,9 +26,8 @@ const TCP: u8 = 6;
 type Flows = BTreeMap<FlowKey, Flow>;
 
 /// How many TCP connections of both families go on, and how those of one family look inside the node and, if that is
-/// different, behind it. The others of that family are forgotten, once none begin any more (`forget`): until then another
-/// one may take an entry over between the look and its deletion, and all count.
-pub(super) fn live(folder: &Path, family: IpFamily, forget: bool) -> Result<(usize, Vec<Tuple>), MapError> {
+/// different, behind it. The others of that family are forgotten.
+pub(super) fn live(folder: &Path, family: IpFamily) -> Result<(usize, Vec<Tuple>), MapError> {
     let table: Table<FlowKey, Flow> = open(folder, map::FLOWS)?;
     let (now, mut flows) = (now().map_err(at(map::FLOWS))?, Flows::new());
     table
@@ -36,9 +35,9 @@ pub(super) fn live(folder: &Path, family: IpFamily, forget: bool) -> Result<(usi
             flows.insert(key, flow);
         })
         .map_err(at(map::FLOWS))?;
-    let (live, over) = sort(&flows, if forget { now } else { 0 });
+    let (live, over) = sort(&flows, now);
     let of_family = |packet: &Packet| packet.source.is_v4() == (family == IpFamily::V4);
-    for key in over.iter().filter(|key| forget && of_family(&key.tuple)) {
+    for key in over.iter().filter(|key| of_family(&key.tuple)) {
         // Another packet's entry may have taken its place by now, or none.
         table.delete(&[*key]).or_else(gone).map_err(at(map::FLOWS))?;
     }
