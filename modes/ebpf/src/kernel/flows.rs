@@ -43,10 +43,8 @@ pub(super) fn live(folder: &Path, family: IpFamily) -> Result<(usize, Vec<Tuple>
     }
     let of_family = live.iter().filter(|(inside, _)| of_family(inside));
     let tuples = of_family.flat_map(|(inside, live)| {
-        // What has ended still has entries, which another connection alike must not meet. One of the node's own is to
-        // the Service itself: that one may be alike, and is not met by the programs.
-        let is_met = live.ended != [true, true] || !live.is_own;
-        Some(inside).filter(|_| is_met).into_iter().chain(&live.behind)
+        // What has ended is none to go on with, but its ports are taken.
+        Some(inside).filter(|_| live.ended != [true, true]).into_iter().chain(&live.behind)
     });
     Ok((live.len(), tuples.map(tuple).collect()))
 }
@@ -82,8 +80,6 @@ struct Connection {
     /// What packets from the client are behind the node, if that is not what they are inside. Two, where an earlier
     /// connection between the same two was masqueraded: answers to that one are still recognized.
     behind: BTreeSet<Packet>,
-    /// Whether the client is a process of the node.
-    is_own: bool,
 }
 
 impl Connection {
@@ -123,7 +119,6 @@ fn sort(flows: &Flows, now: u64) -> (BTreeMap<Packet, Connection>, Vec<FlowKey>)
         let inside = if is_reply { inside.reversed() } else { inside };
         let connection = connections.entry(inside).or_default();
         connection.keys.push(*key);
-        connection.is_own |= flow.flags & Flow::FROM_NODE != 0;
         connection.last_seen = connection.last_seen.max(flow.last_seen);
         connection.flows[usize::from(is_reply)] |= flow.state != Flow::OPENING;
         connection.ended[usize::from(is_reply)] |= flow.state == Flow::CLOSING;
