@@ -187,8 +187,10 @@ fn tour(tour: &[Way], hands_over: bool) -> Result<()> {
     for storm in storms {
         let report = storm.stop()?;
         println!("{report}");
+        // After ebpf mode a few may break whose clients use their ports again: see docs/migration.md.
+        let may_fail = if tour.contains(&EBPF) { report.attempted / 1000 } else { 0 };
         ensure!(
-            report.attempted > if inside() { 100 } else { 500 } && report.failures.is_empty(),
+            report.attempted > if inside() { 100 } else { 500 } && report.failures.len() as u64 <= may_fail,
             "{report} {:?}: {agent}",
             report.failures
         );
