@@ -1,5 +1,6 @@
 //! The filter in front of the connection table, and what is counted of flows.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, ensure};
@@ -42,12 +43,16 @@ fn families() -> Result<[Family; 2]> {
     ])
 }
 
-fn loaded(family: &Family, protocol: u8) -> Result<(Loaded, Written)> {
-    let mut loaded = Loaded::new()?;
+fn config(family: &Family) -> Config {
     let mut config = Config::DEFAULT;
     *(if family.node.is_ipv4() { &mut config.masquerade4 } else { &mut config.masquerade6 }) =
         family.node.into();
-    loaded.set_config(config)?;
+    config
+}
+
+fn loaded(family: &Family, protocol: u8) -> Result<(Loaded, Written)> {
+    let mut loaded = Loaded::new()?;
+    loaded.set_config(config(family))?;
     loaded.set_address(family.vip.ip(), address_flags::CLUSTER_IP)?;
     loaded.set_address(family.node, address_flags::LOCAL)?;
     let service = loaded.add_service(&Service::new(protocol, [family.endpoint]))?;
@@ -156,7 +161,28 @@ fn bytes_are_counted_once_a_packet() -> Result<()> {
     Ok(())
 }
 
+fn masqueraded_flows_find_the_ports_that_are_left() -> Result<()> {
+    const PORTS: std::ops::Range<u16> = 20_000..21_000;
+    for family in families()? {
+        let (mut loaded, _) = loaded(&family, TCP)?;
+        let (masquerade_port_min, masquerade_port_max) = (PORTS.start, PORTS.end - 1);
+        loaded.set_config(Config { masquerade_port_min, masquerade_port_max, ..config(&family) })?;
+        let mut taken = BTreeSet::new();
+        // Four fifths of them, all to one endpoint.
+        for port in 0..800 {
+            let client = SocketAddr::new(family.client.ip(), 40_000 + port);
+            let inside = pass(&mut loaded, "ingress", &Packet::new(client, family.masqueraded, TCP).bytes())?;
+            let outside = read(&pass(&mut loaded, "egress", &inside)?)?;
+            let source = outside.source;
+            assert!(source.ip() == family.node && PORTS.contains(&source.port()), "{source}");
+            assert!(taken.insert(source.port()), "{source} is another flow's");
+        }
+    }
+    Ok(())
+}
+
 in_both_kernels!(
+    masqueraded_flows_find_the_ports_that_are_left,
     what_the_filter_does_not_know_is_left_alone,
     a_flow_that_goes_on_is_kept_in_the_filter,
     bytes_are_counted_once_a_packet,
