@@ -137,7 +137,7 @@ fn what_ebpf_mode_has_no_room_for_is_told_of_and_left_out() -> Result<()> {
     for n in ROOM..SERVICES {
         let name = format!("many-{n:02}");
         let why = format!("demo/{name}:http/tcp: not served: all service ids are taken");
-        ensure!(agent.stderr().contains(&why), "{agent}");
+        cluster.wait("the log", |_| Ok(agent.stderr().contains(&why))).with_context(|| agent.to_string())?;
         cluster.wait("the event", |c| {
             Ok(c.server.events().iter().any(|event| {
                 event["reason"] == "KernelTableFull"
