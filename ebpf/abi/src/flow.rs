@@ -16,7 +16,7 @@
 //! not serve has two entries: its packets are translated at egress and sent on from there, the answers
 //! at ingress.
 
-use crate::Address;
+use crate::{Address, Config};
 
 /// Source and destination of a packet; ports in network byte order.
 #[repr(C)]
@@ -107,7 +107,24 @@ impl Flow {
     pub const OPEN: u8 = 1;
     /// State: TCP after FIN or RST, SCTP after SHUTDOWN or ABORT in this direction.
     pub const CLOSING: u8 = 2;
+
+    /// Whether nothing was seen of it for so long that it is forgotten; `now` as in [`Flow::last_seen`], which another
+    /// processor may have set to a little later.
+    #[inline(always)]
+    pub const fn is_forgotten(&self, protocol: u8, config: &Config, now: u64) -> bool {
+        let timeout = if protocol == UDP {
+            config.udp_timeout
+        } else if self.state == Self::OPEN {
+            config.tcp_timeout
+        } else {
+            config.tcp_transient_timeout
+        };
+        now.saturating_sub(self.last_seen) > timeout as u64 * 1_000_000_000
+    }
 }
+
+/// `IPPROTO_UDP`.
+const UDP: u8 = 17;
 
 /// A datagram in fragments.
 #[repr(C)]

@@ -2,19 +2,9 @@
 
 use shunt_ebpf_abi::{Config, Flow};
 
-const UDP: u8 = 17;
-
-/// When a flow was seen last (nanoseconds of `CLOCK_MONOTONIC`), unless its time is over at `now`: the rule of the programs
-/// (`expired` in `ebpf/programs/src/tc/flow.rs`).
+/// When a flow was seen last (nanoseconds of `CLOCK_MONOTONIC`), unless its time is over at `now`.
 pub fn last_seen(config: &Config, protocol: u8, flow: &Flow, now: u64) -> Option<u64> {
-    let timeout = if protocol == UDP {
-        config.udp_timeout
-    } else if flow.state == Flow::OPEN {
-        config.tcp_timeout
-    } else {
-        config.tcp_transient_timeout
-    };
-    (now.saturating_sub(flow.last_seen) <= u64::from(timeout) * 1_000_000_000).then_some(flow.last_seen)
+    (!flow.is_forgotten(protocol, config, now)).then_some(flow.last_seen)
 }
 
 /// Whether what one copy of a flow says is newer than what another one says that was made of it: a packet was seen since,

@@ -19,19 +19,6 @@ const PORT_TRIES: u32 = 8;
 /// hit once in 256 connections.
 const MASQUERADE_TRIES: u32 = 48;
 
-/// Whether nothing was seen of a flow for so long that it is forgotten.
-#[inline(always)]
-fn expired(kernel: &Kernel, protocol: u8, flow: &Flow, now: u64) -> bool {
-    let timeout = if protocol == UDP {
-        kernel.config.udp_timeout
-    } else if flow.state == Flow::OPEN {
-        kernel.config.tcp_timeout
-    } else {
-        kernel.config.tcp_transient_timeout
-    };
-    now.wrapping_sub(flow.last_seen) > u64::from(timeout) * SECOND
-}
-
 /// The packet's flow has an entry.
 pub(crate) const KNOWN: u32 = 0;
 /// It has none, or one that does not count any more.
@@ -68,7 +55,7 @@ fn begins_anew(kernel: &Kernel, work: &Work, flow: &Flow) -> bool {
     if work.begins == 0 || flow.flags & (Flow::REPLY | Flow::MASQUERADE) != 0 {
         return false;
     }
-    if flow.state == Flow::CLOSING || expired(kernel, work.layout.protocol, flow, work.now) {
+    if flow.state == Flow::CLOSING || flow.is_forgotten(work.layout.protocol, kernel.config, work.now) {
         return true;
     }
     if work.layout.protocol == TCP && flow.state != Flow::OPENING {
@@ -158,7 +145,10 @@ fn claim(kernel: &Kernel, work: &mut Work) -> bool {
             let same = other.tuple.destination_port == work.flow.tuple.destination_port
                 && other.tuple.source_port == work.flow.tuple.source_port
                 && other.tuple.source.same(&work.flow.tuple.source);
-            if same || other.state == Flow::CLOSING || expired(kernel, work.key.protocol, other, work.now) {
+            if same
+                || other.state == Flow::CLOSING
+                || other.is_forgotten(work.key.protocol, kernel.config, work.now)
+            {
                 let claimed = FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok();
                 if work.key.hook == FlowKey::INGRESS {
                     // The old flow may have been masqueraded, and this one not.

@@ -38,8 +38,10 @@ pub(super) fn live(folder: &Path, family: IpFamily) -> Result<(usize, Vec<Tuple>
     let (live, over) = sort(&flows, now);
     let of_family = |packet: &Packet| packet.source.is_v4() == (family == IpFamily::V4);
     for key in over.iter().filter(|key| of_family(&key.tuple)) {
-        // Another packet's entry may have taken its place by now, or none.
-        table.delete(&[*key]).or_else(gone).map_err(at(map::FLOWS))?;
+        // Another flow may have taken its place since it was read.
+        if table.get(key).map_err(at(map::FLOWS))?.as_ref() == flows.get(key) {
+            table.remove(key).map_err(at(map::FLOWS))?;
+        }
     }
     let of_family = live.iter().filter(|(inside, _)| of_family(inside));
     let tuples = of_family.flat_map(|(inside, live)| {
@@ -60,10 +62,6 @@ pub(super) fn keep_off(folder: &Path, answers: &[Tuple]) -> Result<(), MapError>
         table.insert_new(key, flow).map_err(at(map::FLOWS))?;
     }
     Ok(())
-}
-
-fn gone(error: std::io::Error) -> std::io::Result<()> {
-    if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }
 
 /// What the entries of a TCP connection say together. What comes in may be dropped before it leaves (netfilter does so
