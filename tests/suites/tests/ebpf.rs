@@ -24,7 +24,7 @@ use shunt_core::table::Change;
 use shunt_core::walk::{Outcome, Packet};
 use shunt_ebpf_tests::tun::Tun;
 use shunt_harness::cases;
-use shunt_harness::lab::{Lab, Probe, StormSpec, require_kernel};
+use shunt_harness::lab::{Lab, Probe, require_kernel};
 use shunt_mode::{Backend, Transaction, rendered};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::fake::FakeKernel;
@@ -33,6 +33,7 @@ use shunt_mode_ebpf::op::Op;
 use shunt_mode_ebpf::state::Sizes;
 use shunt_suites::driver::{Cluster, Synced};
 use shunt_suites::mode::ebpf::place;
+use shunt_suites::mode::ebpf::small::under_load;
 use shunt_suites::mode::{EbpfMode, ModeUnderTest};
 use shunt_suites::random::Step;
 
@@ -149,75 +150,62 @@ fn no_connection_breaks_when_the_agent_starts_anew_or_is_replaced() {
     let table = cluster.table(V4).clone();
     start(&lab, &options).sync(&table, &Change::everything()).unwrap();
 
+    let target = |from, to: &str| (from, to.parse::<SocketAddr>().unwrap());
     let targets = [
-        (lab.client(), "192.168.0.2:3001"),
-        (lab.client(), "172.16.0.1:80"),
-        (lab.node(), "172.16.0.1:80"),
-        (lab.pod("10.180.0.1").unwrap(), "172.16.0.1:80"),
+        target(lab.client(), "192.168.0.2:3001"),
+        target(lab.client(), "172.16.0.1:80"),
+        target(lab.node(), "172.16.0.1:80"),
+        target(lab.pod("10.180.0.1").unwrap(), "172.16.0.1:80"),
     ];
-    let probe = |to: &str| Probe::tcp(to.parse().unwrap()).timeout(Duration::from_millis(900));
-    let storms: Vec<_> = targets
-        .iter()
-        .map(|(from, to)| {
-            let spec = StormSpec { probe: probe(to), rate: 100, duration: Duration::from_mins(2) };
-            from.storm(spec).unwrap()
-        })
-        .collect();
-    let mut open: Vec<_> = targets.iter().map(|(from, to)| from.converse(&probe(to)).unwrap()).collect();
     let began = Instant::now();
-    let homes: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
-
-    for _ in 0..50 {
-        let again = start(&lab, &options);
-        assert!(again.mirror.installed);
-        let plan = again.plan(&table, &Change::everything());
-        assert!(plan.is_empty(), "a restart would do\n{plan}");
-    }
-    println!("50 restarts until {:?}", began.elapsed());
-    let refusal =
-        || lab.node().run(|| Ok(TcpListener::bind("0.0.0.0:3001").err().map(|e| e.kind()))).unwrap();
-    assert_eq!(refusal(), Some(ErrorKind::AddrInUse));
-    let other = Cow::Owned(other_build(&options.object));
-    let other = Arc::new(Options { object: other, ..Options::clone(&options) });
-    let mut held = tags(&options);
-    for n in 0..10_u8 {
-        let (build, refused) =
-            if n % 2 == 0 { (&other, ErrorKind::PermissionDenied) } else { (&options, ErrorKind::AddrInUse) };
-        let mut upgraded = start(&lab, build);
-        assert!(!upgraded.mirror.installed, "other programs are taken for the same");
-        upgraded.sync(&table, &Change::everything()).unwrap();
-        assert_eq!(upgraded.backend.observe().unwrap(), upgraded.mirror);
-        let now = tags(&options);
-        assert!(now.iter().all(|(name, tag)| held[name] != *tag), "the same: {held:?} and {now:?}");
-        held = now;
-        assert_eq!(refusal(), Some(refused), "the links have the programs of before");
-        for conversation in &mut open {
-            conversation.ask().unwrap();
+    let reports = under_load(&targets, |open| {
+        for _ in 0..50 {
+            let again = start(&lab, &options);
+            assert!(again.mirror.installed);
+            let plan = again.plan(&table, &Change::everything());
+            assert!(plan.is_empty(), "a restart would do\n{plan}");
         }
-    }
-    println!("10 upgrades until {:?}", began.elapsed());
-    let now: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
-    assert_eq!(now, homes);
-    for ((_, to), storm) in targets.iter().zip(storms) {
-        let report = storm.stop().unwrap();
-        println!("to {to}: {report}");
-        assert!(report.failures.is_empty(), "{report}");
+        println!("50 restarts until {:?}", began.elapsed());
+        let refusal =
+            || lab.node().run(|| Ok(TcpListener::bind("0.0.0.0:3001").err().map(|e| e.kind()))).unwrap();
+        assert_eq!(refusal(), Some(ErrorKind::AddrInUse));
+        let other = Cow::Owned(other_build(&options.object));
+        let other = Arc::new(Options { object: other, ..Options::clone(&options) });
+        let mut held = tags(&options);
+        for n in 0..10_u8 {
+            let (build, refused) = if n % 2 == 0 {
+                (&other, ErrorKind::PermissionDenied)
+            } else {
+                (&options, ErrorKind::AddrInUse)
+            };
+            let mut upgraded = start(&lab, build);
+            assert!(!upgraded.mirror.installed, "other programs are taken for the same");
+            upgraded.sync(&table, &Change::everything()).unwrap();
+            assert_eq!(upgraded.backend.observe().unwrap(), upgraded.mirror);
+            let now = tags(&options);
+            assert!(now.iter().all(|(name, tag)| held[name] != *tag), "the same: {held:?} and {now:?}");
+            held = now;
+            assert_eq!(refusal(), Some(refused), "the links have the programs of before");
+            for conversation in &mut *open {
+                conversation.ask().unwrap();
+            }
+        }
+        println!("10 upgrades until {:?}", began.elapsed());
+    });
+    for report in reports {
         assert_eq!(report.replies.len(), pods.len());
     }
     start(&lab, &options).backend.cleanup().unwrap();
     // Nothing is left of it, and nothing is served any more.
     let root = options.bpf_root.join("shunt");
     assert!(!root.exists());
-    let seen = lab.client().probe(probe("172.16.0.1:80")).unwrap();
+    let probe = Probe::tcp(targets[1].1).timeout(Duration::from_millis(900));
+    let seen = lab.client().probe(probe).unwrap();
     assert!(seen.answer().is_none(), "{seen}");
 }
 
-/// Flows that were written down by programs that know no filter go on under those that have one.
-#[test]
-fn flows_of_older_programs_go_on() {
-    if !require_kernel() {
-        return;
-    }
+/// A client, the node, and a pod that answers on port 8080.
+fn one_pod() -> (Lab, IpAddr) {
     let pod: IpAddr = [10, 180, 0, 1].into();
     let lab = Lab::builder()
         .node([[192, 168, 0, 2].into()])
@@ -226,6 +214,16 @@ fn flows_of_older_programs_go_on() {
         .build()
         .unwrap();
     lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
+    (lab, pod)
+}
+
+/// Flows that were written down by programs that know no filter go on under those that have one.
+#[test]
+fn flows_of_older_programs_go_on() {
+    if !require_kernel() {
+        return;
+    }
+    let (lab, pod) = one_pod();
     EbpfMode::settle(&lab).unwrap();
     let options = lab.node().run(place::options).unwrap();
     let mut cluster = cluster();
@@ -252,14 +250,7 @@ fn new_devices_are_served() {
     if !require_kernel() {
         return;
     }
-    let pod: IpAddr = [10, 180, 0, 1].into();
-    let lab = Lab::builder()
-        .node([[192, 168, 0, 2].into()])
-        .client([[203, 0, 113, 2].into()])
-        .pod("pod", [pod])
-        .build()
-        .unwrap();
-    lab.pod("pod").unwrap().serve_ports([8080]).unwrap();
+    let (lab, pod) = one_pod();
     let options = lab.node().run(place::options).unwrap();
     let mut cluster = cluster();
     cluster.steps(&[service(1, Some(3001)), slice(1, &[pod])]);

@@ -130,7 +130,7 @@ fn maps_grow_and_shrink_under_load() {
     };
     let first = homes();
     assert!(first.contains(&"pod=10.180.0.1".to_owned()) || first.contains(&"pod=10.180.0.2".to_owned()));
-    under_load(&targets, || {
+    under_load(&targets, |_| {
         for limits_then in [
             Limits { flows: 2 * FLOWS, ..SMALL },
             Limits { frontends: 512, endpoints: 1000, flows: 2 * FLOWS, clients: 64, maglev: 4 },
@@ -238,7 +238,7 @@ fn a_crash_in_between_breaks_no_connection() {
     let folder = options.bpf_root.join("shunt");
     let cgroup = options.cgroup_root.as_ref().unwrap();
     let (mut killed, mut half_done) = (0, 0);
-    under_load(&targets, || {
+    under_load(&targets, |_| {
         for n in 0..27_u32 {
             let flows = if n % 2 == 0 { 2 * FLOWS } else { FLOWS };
             let mut process = lab.node().command(std::env::current_exe().unwrap());
@@ -303,7 +303,7 @@ fn maps_of_another_layout_are_replaced() {
     for other_version in [true, false] {
         let mut kernels = run(&lab, &small, &cluster);
         served();
-        under_load(&targets, || {
+        under_load(&targets, |_| {
             let why = if other_version {
                 kernels[0].backend.kernel().pretend("version 77 object 0123456789abcdef").unwrap();
                 "the maps have layout version 77"

@@ -11,7 +11,7 @@ use shunt_core::node::{Config, Node};
 use shunt_core::service::{Algorithm, Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_harness::cases;
-use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
+use shunt_harness::lab::{Conversation, Lab, Namespace, Probe, Storm, StormReport, StormSpec};
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::kernel::{Bpf, Options};
 
@@ -148,8 +148,12 @@ pub fn targets(lab: &Lab) -> Vec<(&Namespace, SocketAddr)> {
     ]
 }
 
-/// TCP connections to `targets` begin and go on while `work` is done, and none breaks.
-pub fn under_load(targets: &[(&Namespace, SocketAddr)], work: impl FnOnce()) {
+/// TCP connections to `targets` begin and go on while `work` is done, which is given those that go on, and none breaks.
+/// Returns what became of those that began.
+pub fn under_load(
+    targets: &[(&Namespace, SocketAddr)],
+    work: impl FnOnce(&mut [Conversation]),
+) -> Vec<StormReport> {
     let probe = |to: &SocketAddr| Probe::tcp(*to).timeout(Duration::from_millis(900));
     let storms: Vec<_> = targets
         .iter()
@@ -160,13 +164,15 @@ pub fn under_load(targets: &[(&Namespace, SocketAddr)], work: impl FnOnce()) {
         .collect();
     let mut open: Vec<_> = targets.iter().map(|(from, to)| from.converse(&probe(to)).unwrap()).collect();
     let homes: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
-    work();
+    work(&mut open);
     let now: Vec<String> = open.iter_mut().map(|c| c.ask().unwrap().pod).collect();
     assert_eq!(now, homes);
-    for (storm, (_, to)) in storms.into_iter().zip(targets) {
+    let of = |(storm, (_, to)): (Storm, &(&Namespace, SocketAddr))| {
         let report = storm.stop().unwrap();
         println!("to {to}: {report}");
         assert!(report.failures.is_empty(), "to {to}: {report}");
         assert!(!report.replies.is_empty());
-    }
+        report
+    };
+    storms.into_iter().zip(targets).map(of).collect()
 }
