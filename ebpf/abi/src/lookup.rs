@@ -95,18 +95,19 @@ pub fn class<T: Tables>(tables: &T, source: &Address, pod_interface: bool) -> Cl
     }
 }
 
-/// The frontend of a destination: its own, or else that of a node port where those answer.
+/// The frontend of a destination: its own, or else that of a node port where those answer. There is none while the
+/// family is not in use: a flow that began while only some of the programs are in place would not get its answers.
 #[inline(always)]
 pub fn find<T: Tables>(tables: &T, key: &FrontendKey) -> Found {
+    let flags = tables.flags();
     // The unspecified addresses stand for node ports as keys; as destinations they mean loopback.
-    if key.address.is_unspecified() {
+    if flags & config_flags::in_use(key.address.is_v4()) == 0 || key.address.is_unspecified() {
         return Found::Nothing;
     }
     if let Some(frontend) = tables.frontend(key) {
         return Found::Frontend(frontend);
     }
     let address = tables.address(&key.address);
-    let flags = tables.flags();
     let loopback = key.address.is_loopback();
     let all_local = if key.address.is_v4() {
         config_flags::NODE_PORTS_ALL_LOCAL_V4

@@ -250,12 +250,18 @@ pub mod config_flags {
     pub const SERVICE_CIDRS_V4: u32 = 32;
     /// `ranges` has ServiceCIDRs of IPv6.
     pub const SERVICE_CIDRS_V6: u32 = 128;
-    /// The maps were filled for IPv4. Only the agent looks at it.
+    /// New flows of IPv4 are served: the maps are filled, and the programs are in place.
     pub const IN_USE_V4: u32 = 512;
-    /// The maps were filled for IPv6.
+    /// The same for IPv6.
     pub const IN_USE_V6: u32 = 1024;
     /// Processes may not bind to node ports.
     pub const PROTECT_NODE_PORTS: u32 = 64;
+
+    /// The bit that says whether new flows of a family are served.
+    #[inline(always)]
+    pub const fn in_use(v4: bool) -> u32 {
+        if v4 { IN_USE_V4 } else { IN_USE_V6 }
+    }
 }
 
 /// Settings of the programs.

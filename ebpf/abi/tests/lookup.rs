@@ -74,7 +74,8 @@ const FAMILIES: [[&str; 5]; 2] = [
 #[test]
 fn a_frontend_of_the_address_comes_before_a_node_port() {
     for [own, cluster_ip, unallocated, loopback, elsewhere] in FAMILIES {
-        let mut memory = Memory { flags: config_flags::SERVICE_CIDRS, ..Memory::default() };
+        let served = config_flags::in_use(ip(own).is_v4());
+        let mut memory = Memory { flags: config_flags::SERVICE_CIDRS | served, ..Memory::default() };
         memory.frontends.insert(to(own, 80), of(16));
         memory.frontends.insert(to(own, 80).node_port(), of(18));
         memory.frontends.insert(to(own, 30080).node_port(), of(20));
@@ -96,8 +97,11 @@ fn a_frontend_of_the_address_comes_before_a_node_port() {
         // A node-local cache is bound to a cluster IP.
         memory.addresses.insert(ip(cluster_ip), address_flags::CLUSTER_IP | address_flags::LOCAL);
         assert_eq!(find(&memory, &to(cluster_ip, 81)), Found::Nothing);
-        memory.flags = 0;
+        memory.flags = served;
         assert_eq!(find(&memory, &to(unallocated, 81)), Found::Nothing);
+        memory.flags = config_flags::SERVICE_CIDRS | config_flags::in_use(!ip(own).is_v4());
+        assert_eq!(find(&memory, &to(own, 80)), Found::Nothing);
+        memory.flags = served;
         // The keys of node ports are no destinations.
         let any = if ip(own).is_v4() { "0.0.0.0" } else { "::" };
         assert_eq!(find(&memory, &to(any, 30080)), Found::Nothing);
@@ -108,7 +112,9 @@ fn a_frontend_of_the_address_comes_before_a_node_port() {
 #[test]
 fn node_ports_on_all_local_addresses_of_one_family() {
     for (n, [own, _, _, loopback, elsewhere]) in FAMILIES.into_iter().enumerate() {
-        let flags = [config_flags::NODE_PORTS_ALL_LOCAL_V4, config_flags::NODE_PORTS_ALL_LOCAL_V6];
+        let served = config_flags::IN_USE_V4 | config_flags::IN_USE_V6;
+        let flags = [config_flags::NODE_PORTS_ALL_LOCAL_V4, config_flags::NODE_PORTS_ALL_LOCAL_V6]
+            .map(|flags| flags | served);
         let mut memory = Memory { flags: flags[n], ..Memory::default() };
         memory.frontends.insert(to(own, 30080).node_port(), of(16));
         memory.addresses.insert(ip(own), address_flags::LOCAL);
@@ -180,7 +186,7 @@ fn endpoint(service: u32, address: &str, flags: u16) -> Endpoint {
 fn a_frontend_met_half_way_is_read_again() {
     let key = to("10.96.0.1", 80);
     let group = |base, count| Frontend { cluster: Group { base, count }, ..of(16) };
-    let mut memory = Memory::default();
+    let mut memory = Memory { flags: config_flags::IN_USE_V4, ..Memory::default() };
     memory.endpoints.insert(2, endpoint(16, "10.0.0.1", endpoint_flags::CLUSTER));
     memory.endpoints.insert(4, endpoint(18, "10.0.0.2", endpoint_flags::CLUSTER));
     memory.endpoints.insert(6, endpoint(16, "10.0.0.3", endpoint_flags::SERVING));

@@ -24,7 +24,8 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
     Address, BytesBlock, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID,
     FlowFilter, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Peer, RangeKey,
-    SERVICE_BLOCK, ServiceBlock, ServiceBytes, ServiceCounters, Verdict, endpoint_flags, maglev, map,
+    SERVICE_BLOCK, ServiceBlock, ServiceBytes, ServiceCounters, Verdict, config_flags, endpoint_flags,
+    maglev, map,
 };
 
 /// The object that the product embeds.
@@ -163,8 +164,14 @@ impl Loaded {
         Ok(Array::try_from(self.ebpf.map_mut(name).with_context(|| name.to_owned())?)?)
     }
 
-    /// Replaces the settings.
+    /// Replaces the settings; both families are in use.
     pub fn set_config(&mut self, config: Config) -> Result<()> {
+        let flags = config.flags | config_flags::IN_USE_V4 | config_flags::IN_USE_V6;
+        self.set_config_as_is(Config { flags, ..config })
+    }
+
+    /// Replaces the settings; a family is in use only if they say so.
+    pub fn set_config_as_is(&mut self, config: Config) -> Result<()> {
         Ok(self.array(map::CONFIG)?.set(0, config, 0)?)
     }
 

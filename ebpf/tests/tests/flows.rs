@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, ensure};
 use nix::time::{ClockId, clock_gettime};
-use shunt_ebpf_abi::{Config, Flow, FlowFilter, FlowKey, ServiceBytes, address_flags, map};
-use shunt_ebpf_tests::packet::{ACK, ETHERNET, Packet, read};
+use shunt_ebpf_abi::{Config, Flow, FlowFilter, FlowKey, ServiceBytes, address_flags, config_flags, map};
+use shunt_ebpf_tests::packet::{ACK, ETHERNET, FIN, Packet, SYN, read};
 use shunt_ebpf_tests::{FORWARD, Loaded, MASQUERADE, Service, TCP, UDP, Written, in_both_kernels};
 
 /// `TC_ACT_UNSPEC`: the next program.
@@ -181,7 +181,75 @@ fn masqueraded_flows_find_the_ports_that_are_left() -> Result<()> {
     Ok(())
 }
 
+/// Other connections with the ends of a masqueraded flow: by which hooks their first packet, others, and answers pass.
+fn others(places: &[(&'static str, Packet); 4]) -> [Vec<(&'static str, Packet)>; 2] {
+    let connection = |hooks: [&'static str; 2], first: Packet| {
+        let other = first.clone().flags(ACK);
+        let packets = [first.clone(), other.clone(), first.answer(), other.answer()];
+        packets.into_iter().flat_map(|p| hooks.map(|hook| (hook, p.clone()))).collect()
+    };
+    let [_, (_, onward), (_, answer), _] = places;
+    let new = |source, destination| Packet::new(source, destination, TCP);
+    [
+        // The client's, to the endpoint itself.
+        connection(["ingress", "egress"], new(onward.source, onward.destination)),
+        // One that others have masqueraded like that.
+        connection(["egress", "ingress"], new(answer.destination, answer.source)),
+    ]
+}
+
+fn what_is_left_of_a_flow_touches_no_other() -> Result<()> {
+    for family in families()? {
+        for other in 0..2 {
+            let (mut loaded, _) = loaded(&family, TCP)?;
+            let places = four_places(&mut loaded, &family)?;
+            let packets = others(&places).into_iter().nth(other).unwrap_or_default();
+            let touched = |loaded: &mut Loaded| -> Result<usize> {
+                let mut touched = 0;
+                for (program, packet) in &packets {
+                    let bytes = packet.bytes();
+                    touched += usize::from(pass(loaded, program, &bytes)? != bytes);
+                }
+                Ok(touched)
+            };
+            // While it goes on its packets cannot be told from the others.
+            assert_ne!(touched(&mut loaded)?, 0, "{other}");
+            for (program, packet) in &places {
+                let bytes = packet.clone().flags(FIN).bytes();
+                assert_ne!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
+            }
+            assert_eq!(touched(&mut loaded)?, 0, "{other}");
+        }
+    }
+    Ok(())
+}
+
+fn only_families_in_use_are_served() -> Result<()> {
+    for family in families()? {
+        let (mut loaded, _) = loaded(&family, TCP)?;
+        let [(_, known), ..] = four_places(&mut loaded, &family)?;
+        let new = Packet::new(family.client, family.vip, TCP).bytes();
+        let (own, other) =
+            (config_flags::in_use(family.node.is_ipv4()), config_flags::in_use(!family.node.is_ipv4()));
+        loaded.set_config_as_is(Config { flags: other, ..config(&family) })?;
+        assert_eq!(pass(&mut loaded, "ingress", &new)?, new);
+        // What began before goes on, until it is over and its client begins anew.
+        assert_ne!(pass(&mut loaded, "ingress", &known.bytes())?, known.bytes());
+        let end = known.clone().flags(FIN).bytes();
+        assert_ne!(pass(&mut loaded, "ingress", &end)?, end);
+        for packet in [known.clone().flags(SYN), known.clone()] {
+            let bytes = packet.bytes();
+            assert_eq!(pass(&mut loaded, "ingress", &bytes)?, bytes);
+        }
+        loaded.set_config_as_is(Config { flags: own, ..config(&family) })?;
+        assert_ne!(pass(&mut loaded, "ingress", &new)?, new);
+    }
+    Ok(())
+}
+
 in_both_kernels!(
+    what_is_left_of_a_flow_touches_no_other,
+    only_families_in_use_are_served,
     masqueraded_flows_find_the_ports_that_are_left,
     what_the_filter_does_not_know_is_left_alone,
     a_flow_that_goes_on_is_kept_in_the_filter,

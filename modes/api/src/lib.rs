@@ -284,8 +284,8 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// Keeps off connections that another mode has masqueraded: answers to them come with these tuples. Modes that
-    /// leave the choice of ports to conntrack need not be told.
+    /// Keeps off connections that another mode has masqueraded: answers to them come with these tuples. Also before
+    /// anything was applied. Modes that leave the choice of ports to conntrack need not be told.
     fn keep_off(&mut self, _answers: &[Tuple]) -> Result<(), KernelError> {
         Ok(())
     }

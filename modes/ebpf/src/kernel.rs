@@ -260,7 +260,7 @@ impl Bpf {
             Look::Known { object, held, limits, fresh } => {
                 self.maps = None;
                 let same = object.as_deref() == Some(&*self.options.object_name());
-                if same && fresh.is_empty() {
+                if fresh.is_empty() && (same || self.loaded) {
                     return Ok(());
                 }
                 if fresh.is_empty() {
@@ -314,6 +314,11 @@ impl Bpf {
     /// Attaches the programs to the cgroup and to the devices that there are.
     fn attach(&mut self) -> Result<(), KernelError> {
         self.look_at_devices()?;
+        if self.replacing {
+            let family = self.family;
+            // The programs that are there serve until others are in their place.
+            self.maps()?.carry_out(family, &[Op::Attach]).map_err(of_map)?;
+        }
         let coming = self.replacing.then(|| self.pins.coming(&held::all_maps().collect()));
         let (pins, replace) = (coming.as_ref().unwrap_or(&self.pins), self.loaded);
         if self.devices.by_index.values().any(|device| !device.ethernet) {
@@ -456,7 +461,7 @@ impl Kernel for Bpf {
     fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
         let (family, pins) = (self.family, self.pins.maps());
         let Some(maps) = self.open_maps()? else { return Ok(None) };
-        let serves = maps.frontends().map_err(of_map)? > 0;
+        let serves = maps.are_in_use().map_err(of_map)?;
         match flows::live(&pins, family) {
             Ok((connections, tuples)) => Ok(Some(Remains { serves, connections, tuples })),
             // Removed with the other family's.
@@ -468,18 +473,13 @@ impl Kernel for Bpf {
     fn retire(&mut self) -> Result<(), KernelError> {
         let family = self.family;
         let Some(maps) = self.open_maps()? else { return Ok(()) };
-        let state = maps.observe(family).map_err(of_map)?;
-        // An address or range that is known although its frontend is not would be refused.
-        let ranges = state.ranges().iter();
-        let ranges =
-            ranges.flat_map(|(owner, list)| list.iter().map(|range| Op::DeleteRange(*owner, *range)));
-        let addresses = state.addresses.keys().map(|address| Op::SetAddress(*address, 0));
-        let frontends = state.frontends().keys().map(|key| Op::SetFrontend(*key, None));
-        let ops: Vec<Op> = ranges.chain(addresses).chain(frontends).collect();
-        maps.carry_out(family, &ops).map_err(of_map)
+        maps.carry_out(family, &[Op::Detach]).map_err(of_map)
     }
 
     fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError> {
+        if self.open_maps()?.is_none() {
+            self.install()?;
+        }
         flows::keep_off(&self.pins.maps(), answers).map_err(of_map)
     }
 

@@ -78,7 +78,7 @@ pub struct FamilyFlags {
     pub pods_by_interface: u32,
     /// There are ranges of cluster IPs.
     pub service_cidrs: u32,
-    /// The maps were filled for the family.
+    /// New flows of the family are served.
     pub in_use: u32,
 }
 

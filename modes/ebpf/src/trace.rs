@@ -10,7 +10,7 @@ use shunt_ebpf_abi::lookup::{
 };
 use shunt_ebpf_abi::{Address, Endpoint, Frontend, FrontendKey, Group, address_flags};
 
-use crate::state::State;
+use crate::state::{FamilyFlags, State};
 
 /// A state as the programs see it: its maps, and what the kernel knows of the node.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +48,8 @@ impl Tables for Walked<'_> {
     }
 
     fn flags(&self) -> u32 {
-        self.state.flags
+        let in_use = if self.state.installed { FamilyFlags::of(self.state.family).in_use } else { 0 };
+        self.state.flags | in_use
     }
 }
 

@@ -3,7 +3,7 @@
 use shunt_ebpf_abi::lookup::{Found, Judgement, class, find, hairpin, judge, may_pass};
 use shunt_ebpf_abi::{AffinityKey, Event, FlowKey, FrontendKey, Interface};
 
-use super::flow::open;
+use super::flow::{give_way, open};
 use super::work::Work;
 use crate::maps::INTERFACES;
 use crate::pick::pick_by_packet;
@@ -26,6 +26,10 @@ pub(crate) fn decide(work: &mut Work) -> u32 {
         FORWARD => {
             count_flow(work.frontend.service, work.endpoint_id);
             FORWARD
+        }
+        PASS => {
+            give_way(work);
+            PASS
         }
         other => other,
     }

@@ -37,6 +37,14 @@ pub(crate) fn look_up(work: &mut Work) -> u32 {
     if begins_anew(&kernel, work, flow) {
         return UNKNOWN;
     }
+    if work.begins != 0
+        && work.layout.protocol != UDP
+        && flow.flags & Flow::MASQUERADE != 0
+        && is_over(&kernel, work, flow)
+    {
+        // One of ours was written down anew where the packet came in.
+        return UNKNOWN;
+    }
     if flow.flags & Flow::MASQUERADE != 0 && flow.masquerade_port == 0 && masquerade(&kernel, work, flow) != 0
     {
         return UNUSABLE;
@@ -55,7 +63,7 @@ fn begins_anew(kernel: &Kernel, work: &Work, flow: &Flow) -> bool {
     if work.begins == 0 || flow.flags & (Flow::REPLY | Flow::MASQUERADE) != 0 {
         return false;
     }
-    if flow.state == Flow::CLOSING || flow.is_forgotten(work.layout.protocol, kernel.config, work.now) {
+    if is_over(kernel, work, flow) {
         return true;
     }
     if work.layout.protocol == TCP && flow.state != Flow::OPENING {
@@ -67,6 +75,31 @@ fn begins_anew(kernel: &Kernel, work: &Work, flow: &Flow) -> bool {
         event(Event::Repicked);
     }
     gone
+}
+
+/// Whether another flow may take the place of this one.
+#[inline(always)]
+fn is_over(kernel: &Kernel, work: &Work, flow: &Flow) -> bool {
+    flow.state == Flow::CLOSING || flow.is_forgotten(work.layout.protocol, kernel.config, work.now)
+}
+
+/// A flow that is none of ours begins. What is left of others that are over must translate neither what follows nor the
+/// answers to it.
+#[inline(never)]
+pub(crate) fn give_way(work: &mut Work) {
+    if work.layout.protocol == UDP {
+        return;
+    }
+    let Some(kernel) = Kernel::open() else { return };
+    // Had it an entry that counts, then it would be one of ours.
+    let _ = FLOWS.remove(&work.key);
+    work.flow_key = FlowKey { tuple: work.key.tuple.reversed(), hook: 1 - work.key.hook, ..work.key };
+    if let Some(other) = FLOWS.get_ptr(&work.flow_key) {
+        // SAFETY: the verifier knows the element, and it is only read.
+        if is_over(&kernel, work, unsafe { &*other }) {
+            let _ = FLOWS.remove(&work.flow_key);
+        }
+    }
 }
 
 /// Notes a packet of a flow. Now and then the other direction's entry is looked up, so that the table's
@@ -145,10 +178,7 @@ fn claim(kernel: &Kernel, work: &mut Work) -> bool {
             let same = other.tuple.destination_port == work.flow.tuple.destination_port
                 && other.tuple.source_port == work.flow.tuple.source_port
                 && other.tuple.source.same(&work.flow.tuple.source);
-            if same
-                || other.state == Flow::CLOSING
-                || other.is_forgotten(work.key.protocol, kernel.config, work.now)
-            {
+            if same || is_over(kernel, work, other) {
                 let claimed = FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok();
                 if work.key.hook == FlowKey::INGRESS {
                     // The old flow may have been masqueraded, and this one not.

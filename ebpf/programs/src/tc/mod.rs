@@ -79,8 +79,12 @@ fn begin<const ETHERNET: bool>(context: &TcContext, hook: u8) -> Begun {
     match flow::look_up(work) {
         flow::KNOWN => Begun::Known(work),
         flow::UNUSABLE => Begun::Done(TC_ACT_SHOT),
-        _ if work.begins != 0 && may_begin => Begun::Unknown(work),
-        _ => Begun::Done(NEXT),
+        _ if work.begins == 0 => Begun::Done(NEXT),
+        _ if may_begin => Begun::Unknown(work),
+        _ => {
+            flow::give_way(work);
+            Begun::Done(NEXT)
+        }
     }
 }
 

@@ -246,13 +246,6 @@ impl Maps {
         Ok(clients)
     }
 
-    /// Frontends of both families.
-    pub(super) fn frontends(&self) -> Result<usize, MapError> {
-        let mut frontends = 0;
-        self.frontends.read(|_, _| frontends += 1).map_err(at(map::FRONTENDS))?;
-        Ok(frontends)
-    }
-
     /// Remembers clients for the first Service port with session affinity, with its first endpoint.
     #[cfg(feature = "testkit")]
     pub(super) fn remember_clients(
@@ -285,9 +278,14 @@ impl Maps {
         if config == before { Ok(()) } else { self.config.update(&[0], &[config]).map_err(at(map::CONFIG)) }
     }
 
-    /// Whether some family uses the maps.
+    /// Whether new flows of the family are served.
     pub(super) fn in_use(&self, family: IpFamily) -> Result<bool, MapError> {
         Ok(self.config()?.flags & FamilyFlags::of(family).in_use != 0)
+    }
+
+    /// Whether new flows of any family are served.
+    pub(super) fn are_in_use(&self) -> Result<bool, MapError> {
+        Ok(self.in_use(IpFamily::V4)? || self.in_use(IpFamily::V6)?)
     }
 
     /// What the maps hold for a family. `installed` is left to the caller.
