@@ -254,7 +254,7 @@ impl Engine {
             let idle = family.in_sync();
             if let Some(step) = family.sync.next(now) {
                 if let Some(options) = &family.leftovers {
-                    leftovers::announce(family.driver.mode(), of, options);
+                    leftovers::announce(&mut *family.driver, of, options);
                 }
                 match family.driver.sync(compiler.table(of), &step) {
                     Ok(mut report) => {

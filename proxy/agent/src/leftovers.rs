@@ -19,7 +19,7 @@ use shunt_core::stale::Tuple;
 use shunt_mode::driver::Driver;
 use shunt_mode::{Mode, Remains};
 use shunt_modes::Options;
-use shunt_node::conntrack::Netlink;
+use shunt_node::conntrack::{Connections, Conntrack as _, Netlink};
 
 /// Connections are waited for at most this long.
 const CONNECTIONS_MAX: Duration = Duration::from_hours(24);
@@ -76,19 +76,43 @@ pub(crate) fn remove(in_use: Mode, family: IpFamily, options: Options) {
     }
 }
 
-/// To be called before rules of a mode of netfilter are put in place for the first time: to these, connections of ebpf
-/// mode would be new ones from the middle of nowhere.
-pub(crate) fn announce(in_use: Mode, family: IpFamily, options: &Options) {
-    if !in_use.uses_conntrack() {
-        return;
+/// To be called before a mode takes over for the first time. To the rules of a mode of netfilter, connections of ebpf mode
+/// would be new ones from the middle of nowhere; and ebpf mode must not masquerade a new connection as one that netfilter
+/// has masqueraded.
+pub(crate) fn announce(driver: &mut dyn Driver, family: IpFamily, options: &Options) {
+    let announced = if driver.mode().uses_conntrack() {
+        announce_flows(family, options)
+    } else {
+        announce_connections(driver, family, options)
+    };
+    if let Err(error) = announced {
+        tracing::warn!(%family, "connections of the mode before may break: {error:#}");
     }
-    let announced = Leaving::open(Mode::Ebpf, family, options).and_then(|leaving| match leaving {
+}
+
+fn announce_flows(family: IpFamily, options: &Options) -> Result<()> {
+    match Leaving::open(Mode::Ebpf, family, options)? {
         Some(mut leaving) => leaving.look().map(drop),
         None => Ok(()),
-    });
-    if let Err(error) = announced {
-        tracing::warn!(%family, "connections of ebpf mode may break: {error:#}");
     }
+}
+
+fn announce_connections(ebpf: &mut dyn Driver, family: IpFamily, options: &Options) -> Result<()> {
+    if shunt_modes::has_rules_of_netfilter(family, options) {
+        hand_over(ebpf, &mut Netlink::open()?, family)?;
+    }
+    Ok(())
+}
+
+/// Tells ebpf mode of connections that netfilter goes on with, and has conntrack forget those that are closed: it would
+/// give a new connection other ports, or drop it, whose client uses its port again. Says how many go on.
+fn hand_over(ebpf: &mut dyn Driver, conntrack: &mut Netlink, family: IpFamily) -> Result<usize> {
+    let Connections { open, closed } = conntrack.connections(family)?;
+    let masqueraded = open.iter().filter(|flow| flow.reply.destination != flow.original.source);
+    let answers: Vec<Tuple> = masqueraded.map(|flow| flow.reply).collect();
+    ebpf.keep_off(&answers)?;
+    conntrack.delete(&closed)?;
+    Ok(open.len())
 }
 
 /// Connections of a mode that others cannot go on with, which another mode takes over from.
@@ -164,15 +188,12 @@ fn enter(in_use: Mode, family: IpFamily, options: &Options) -> Result<()> {
     let mut wait = Wait::new(family);
     loop {
         let started = Instant::now();
-        let open = conntrack.open_connections(family)?;
-        let masqueraded = open.iter().filter(|flow| flow.reply.destination != flow.original.source);
-        let answers: Vec<Tuple> = masqueraded.map(|flow| flow.reply).collect();
-        ebpf.keep_off(&answers)?;
+        let open = hand_over(&mut *ebpf, &mut conntrack, family)?;
         // Handshakes that are under way may not be known yet.
-        if open.is_empty() && wait.since.elapsed() > HANDSHAKE_MAX || wait.is_over(open.len()) {
+        if open == 0 && wait.since.elapsed() > HANDSHAKE_MAX || wait.is_over(open) {
             return Ok(());
         }
-        wait.next(started, open.len());
+        wait.next(started, open);
     }
 }
 

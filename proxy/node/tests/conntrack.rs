@@ -12,7 +12,7 @@ use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::stale::{Flow, FlowFilter, Scope, Serving, StaleFlows, Tuple};
 use shunt_core::table::{ForwardingTable, Frontend};
 use shunt_harness::lab::{Lab, Probe, require_kernel};
-use shunt_node::conntrack::{Conntrack, Dump, Fate, Netlink, clean};
+use shunt_node::conntrack::{Connections, Conntrack, Dump, Fate, Netlink, clean};
 
 const CLIENT: [&str; 2] = ["198.51.100.20", "2001:db8:1::20"];
 
@@ -241,7 +241,7 @@ fn connections_that_are_entered_are_neither_new_nor_invalid() -> Result<()> {
             // Once more renews it.
             node.run(|| Ok(Netlink::open()?.enter(&[tuple], 60)?))?;
             node.run(|| Ok(Netlink::open()?.enter(&[tuple], 60)?))?;
-            assert_eq!(node.run(|| Ok(Netlink::open()?.open_connections(IpFamily::V4)?))?, []);
+            assert_eq!(node.run(|| Ok(Netlink::open()?.connections(IpFamily::V4)?))?, Connections::default());
         }
         drop(conversation);
         let states =
@@ -256,5 +256,46 @@ fn connections_that_are_entered_are_neither_new_nor_invalid() -> Result<()> {
         }
         node.nft("delete table inet t")?;
     }
+    Ok(())
+}
+
+#[test]
+fn translated_connections_are_open_until_both_sides_have_closed() -> Result<()> {
+    const RULES: &str = "table ip t {
+        chain c {
+            type nat hook prerouting priority dstnat
+            ip daddr 192.0.2.11 tcp dport 80 dnat to 10.244.1.11:8080
+        }
+    }";
+    if !require_kernel() {
+        return Ok(());
+    }
+    let lab = Lab::builder()
+        .node([ip("192.0.2.11")])
+        .client([ip(CLIENT[0])])
+        .pod("pod-a", [ip("10.244.1.11")])
+        .build()?;
+    lab.pod("pod-a")?.serve_ports([8080])?;
+    let node = lab.node();
+    node.nft(RULES)?;
+    let connections = || node.run(|| Ok(Netlink::open()?.connections(IpFamily::V4)?));
+    let mut conversation = lab.client().converse(&Probe::tcp("192.0.2.11:80".parse()?))?;
+    conversation.ask()?;
+    // Not translated, it does not count.
+    let mut direct = lab.client().converse(&Probe::tcp("10.244.1.11:8080".parse()?))?;
+    direct.ask()?;
+    let Connections { open, closed } = connections()?;
+    let ends: Vec<_> = open.iter().map(|flow| (flow.original.source, flow.reply.source)).collect();
+    assert_eq!(ends, [(conversation.stream().local_addr()?, "10.244.1.11:8080".parse()?)]);
+    assert_eq!(closed, []);
+    drop((conversation, direct));
+    let deadline = Instant::now() + std::time::Duration::from_secs(10);
+    while !connections()?.open.is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", connections()?);
+    }
+    let closed = connections()?.closed;
+    assert_eq!(closed.iter().map(|flow| flow.original).collect::<Vec<_>>(), [open[0].original]);
+    node.run(move || Ok(Netlink::open()?.delete(&closed)?))?;
+    assert_eq!(connections()?, Connections::default());
     Ok(())
 }

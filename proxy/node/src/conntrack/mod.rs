@@ -21,7 +21,7 @@ use std::time::Duration;
 use shunt_core::id::{Protocol, ServicePortName};
 use shunt_core::stale::{Flow, FlowFilter, StaleFlows};
 
-pub use netlink::Netlink;
+pub use netlink::{Connections, Netlink};
 
 /// The kernel walks its whole table for every dump: more filters than this, and one dump of all flows
 /// of the protocol is cheaper.

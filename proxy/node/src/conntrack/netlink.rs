@@ -19,6 +19,16 @@ pub struct Netlink {
     socket: Socket,
 }
 
+/// TCP connections that the kernel tracks.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Connections {
+    /// Those that were answered, and that not both sides have closed.
+    pub open: Vec<Flow>,
+    /// Those that both sides have closed, or one has reset. The kernel remembers them for up to two minutes, in which it
+    /// gives no other connection the same addresses and ports.
+    pub closed: Vec<Flow>,
+}
+
 pub(super) fn refusal(what: String, errno: i32) -> ConntrackError {
     if errno == Errno::EPERM as i32 {
         ConntrackError::NotPermitted { what }
@@ -82,17 +92,18 @@ impl Netlink {
         self.try_dump(&filter, false, each).map_err(failed(|| format!("list {family} flows")))
     }
 
-    /// The TCP connections of a family that go on and whose destination was translated, by whomever.
-    pub fn open_connections(&mut self, family: IpFamily) -> Result<Vec<Flow>, ConntrackError> {
+    /// The TCP connections of a family whose destination was translated, by whomever.
+    pub fn connections(&mut self, family: IpFamily) -> Result<Connections, ConntrackError> {
         let filter = FlowFilter { family, protocol: Protocol::Tcp, address: None, port: None };
-        let mut open = Vec::new();
-        let each = &mut |flow: Flow, attributes: &[u8]| {
-            if flow.is_translated() && wire::is_open_tcp(attributes) {
-                open.push(flow);
-            }
+        let mut connections = Connections::default();
+        let each = &mut |flow: Flow, attributes: &[u8]| match wire::tcp_state(attributes) {
+            Some(state) if !flow.is_translated() || wire::HANDSHAKE.contains(&state) => {}
+            Some(state) if wire::OPEN.contains(&state) => connections.open.push(flow),
+            Some(_) => connections.closed.push(flow),
+            None => {}
         };
         self.try_dump(&filter, false, each).map_err(failed(|| format!("list {family} connections")))?;
-        Ok(open)
+        Ok(connections)
     }
 
     /// Enters TCP connections as established and not translated. So the kernel takes no packet of theirs for a new or

@@ -1,6 +1,7 @@
 //! Messages of ctnetlink as bytes (`linux/netfilter/nfnetlink_conntrack.h`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 
 use netlink_requests::{Attributes, Writer, be16, be32, be64};
 use shunt_core::id::{IpFamily, Protocol};
@@ -31,9 +32,11 @@ const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
 
+const TCP_CONNTRACK_NONE: u8 = 0;
+const TCP_CONNTRACK_SYN_SENT: u8 = 1;
 const TCP_CONNTRACK_SYN_RECV: u8 = 2;
 const TCP_CONNTRACK_ESTABLISHED: u8 = 3;
-const TCP_CONNTRACK_CLOSE_WAIT: u8 = 5;
+const TCP_CONNTRACK_LAST_ACK: u8 = 6;
 const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
@@ -168,12 +171,16 @@ pub(super) fn bytes(attributes: &[u8]) -> [u64; 2] {
     })
 }
 
-/// Whether a flow is a TCP connection that was answered and that not both sides have closed.
-pub(super) fn is_open_tcp(attributes: &[u8]) -> bool {
-    let state = Attributes::find(attributes, CTA_PROTOINFO)
-        .and_then(|info| Attributes::find(info, CTA_PROTOINFO_TCP))
-        .and_then(|info| Attributes::find(info, CTA_PROTOINFO_TCP_STATE));
-    matches!(state, Some([TCP_CONNTRACK_SYN_RECV..=TCP_CONNTRACK_CLOSE_WAIT]))
+/// States of TCP connections of which only one side has spoken.
+pub(super) const HANDSHAKE: RangeInclusive<u8> = TCP_CONNTRACK_NONE..=TCP_CONNTRACK_SYN_SENT;
+/// States of those that were answered and that not both sides have closed.
+pub(super) const OPEN: RangeInclusive<u8> = TCP_CONNTRACK_SYN_RECV..=TCP_CONNTRACK_LAST_ACK;
+
+/// The state of a TCP connection, `enum tcp_conntrack`.
+pub(super) fn tcp_state(attributes: &[u8]) -> Option<u8> {
+    let info = Attributes::find(attributes, CTA_PROTOINFO)?;
+    let state = Attributes::find(Attributes::find(info, CTA_PROTOINFO_TCP)?, CTA_PROTOINFO_TCP_STATE)?;
+    state.first().copied()
 }
 
 fn tuple(attributes: &[u8]) -> Option<(Protocol, Tuple)> {
