@@ -9,6 +9,7 @@ mod metrics;
 mod modes;
 mod node;
 mod takeover;
+mod takeover_ipvs;
 
 use std::io::Write as _;
 use std::net::TcpStream;
