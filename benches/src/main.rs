@@ -216,13 +216,12 @@ const QUICK: Defaults = Defaults {
 /// A connection costs the guest as much as a hundred elsewhere.
 const GUEST: Defaults = Defaults {
     services: &[1, 10, 1_000, 10_000],
-    shapes: &[(100, 10), (1_000, 10), (10_000, 10)],
+    shapes: &[(100, 10), (1_000, 10), (10_000, 10), (30_000, 10)],
     churn: &[1_000, 10_000],
     throughput: 100,
     repetitions: [5, 2],
     cold_repetitions: 1,
     connections: 300,
-    rates: &[1, 10],
     ..THOROUGH
 };
 
@@ -236,6 +235,7 @@ fn run(mut args: RunArgs) -> Result<()> {
     }
     if args.inside {
         args.modes = vec![guest::MODE.to_owned()];
+        guest::prepare()?;
         println!("{}", serde_json::to_string(&measure(&args)?)?);
         return Ok(());
     }

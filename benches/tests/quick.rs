@@ -144,10 +144,13 @@ fn ipvs_is_measured_in_a_guest() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let arguments = ["--modes", "ipvs", "--parts", "latency", "--services", "5", "--connections", "50"];
-    let (report, _) = run(folder.path(), &[&arguments[..], &["--repetitions", "1"]].concat());
+    let arguments = ["--modes", "ipvs", "--parts", "latency,throughput,control", "--services", "5"];
+    let sizes = ["--shapes", "5x3", "--churn", "5", "--repetitions", "1", "--connections", "50"];
+    let (report, _) = run(folder.path(), &[&arguments[..], &sizes[..]].concat());
     assert_eq!(report["failures"].as_array().unwrap().len(), 0, "{}", report["failures"]);
-    for subject in ["direct", "kube-proxy ipvs layout", "shunt ipvs", "kube-proxy ipvs"] {
-        connections_were_measured(&report, subject);
+    for subject in ["direct", "kube-proxy ipvs layout", "kube-proxy ipvs"] {
+        packets_were_measured(&report, subject);
     }
+    control_was_measured(&report, "kube-proxy ipvs");
+    shunt_was_measured(&report, "shunt ipvs");
 }

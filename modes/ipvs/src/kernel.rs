@@ -19,7 +19,7 @@ use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
 use xtables_tools::{Flavour, Namespace, Programs, Table};
 
 use crate::drain::Drained;
-use crate::layout::{self, SetName};
+use crate::layout::{self, Place, SetName};
 use crate::op::Op;
 use crate::rules::Rules;
 use crate::scheduler;
@@ -244,6 +244,24 @@ impl Linux {
         Ok(())
     }
 
+    /// What says which virtual servers are ours: addresses and sets.
+    fn names(&mut self) -> Result<State, KernelError> {
+        let mut state = State::empty(self.family);
+        if self.sets.is_some() {
+            self.read_addresses(&mut state)?;
+            self.read_sets(&mut state)?;
+        }
+        Ok(state)
+    }
+
+    fn read_addresses(&mut self, state: &mut State) -> Result<(), KernelError> {
+        let lost = |error: NetlinkError| failed("list addresses", error, Remedy::Retry);
+        let family = self.family;
+        let of_family = |a: &std::net::IpAddr| IpFamily::of(*a) == family;
+        state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
+        Ok(())
+    }
+
     fn timeouts(&self) -> Config {
         Config {
             tcp: self.options.tcp_timeout,
@@ -377,11 +395,9 @@ impl Kernel for Linux {
     fn observe(&mut self) -> Result<State, KernelError> {
         let mut state = State::empty(self.family);
         state.tuned = self.is_tuned()?;
-        let lost = |error: NetlinkError| failed("list addresses", error, Remedy::Retry);
+        let lost = |error: NetlinkError| failed("look for the dummy link", error, Remedy::Retry);
         state.link = self.links.exists().map_err(lost)?;
-        let family = self.family;
-        let of_family = |a: &std::net::IpAddr| IpFamily::of(*a) == family;
-        state.addresses = self.links.addresses().map_err(lost)?.into_iter().filter(of_family).collect();
+        self.read_addresses(&mut state)?;
         state.servers = self.servers()?;
         state.lacking = self.lacking()?;
         self.read_sets(&mut state)?;
@@ -451,12 +467,13 @@ impl Kernel for Linux {
             return Ok(None);
         }
         let listed = self.ipvs()?.services().map_err(lost)?;
-        if !listed.iter().any(|entry| self.is_ours(&entry.service.key)) {
+        let held = self.names()?;
+        if !listed.iter().any(|entry| self.is_ours(&entry.service.key) && held.names(&entry.service.key)) {
             return Ok(None);
         }
-        let family = self.family;
-        let lost = |error: io::Error| failed("list connections", error, Remedy::Retry);
-        self.namespace.inside(|| carried::connections(family)).map(Some).map_err(lost)
+        let is_ours = |place: Place| self.is_ours(&place.key()) && held.names(&place.key());
+        let carried = carried::connections(&self.namespace, self.family, is_ours);
+        carried.map(Some).map_err(|error| failed("list connections", error, Remedy::Retry))
     }
 
     fn retire(&mut self) -> Result<(), KernelError> {
@@ -478,12 +495,9 @@ impl Linux {
             return Ok(());
         }
         let state = self.observe()?;
-        // Virtual servers bear no names: without VIPs and sets they were never ours.
-        let was_here = !state.addresses.is_empty() || !state.sets.is_empty();
-        if was_here {
-            let ops = state.servers.keys().map(|key| Op::DeleteServer(*key)).collect();
-            self.carry_out(&Transaction { ops })?;
-        }
+        let servers = state.servers.keys().filter(|key| state.names(key));
+        let ops = servers.map(|key| Op::DeleteServer(*key)).collect();
+        self.carry_out(&Transaction { ops })?;
         // This table drops what goes to a VIP that is not there, and another mode may serve it by now.
         self.remove_rules(&|flavour, table, chain| table != Table::Mangle || is_kept(flavour, table, chain))?;
         let ops = state.addresses.iter().map(|a| Op::DeleteAddress(*a)).collect();

@@ -263,6 +263,23 @@ mod tests {
     }
 
     #[test]
+    fn a_chain_that_only_what_goes_leads_to_goes_too() {
+        let text = "*nat\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-LOAD-BALANCER - [0:0]\n:KUBE-SERVICES - [0:0]\n\
+            -A OUTPUT -j KUBE-SERVICES\n-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n\
+            -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\nCOMMIT\n";
+        let is_kept = |_, chain: &str| chain != "KUBE-LOAD-BALANCER";
+        let gone = |text: &str| {
+            let mut rules = parse(IpFamily::V4, text).0;
+            rules.forget(&is_kept);
+            assert!(rules.hooks.is_empty(), "{rules:?}");
+            rules.chains.into_iter().map(|chain| chain.name).collect::<Vec<_>>()
+        };
+        assert_eq!(gone(text), ["KUBE-LOAD-BALANCER", "KUBE-MARK-MASQ"]);
+        let used = text.replace("COMMIT", "-A KUBE-SERVICES -j KUBE-MARK-MASQ\nCOMMIT");
+        assert_eq!(gone(&used), ["KUBE-LOAD-BALANCER"]);
+    }
+
+    #[test]
     fn rules_in_chains_of_others_are_theirs() {
         let text = "*nat\n:KUBE-HP-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n\
             -A OUTPUT -j KUBE-SERVICES\n-A KUBE-SERVICES -j KUBE-NODE-PORT\n\

@@ -173,9 +173,13 @@ impl Rules {
         self.chains.is_empty() && self.hooks.is_empty()
     }
 
-    /// Leaves out chains that are somebody else's as well, and what leads to them.
+    /// Leaves out chains that are somebody else's as well, and what leads to them. A chain to which only rules lead
+    /// that are not left out is nobody else's.
     pub fn forget(&mut self, is_kept: &dyn Fn(Table, &str) -> bool) {
-        self.chains.retain(|chain| !is_kept(chain.table, &chain.name));
+        let stay = |chain: &&Chain| is_kept(chain.table, &chain.name);
+        let others =
+            Self { chains: self.chains.iter().filter(stay).cloned().collect(), hooks: self.hooks.clone() };
+        self.chains.retain(|chain| !stay(&chain) || !others.leads_to(chain.table, &chain.name));
         for hook in &mut self.hooks {
             let table = hook.table;
             hook.rules.retain(|rule| rule.leads_to().is_none_or(|chain| !is_kept(table, &chain)));

@@ -84,6 +84,22 @@ impl State {
         self.sets.get(&set).is_some_and(|elements| elements.contains_key(entry))
     }
 
+    /// Whether a virtual server is ours rather than somebody else's beside it. By address they bear no names: sets name
+    /// the places, and the link their addresses.
+    pub fn names(&self, key: &ServiceKey) -> bool {
+        const SETS: [SetName; 4] =
+            [SetName::ClusterIp, SetName::ExternalIp, SetName::ExternalIpLocal, SetName::LoadBalancer];
+        // Those by mark belong to places in sets; the mark says whose they are.
+        let Some(place) = Place::of(key) else { return !self.sets.is_empty() };
+        let is_node_port = SetName::node_ports(place.protocol).into_iter().any(|set| {
+            let entries = [place.entry(), Entry::Port(place.port)];
+            entries.iter().any(|entry| entry.kind() == set.kind() && self.holds(set, entry))
+        });
+        self.addresses.contains(&place.address)
+            || is_node_port
+            || SETS.iter().any(|set| self.holds(*set, &place.entry()))
+    }
+
     /// The mark for pods and the node at a place.
     pub fn mark(&self, place: &Place) -> Option<Mark> {
         self.sets.get(&SetName::Fwmark)?.get(&place.entry()).copied().flatten()
@@ -250,5 +266,36 @@ impl fmt::Display for State {
             f.write_str(&self.rules.text(self.family))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shunt_core::id::Protocol;
+
+    use super::*;
+
+    #[test]
+    fn virtual_servers_without_place_or_address_belong_to_others() {
+        let at = |address: &str, port| {
+            Place { address: address.parse().unwrap(), protocol: Protocol::Tcp, port }.key()
+        };
+        let mark = ServiceKey::Mark { ipv6: false, mark: crate::layout::mark(1, 14) };
+        let mut state = State::empty(IpFamily::V4);
+        for key in [at("10.96.0.1", 443), at("192.0.2.11", 30080), mark] {
+            assert!(!state.names(&key), "{key}");
+        }
+        state.addresses.insert("10.96.0.1".parse().unwrap());
+        state.sets.insert(SetName::NodePortTcp, [(Entry::Port(30080), None)].into());
+        let Some(place) = Place::of(&at("10.96.0.2", 53)) else { panic!() };
+        state.sets.insert(SetName::ClusterIp, [(place.entry(), None)].into());
+        for key in [at("10.96.0.1", 443), at("192.0.2.11", 30080), at("10.96.0.2", 53), mark] {
+            assert!(state.names(&key), "{key}");
+        }
+        for key in [at("10.96.0.2", 54), at("192.0.2.11", 30081)] {
+            assert!(!state.names(&key), "{key}");
+        }
+        let other = Place { protocol: Protocol::Udp, ..place }.key();
+        assert!(!state.names(&other));
     }
 }

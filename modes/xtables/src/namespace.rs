@@ -41,12 +41,13 @@ impl Namespace {
 
     /// Runs a program to its end, feeding it `input`. An error also says what the program said.
     pub fn run(&self, program: &Path, args: &[&str], input: &str) -> io::Result<String> {
-        let output = self.inside(|| output_of(program, args, input))?;
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        let output = self.inside(|| output_of(program, args, input));
+        let output = output.map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        let name = program.file_name().unwrap_or_default().to_string_lossy();
         Err(io::Error::other(format!("{name}: {}: {}", output.status, said.trim())))
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Cli {
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
     /// Programs this node's kernel, and keeps it up to date, until it is stopped. Rules stay.
+    // What `kube-proxy --version` says.
+    #[command(display_name = "shunt")]
     Run(Box<RunArgs>),
     /// Prints the forwarding table, the rules made of it, or what the kernel holds.
     Dump(Box<DumpArgs>),

@@ -405,6 +405,8 @@ fn called_as_kube_proxy_it_runs() -> Result<()> {
     let output = Command::new(&name).args(["--help"]).output()?;
     let help = String::from_utf8(output.stdout)?;
     assert!(help.contains("--cluster-cidr") && help.contains("--proxy-mode"), "{help}");
+    let output = Command::new(&name).args(["--version"]).output()?;
+    assert_eq!(String::from_utf8(output.stdout)?, concat!("shunt ", env!("CARGO_PKG_VERSION"), "\n"));
     Ok(())
 }
 

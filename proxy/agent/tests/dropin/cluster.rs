@@ -174,7 +174,12 @@ impl Cluster {
     }
 
     pub(crate) fn ask(&self, method: &str, address: &str, path: &str) -> Result<Answer> {
-        ask(self.lab.node(), method, address, path)
+        self.ask_with(method, address, path, "")
+    }
+
+    /// With more headers, each with its end of line.
+    pub(crate) fn ask_with(&self, method: &str, address: &str, path: &str, headers: &str) -> Result<Answer> {
+        ask(self.lab.node(), method, address, path, headers)
     }
 
     pub(crate) fn metrics(&self) -> Result<String> {
@@ -222,12 +227,12 @@ pub(crate) struct Answer {
     pub body: String,
 }
 
-fn ask(namespace: &Namespace, method: &str, address: &str, path: &str) -> Result<Answer> {
+fn ask(namespace: &Namespace, method: &str, address: &str, path: &str, headers: &str) -> Result<Answer> {
     let address: SocketAddr = address.parse()?;
     let text = namespace.run(|| {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n{headers}\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use shunt_harness::lab::{Probe, StormSpec, require_kernel};
 
 use crate::cluster::{Cluster, KUBEADM, LONG, SHUNT};
@@ -86,14 +87,19 @@ fn a_port_that_is_taken_is_tried_again_or_ends_it() -> Result<()> {
         return Ok(());
     }
     let cluster = Cluster::new()?;
-    let taken = cluster.lab.node().run(|| Ok(std::net::TcpListener::bind("127.0.0.1:10249")?))?;
+    let take = |address: &'static str| cluster.lab.node().run(|| Ok(std::net::TcpListener::bind(address)?));
+    let taken = (take("127.0.0.1:10249")?, take("0.0.0.0:10256")?);
     let mut agent = cluster.start(&[])?;
     cluster.reach("10.96.0.10:80", &["pod-a", "pod-b"])?;
-    cluster.wait("an event", |c| {
-        Ok(c.server.events().iter().any(|e| e["reason"] == "FailedToStartMetricServer"))
-    })?;
+    for reason in ["FailedToStartMetricServer", "FailedToStartProxierHealthcheck"] {
+        cluster.wait(reason, |c| {
+            let event = |e: &Value| e["reason"] == reason && e["regarding"]["kind"] == "Node";
+            Ok(c.server.events().iter().any(event))
+        })?;
+    }
     drop(taken);
     cluster.wait("metrics", |c| Ok(c.metrics()?.contains("kubeproxy_")))?;
+    cluster.wait("health", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.status == 200))?;
     agent.stop()?;
 
     let _taken = cluster.lab.node().run(|| Ok(std::net::TcpListener::bind("127.0.0.1:10249")?))?;

@@ -9,6 +9,7 @@ mod metrics;
 mod modes;
 mod node;
 mod takeover;
+mod takeover_ipvs;
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -125,8 +126,25 @@ fn health(cluster: &Cluster) -> Result<()> {
     assert_eq!(livez.status, 200);
     json_headers(&livez);
     assert!(!livez.body.contains("nodeEligible"), "{livez:?}");
-    cluster.node(&json!({}));
-    cluster.wait("eligible again", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.status == 200))?;
+    // So shall they when the Node is being deleted, or is gone.
+    let back = || {
+        cluster.node(&json!({}));
+        cluster.wait("eligible again", |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.status == 200))
+    };
+    let leaves = |what: &str| {
+        cluster.wait(what, |c| Ok(c.get("127.0.0.1:10256", "/healthz")?.status == 503))?;
+        assert_eq!(cluster.get("127.0.0.1:10256", "/livez")?.status, 200, "{what}");
+        back()
+    };
+    back()?;
+    cluster.server.put(json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": "worker-1", "deletionTimestamp": "2026-01-01T00:00:00Z" },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.11" }] },
+    }));
+    leaves("the Node is being deleted")?;
+    cluster.server.delete(Resource::Nodes, "", "worker-1");
+    leaves("the Node is gone")?;
     assert_eq!(cluster.get("127.0.0.1:10256", "/else")?.status, 404);
     Ok(())
 }

@@ -112,7 +112,37 @@ pub(crate) fn server(cluster: &Cluster) -> Result<()> {
     );
     assert_eq!(programming.split(' ').count(), 81);
     dashboards(&metrics);
+    documented(&metrics);
+    openmetrics(cluster)?;
     promtool(&metrics)
+}
+
+/// Scrapers that accept it get the newer format: counters without the end of their samples' names, and an end mark.
+fn openmetrics(cluster: &Cluster) -> Result<()> {
+    let accept = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n";
+    let answer = cluster.ask_with("GET", "127.0.0.1:10249", "/metrics", accept)?;
+    assert_eq!(answer.headers["content-type"], "application/openmetrics-text; version=1.0.0; charset=utf-8");
+    assert!(answer.body.ends_with("# EOF\n"), "{}", answer.body);
+    assert!(answer.body.contains("\n# TYPE kubeproxy_proxy_healthz counter\n"), "{}", answer.body);
+    assert!(answer.body.contains("\nkubeproxy_proxy_healthz_total{code=\"200\"}"), "{}", answer.body);
+    Ok(())
+}
+
+/// Every metric that is shown stands in the reference, in full or by the end of its name.
+pub(crate) fn documented(metrics: &str) {
+    let words: Vec<&str> = include_str!("../../../../docs/metrics.md")
+        .split('`')
+        .filter_map(|word| word.split('{').next())
+        .filter(|word| word.len() > 3)
+        .collect();
+    for name in metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()) {
+        let is_meant = |word: &&str| {
+            let end = word.strip_prefix("...").is_some_and(|end| name.ends_with(end));
+            let start = word.strip_suffix('*').is_some_and(|start| name.starts_with(start));
+            name == *word || end || start
+        };
+        assert!(words.iter().any(is_meant), "docs/metrics.md lacks {name}");
+    }
 }
 
 /// Results of checks appear when they are asked for, and can be reset.
@@ -269,6 +299,7 @@ fn programs_count() -> Result<()> {
     // There and back, with headers, and not what the others carried.
     assert!(counted[3..].iter().all(|bytes| (1e6..1.3e6).contains(bytes)), "{counted:?}");
     promtool(&metrics)?;
+    documented(&metrics);
 
     // An endpoint that goes takes its counter along.
     cluster.endpoints(&["10.244.1.11"]);

@@ -128,11 +128,24 @@ impl ChildGuard {
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(status) = self.child.try_wait()? {
+                self.read_out();
                 return Ok(status);
             }
             if Instant::now() > deadline {
                 bail!("{self}: still running after {timeout:?}");
             }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Waits until what it wrote before it ended is read; not for long, as a grandchild may keep the pipes.
+    fn read_out(&self) {
+        const MOST: Duration = Duration::from_secs(1);
+        let since = Instant::now();
+        // Whoever reads has the other reference.
+        while [&self.stdout, &self.stderr].into_iter().any(|output| Arc::strong_count(output) > 1)
+            && since.elapsed() < MOST
+        {
             thread::sleep(POLL);
         }
     }
@@ -144,7 +157,7 @@ impl ChildGuard {
             // Looked at before the output, so that the last words of a program that ended are not missed.
             let ended = self.child.try_wait()?;
             if ended.is_some() {
-                thread::sleep(POLL);
+                self.read_out();
             }
             if self.stdout().contains(text) || self.stderr().contains(text) {
                 return Ok(());
