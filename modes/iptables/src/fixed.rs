@@ -22,10 +22,10 @@ use shunt_core::table::{ForwardingTable, NodeFacts, NodePortMatch};
 use xtables_tools::{Builtin, Table};
 
 use crate::names::{self, Name};
-use crate::rule::{Key, Match, Rule, Side, States, Target, comment};
+use crate::rule::{Key, Match, Rule, Rules, Side, States, Target, comment};
 
 /// Chains with their rules.
-pub type Chains = BTreeMap<(Table, Name), Vec<Rule>>;
+pub type Chains = BTreeMap<(Table, Name), Rules>;
 /// Rules in chains of the kernel's that lead to ours.
 pub type Hooks = BTreeMap<(Table, Builtin), Vec<Rule>>;
 
@@ -47,7 +47,7 @@ pub fn chains(table: &ForwardingTable) -> Chains {
     let (family, node) = (table.family(), table.node());
     let mark = mark(node);
     let mut chains = Chains::new();
-    let mut add = |table, name: &str, rules| drop(chains.insert((table, name.into()), rules));
+    let mut add = |table, name: &str, rules: Vec<Rule>| drop(chains.insert((table, name.into()), rules.into()));
     add(Table::Nat, names::MARK_MASQ, vec![Rule::always(Target::SetMark(mark, mark))]);
     let count_loopback = node.localhost_node_ports.then(|| {
         Rule::new(

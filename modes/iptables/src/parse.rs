@@ -123,7 +123,10 @@ fn target<'a>(name: &str, rest: &mut impl Iterator<Item = &'a str>) -> Option<Ta
         ("ACCEPT", []) => Target::Accept,
         ("DROP", []) => Target::Drop,
         ("REJECT", ["--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable"]) => Target::Reject,
-        ("DNAT", ["--to-destination", to]) => Target::Dnat(to.parse::<SocketAddr>().ok()?),
+        ("DNAT", ["--to-destination", to]) => {
+            let to: SocketAddr = to.parse().ok()?;
+            Target::Dnat(to.ip(), to.port())
+        }
         ("MASQUERADE", ["--random-fully"]) => Target::Masquerade,
         ("MARK", ["--set-xmark", value]) => {
             let (value, mask) = mark(value)?;

@@ -18,7 +18,7 @@ use crate::fixed;
 use crate::names::{self, Name};
 use crate::op::{About, Op, advance};
 use crate::render::{Desired, Dispatch, Refusal};
-use crate::rule::{Rule, Target};
+use crate::rule::{Rule, Rules, Target};
 use crate::sets::{Element, Kind};
 use crate::state::{State, find_leaf, reachable};
 use crate::tree::{self, Leaves};
@@ -137,10 +137,10 @@ impl<'a> Planner<'a> {
     }
 
     /// Gives a chain its rules, unless it has them.
-    fn chain(&mut self, table: Table, name: &Name, rules: &[Rule]) {
+    fn chain(&mut self, table: Table, name: &Name, rules: &Rules) {
         let key = (table, name.clone());
         if self.observed.chains.get(&key).is_none_or(|held| !same(held, rules)) {
-            self.switch.push(Op::SetChain(table, name.clone(), rules.to_vec()));
+            self.switch.push(Op::SetChain(table, name.clone(), Rules::clone(rules)));
         }
         if self.desired.everything {
             self.wanted.insert(key);
@@ -231,16 +231,16 @@ impl<'a> Planner<'a> {
     fn service_chains(&mut self) -> (BTreeSet<Name>, BTreeSet<Name>) {
         let (observed, desired) = (self.observed, self.desired);
         let mut needed = BTreeSet::new();
-        let rules = |name: &str| desired.chains.get(name).map_or(&[][..], Vec::as_slice);
+        let rules = |name: &str| desired.chains.get(name).map_or(&[][..], |rules| rules);
         for chain in desired.frontends.values().flatten().filter_map(|d| d.leaf.as_ref()?.leads_to()) {
             reachable(&rules, chain, &mut needed);
         }
         let mut new = Vec::new();
         for name in &needed {
-            let wanted = rules(name);
+            let Some(wanted) = desired.chains.get(name) else { continue };
             match observed.chains.get(&(Table::Nat, name.clone())) {
                 Some(held) if held == wanted => {}
-                Some(_) => self.switch.push(Op::SetChain(Table::Nat, name.clone(), wanted.to_vec())),
+                Some(_) => self.switch.push(set_chain(name, wanted)),
                 None => new.push((name, wanted)),
             }
             if desired.everything {
@@ -249,8 +249,7 @@ impl<'a> Planner<'a> {
         }
         // Those that others lead to come first.
         new.sort_by_key(|(name, _)| (rank(name), Reverse(name.len())));
-        let new = new.into_iter().map(|(name, rules)| Op::SetChain(Table::Nat, name.clone(), rules.to_vec()));
-        self.before.extend(new);
+        self.before.extend(new.into_iter().map(|(name, rules)| set_chain(name, rules)));
         if desired.everything {
             return (needed, BTreeSet::new());
         }
@@ -335,7 +334,7 @@ impl<'a> Planner<'a> {
         for (name, rules) in &nodes {
             self.chain(table, name, rules);
         }
-        self.chain(table, &root.into(), &rules);
+        self.chain(table, &root.into(), &rules.into());
         if !desired.everything {
             let of_tree = |name: &Name| {
                 names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES)
@@ -371,6 +370,10 @@ impl<'a> Planner<'a> {
             }
         }
     }
+}
+
+fn set_chain(name: &Name, rules: &Rules) -> Op {
+    Op::SetChain(Table::Nat, name.clone(), Rules::clone(rules))
 }
 
 /// Whether chains do the same; those of a kernel that cannot count lack the counters.

@@ -17,7 +17,7 @@ use shunt_core::table::{
 use crate::choice;
 use crate::fixed::{self, Chains, Hooks};
 use crate::names::{self, Name};
-use crate::rule::{Key, Match, Rule, Side, Target, comment};
+use crate::rule::{Key, Match, Pool, Rule, Rules, Side, Target, comment};
 
 /// What happens to packets of a frontend that are not translated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,7 +60,7 @@ pub struct Desired {
     pub frontends: BTreeMap<Frontend, Option<Dispatch>>,
     /// Chains of Service ports to which frontends in question belong. Only those that a leaf leads to
     /// should be there.
-    pub chains: BTreeMap<Name, Vec<Rule>>,
+    pub chains: BTreeMap<Name, Rules>,
     /// Cluster IPs in question, and whether they should be there.
     pub cluster_ips: BTreeMap<IpAddr, bool>,
     /// Local endpoints in question, and whether they should be there.
@@ -69,7 +69,7 @@ pub struct Desired {
 
 /// What the kernel should hold for the part of `table` that `change` touches.
 pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
-    let mut ports = Ports { table, done: BTreeSet::new(), chains: BTreeMap::new() };
+    let mut ports = Ports { table, done: BTreeSet::new(), chains: BTreeMap::new(), pool: Pool::default() };
     let (frontends, cluster_ips, hairpins) = if change.everything {
         (
             table
@@ -106,7 +106,8 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
 struct Ports<'a> {
     table: &'a ForwardingTable,
     done: BTreeSet<(&'a str, &'a str, &'a str, u8)>,
-    chains: BTreeMap<Name, Vec<Rule>>,
+    chains: BTreeMap<Name, Rules>,
+    pool: Pool,
 }
 
 impl<'a> Ports<'a> {
@@ -114,7 +115,7 @@ impl<'a> Ports<'a> {
         let name = &port.name;
         let id = (&*name.service.namespace, &*name.service.name, &*name.port, name.protocol.number());
         if self.done.insert(id) {
-            PortChains::new(self.table, port).render(&mut self.chains);
+            PortChains::new(self.table, port).render(&mut self.chains, &mut self.pool);
         }
         let guard = entry.source_ranges.clone();
         let forwards =
@@ -240,11 +241,11 @@ impl<'a> PortChains<'a> {
         format!("{prefix}{}", self.hash).into()
     }
 
-    fn render(&self, chains: &mut BTreeMap<Name, Vec<Rule>>) {
+    fn render(&self, chains: &mut BTreeMap<Name, Rules>, pool: &mut Pool) {
         for policy in [TrafficPolicy::Cluster, TrafficPolicy::Local] {
             let endpoints = self.group(policy);
             if !endpoints.is_empty() {
-                self.endpoints(policy, endpoints, chains);
+                self.endpoints(policy, endpoints, chains, pool);
             }
         }
         for (port, entry) in self.entries() {
@@ -254,7 +255,7 @@ impl<'a> PortChains<'a> {
                 && !chains.contains_key(&*chain)
             {
                 let rules = self.by_source(entry.verdicts);
-                chains.insert(chain.into(), rules);
+                chains.insert(chain.into(), rules.into());
             }
         }
         self.guards(chains);
@@ -265,7 +266,8 @@ impl<'a> PortChains<'a> {
         &self,
         policy: TrafficPolicy,
         endpoints: &[Endpoint],
-        chains: &mut BTreeMap<Name, Vec<Rule>>,
+        chains: &mut BTreeMap<Name, Rules>,
+        pool: &mut Pool,
     ) {
         let name = self.name(policy_prefix(policy));
         let mut rules = Vec::new();
@@ -291,16 +293,16 @@ impl<'a> PortChains<'a> {
                     .entry(chain(*to))
                     .or_insert_with(|| endpoint_chain(&chain(*to), *to, protocol.clone(), timeout));
             }
-            let send = |to: SocketAddr, matches| Rule::new(matches, Target::Goto(chain(to)));
-            rules.extend(choice::rules(&name, &sockets, &send, chains));
+            let mut send = |to: SocketAddr, matches| Rule::new(matches, Target::Goto(chain(to)));
+            rules.extend(choice::rules(&name, &sockets, &mut send, chains));
         } else {
-            let send = |to: SocketAddr, mut matches: Vec<Match>| {
+            let mut send = |to: SocketAddr, mut matches: Vec<Match>| {
                 matches.push(protocol.clone());
-                Rule::new(matches, Target::Dnat(to))
+                pool.share(Rule::new(matches, Target::Dnat(to.ip(), to.port())))
             };
-            rules.extend(choice::rules(&name, &sockets, &send, chains));
+            rules.extend(choice::rules(&name, &sockets, &mut send, chains));
         }
-        chains.insert(name, rules);
+        chains.insert(name, rules.into());
     }
 
     /// Rules that treat each class of source as its verdict says.
@@ -337,7 +339,7 @@ impl<'a> PortChains<'a> {
     }
 
     /// The chain that lets only allowed sources pass.
-    fn guards(&self, chains: &mut BTreeMap<Name, Vec<Rule>>) {
+    fn guards(&self, chains: &mut BTreeMap<Name, Rules>) {
         let mut rules = Vec::new();
         for (port, entry) in self.entries() {
             let (Some(guard), Some(vip)) = (&entry.source_ranges, entry.frontend.address) else { continue };
@@ -358,13 +360,14 @@ impl<'a> PortChains<'a> {
         rules.retain(|rule| seen.insert(rule.to_string()));
         let why = format!("other traffic will be dropped by {}", names::PROXY_FIREWALL);
         rules.push(Rule::new(vec![comment(&why)], Target::Accept));
-        chains.insert(self.name(names::GUARD), rules);
+        chains.insert(self.name(names::GUARD), rules.into());
     }
 }
 
 /// The chain of an endpoint with session affinity: remembers the client, or for longer.
-fn endpoint_chain(name: &Name, to: SocketAddr, protocol: Match, timeout: Duration) -> Vec<Rule> {
+fn endpoint_chain(name: &Name, to: SocketAddr, protocol: Match, timeout: Duration) -> Rules {
     // What ipset can hold at most.
     let seconds = timeout.as_secs().clamp(1, 2_147_483) as u32;
-    vec![Rule::always(Target::AddSource(name.clone(), seconds)), Rule::new(vec![protocol], Target::Dnat(to))]
+    let send = Rule::new(vec![protocol], Target::Dnat(to.ip(), to.port()));
+    [Rule::always(Target::AddSource(name.clone(), seconds)), send].into()
 }

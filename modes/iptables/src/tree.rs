@@ -22,7 +22,7 @@ use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::table::Frontend;
 
 use crate::names::{self, Name};
-use crate::rule::{Match, Rule, Target};
+use crate::rule::{Match, Rule, Rules, Target};
 
 /// Keys that one node lists: more are told apart by their bits.
 pub const NODE_MAX: usize = 8;
@@ -174,7 +174,7 @@ pub fn leaf(rule: &Rule) -> Option<(Frontend, Rule)> {
     }
     let (mut address, mut port) = (None, None);
     let mut rest = Vec::new();
-    for m in &rule.matches {
+    for m in rule.matches.iter() {
         match m {
             Match::Destination(false, range) if range.prefix_len() == range.max_prefix_len() => {
                 address = Some(range.addr());
@@ -188,7 +188,7 @@ pub fn leaf(rule: &Rule) -> Option<(Frontend, Rule)> {
 }
 
 /// The rules of a tree: those of its root, which stand before others there, and those of its nodes.
-pub fn build(leaves: &Leaves) -> (Vec<Rule>, BTreeMap<Name, Vec<Rule>>) {
+pub fn build(leaves: &Leaves) -> (Vec<Rule>, BTreeMap<Name, Rules>) {
     let mut nodes = BTreeMap::new();
     let keys: Vec<(BitKey, &Frontend, &Rule)> =
         leaves.iter().map(|(f, leaf)| (Shape::key(f), f, leaf)).collect();
@@ -202,7 +202,7 @@ fn node(
     keys: &[(BitKey, &Frontend, &Rule)],
     bits: u32,
     is_root: bool,
-    nodes: &mut BTreeMap<Name, Vec<Rule>>,
+    nodes: &mut BTreeMap<Name, Rules>,
 ) -> Vec<Rule> {
     if keys.len() <= NODE_MAX {
         return keys.iter().map(|(_, frontend, leaf)| place(frontend, leaf)).collect();
@@ -227,7 +227,7 @@ fn node(
         let target = if is_root { Target::Jump(name.clone()) } else { Target::Goto(name.clone()) };
         rules.push(Rule::new(shape.prefix(*first, level), target));
         let below = node(shape, group, level, false, nodes);
-        nodes.insert(name, below);
+        nodes.insert(name, below.into());
     }
     rules
 }
@@ -248,7 +248,7 @@ mod tests {
     }
 
     /// Rules that a key meets on its way, and where it ends.
-    fn walk(root: &[Rule], nodes: &BTreeMap<Name, Vec<Rule>>, key: &Frontend) -> (usize, Option<Name>) {
+    fn walk(root: &[Rule], nodes: &BTreeMap<Name, Rules>, key: &Frontend) -> (usize, Option<Name>) {
         let meets = |m: &Match| match m {
             Match::Destination(false, range) => key.address.is_some_and(|a| range.contains(&a)),
             Match::Protocol(protocol) => *protocol == key.protocol,
@@ -280,13 +280,13 @@ mod tests {
         for key in others {
             assert_eq!(walk(&root, &nodes, key).1, None, "{key}");
         }
-        let read: Leaves = root.iter().chain(nodes.values().flatten()).filter_map(leaf).collect();
+        let read: Leaves = root.iter().chain(nodes.values().flat_map(|rules| rules.iter())).filter_map(leaf).collect();
         assert_eq!(read, leaves);
         for (name, rules) in &nodes {
             assert!(name.len() <= 28 && rules.len() <= 8 && rules.len() > 1, "{name}");
         }
         let found: std::collections::BTreeSet<&Name> =
-            root.iter().chain(nodes.values().flatten()).filter_map(Rule::leads_to).collect();
+            root.iter().chain(nodes.values().flat_map(|rules| rules.iter())).filter_map(Rule::leads_to).collect();
         assert!(nodes.keys().all(|name| found.contains(name)));
     }
 
