@@ -93,7 +93,9 @@ mod tests {
             left -= here;
             let mut length = i + 1;
             match &rule.target {
-                Target::Dnat(address, port) => *into.entry(SocketAddr::new(*address, *port)).or_default() += here,
+                Target::Dnat(address, port) => {
+                    *into.entry(SocketAddr::new(*address, *port)).or_default() += here
+                }
                 Target::Goto(chain) => length += chosen(&chains[chain], chains, here, into),
                 other => panic!("{other}"),
             }

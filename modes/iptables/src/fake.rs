@@ -42,9 +42,7 @@ impl FakeKernel {
             }
             Op::CreateSet(_, name, _) if name.len() > 31 => Err(format!("set {name}: the name is too long")),
             Op::DestroySet(name) if !before.sets.contains_key(name) => Err(format!("no set {name}")),
-            Op::DestroySet(name)
-                if all_rules(next).any(|(_, rule)| rule.sets().any(|set| set == name)) =>
-            {
+            Op::DestroySet(name) if all_rules(next).any(|(_, rule)| rule.sets().any(|set| set == name)) => {
                 Err(format!("set {name} is in use by a kernel component"))
             }
             Op::AddElement(set, element) if before.holds(set, element) => {

@@ -98,12 +98,10 @@ impl<'a> Planner<'a> {
         let (needed, gone) = self.service_chains();
         self.endpoint_sets(&needed, &gone);
         let of_address = |f: &Frontend| f.address.is_some();
-        self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
+        let root = self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
         self.tree(Table::Nat, names::NODE_PORTS, &|f| !of_address(f), &leaf, &[]);
         self.tree(Table::Filter, names::EXTERNAL_SERVICES, &|f| !of_address(f), &refusal, &[]);
-        for ((table, name), rules) in &self.desired.fixed {
-            self.chain(*table, name, rules);
-        }
+        self.fixed(&root);
         self.mark_first();
         self.hooks();
         for name in gone {
@@ -144,6 +142,23 @@ impl<'a> Planner<'a> {
         }
         if self.desired.everything {
             self.wanted.insert(key);
+        }
+    }
+
+    /// Chains that depend on frontends by the ranges of their addresses at most.
+    fn fixed(&mut self, root: &Rules) {
+        let ranges = tree::ranges(root);
+        let desired = self.desired;
+        for ((table, name), rules) in &desired.fixed {
+            let first = desired.by_range.get(name).filter(|_| *table == Table::Filter);
+            match first {
+                Some(rule) => {
+                    let first = ranges.iter().map(|range| rule.within(*range));
+                    let rules: Rules = first.chain(rules.iter().cloned()).collect();
+                    self.chain(*table, name, &rules);
+                }
+                None => self.chain(*table, name, rules),
+            }
         }
     }
 
@@ -296,7 +311,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A dispatch tree, with the rules that follow it in its root.
+    /// A dispatch tree, with the rules that follow it in its root; the rules of the root.
     fn tree(
         &mut self,
         table: Table,
@@ -304,7 +319,7 @@ impl<'a> Planner<'a> {
         is_key: &dyn Fn(&Frontend) -> bool,
         leaf_of: &dyn Fn(&Dispatch) -> Option<Rule>,
         rest: &[Rule],
-    ) {
+    ) -> Rules {
         let (observed, desired) = (self.observed, self.desired);
         let edits: Vec<(&Frontend, Option<Rule>)> = desired
             .frontends
@@ -315,9 +330,11 @@ impl<'a> Planner<'a> {
         let same = |(frontend, leaf): &(&Frontend, Option<Rule>)| {
             find_leaf(observed, table, root, frontend) == *leaf
         };
-        let is_there = observed.chains.contains_key(&(table, root.into()));
-        if !desired.everything && is_there && edits.iter().all(same) {
-            return;
+        if let Some(held) = observed.chains.get(&(table, root.into()))
+            && !desired.everything
+            && edits.iter().all(same)
+        {
+            return Rules::clone(held);
         }
         let mut leaves = Leaves::new();
         if !desired.everything {
@@ -334,7 +351,8 @@ impl<'a> Planner<'a> {
         for (name, rules) in &nodes {
             self.chain(table, name, rules);
         }
-        self.chain(table, &root.into(), &rules.into());
+        let rules = rules.into();
+        self.chain(table, &root.into(), &rules);
         if !desired.everything {
             let of_tree = |name: &Name| {
                 names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES)
@@ -344,6 +362,7 @@ impl<'a> Planner<'a> {
                 self.delete(table, name);
             }
         }
+        rules
     }
 
     fn hooks(&mut self) {

@@ -50,6 +50,9 @@ pub struct Desired {
     pub active: bool,
     /// Chains that do not depend on frontends; they are always all listed.
     pub fixed: Chains,
+    /// Rules that stand first in chains of the filter table, for each range in which there are addresses of
+    /// frontends.
+    pub by_range: BTreeMap<Name, Rule>,
     /// Rules after the tree of frontends: those that lead to the tree of node ports.
     pub node_ports: Vec<Rule>,
     /// Where the kernel enters our chains.
@@ -92,6 +95,7 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
         everything: change.everything,
         active: !table.is_empty() || !table.service_cidrs().is_empty(),
         fixed: fixed::chains(table),
+        by_range: fixed::by_range(table.family()),
         node_ports: fixed::node_ports(table.family(), table.node(), names::NODE_PORTS),
         hooks: fixed::hooks(),
         loopback: table.node().localhost_node_ports,

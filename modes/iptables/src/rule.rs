@@ -78,10 +78,10 @@ pub enum Match {
     Protocol(Protocol),
     /// Destination ports, from and to. Comes with the protocol.
     Ports(Protocol, u16, u16),
-    /// Whether an address is one of the node's own, loopback included.
-    Local(bool, Side),
     /// Conntrack state.
     State(bool, States),
+    /// Whether an address is one of the node's own, loopback included.
+    Local(bool, Side),
     /// Where the flow's first packet went before it was translated.
     OriginalDestination(bool, IpNet),
     /// Value and mask of the packet mark.
@@ -195,6 +195,18 @@ impl Rule {
     /// A rule without conditions.
     pub fn always(target: Target) -> Self {
         Self { matches: Arc::default(), target }
+    }
+
+    /// The rule with one more condition.
+    #[must_use]
+    pub fn and(&self, condition: Match) -> Self {
+        Self::new(self.matches.iter().cloned().chain([condition]).collect(), self.target.clone())
+    }
+
+    /// The rule for packets to a range of addresses.
+    #[must_use]
+    pub fn within(&self, range: IpNet) -> Self {
+        self.and(Match::Destination(false, range))
     }
 
     /// The chain that it leads to.

@@ -169,7 +169,8 @@ impl State {
             let rules = self.chains.get(&key).cloned().unwrap_or_default();
             kept.insert(key, rules);
         }
-        let used: BTreeSet<Name> = kept.values().flat_map(|rules| rules.iter()).flat_map(Rule::sets).cloned().collect();
+        let used: BTreeSet<Name> =
+            kept.values().flat_map(|rules| rules.iter()).flat_map(Rule::sets).cloned().collect();
         self.sets.retain(|name, set| {
             set.elements.retain(|element| match element {
                 Element::Frontend(a, p, port) | Element::Source(a, p, port, _) => {

@@ -14,7 +14,7 @@
 //! The root jumps and all others go: a packet for which a tree has nothing comes back to the rules after
 //! the tree's in the root, after at most eight rules a level.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -187,6 +187,18 @@ pub fn leaf(rule: &Rule) -> Option<(Frontend, Rule)> {
     Some((Frontend { address, protocol, port }, Rule::new(rest, rule.target.clone())))
 }
 
+/// The ranges of addresses that the root of a tree tells apart: all its keys are in them.
+pub fn ranges(root: &[Rule]) -> BTreeSet<IpNet> {
+    let of_tree = root
+        .iter()
+        .filter(|rule| rule.leads_to().is_some_and(|to| names::is_tree(to)) || leaf(rule).is_some());
+    let range = |m: &Match| match m {
+        Match::Destination(false, range) => Some(*range),
+        _ => None,
+    };
+    of_tree.filter_map(|rule| rule.matches.iter().find_map(range)).collect()
+}
+
 /// The rules of a tree: those of its root, which stand before others there, and those of its nodes.
 pub fn build(leaves: &Leaves) -> (Vec<Rule>, BTreeMap<Name, Rules>) {
     let mut nodes = BTreeMap::new();
@@ -280,13 +292,17 @@ mod tests {
         for key in others {
             assert_eq!(walk(&root, &nodes, key).1, None, "{key}");
         }
-        let read: Leaves = root.iter().chain(nodes.values().flat_map(|rules| rules.iter())).filter_map(leaf).collect();
+        let read: Leaves =
+            root.iter().chain(nodes.values().flat_map(|rules| rules.iter())).filter_map(leaf).collect();
         assert_eq!(read, leaves);
         for (name, rules) in &nodes {
             assert!(name.len() <= 28 && rules.len() <= 8 && rules.len() > 1, "{name}");
         }
-        let found: std::collections::BTreeSet<&Name> =
-            root.iter().chain(nodes.values().flat_map(|rules| rules.iter())).filter_map(Rule::leads_to).collect();
+        let found: std::collections::BTreeSet<&Name> = root
+            .iter()
+            .chain(nodes.values().flat_map(|rules| rules.iter()))
+            .filter_map(Rule::leads_to)
+            .collect();
         assert!(nodes.keys().all(|name| found.contains(name)));
     }
 
