@@ -13,7 +13,7 @@
 //!
 //! The nat table of iptables cannot refuse, so what is refused meets the filter table untranslated. There
 //! it is asked for in sets, so that the filter table is the same for any number of Services. A look at a set costs
-//! as much as a dozen rules: only packets to addresses near those of Services meet one.
+//! as much as a dozen rules: only packets to addresses near those of Services, and from and to local endpoints, meet one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -66,13 +66,7 @@ pub fn chains(table: &ForwardingTable) -> Chains {
         Table::Nat,
         names::POSTROUTING,
         [
-            Rule::new(
-                vec![
-                    Match::Set(false, names::set(family, names::HAIRPIN), Key::FrontendSource),
-                    Match::State(false, States::DNAT),
-                ],
-                Target::Jump(names::MARK_MASQ.into()),
-            ),
+            // Before it those for hairpins.
             Rule::new(vec![Match::Mark(true, mark, mark)], Target::Return),
         ]
         .into_iter()
@@ -123,19 +117,31 @@ fn refuse() -> Rule {
     Rule::always(Target::Jump(names::REFUSE.into()))
 }
 
-/// Rules that stand first in chains of the filter table, once for each range in which there are addresses of
-/// frontends, which is one more condition.
-pub fn by_range(family: IpFamily) -> BTreeMap<Name, Rule> {
+/// Rules that stand first in chains, once for each range in which certain addresses are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ByRange {
+    /// For packets to frontends, in these chains of the filter table.
+    pub frontends: BTreeMap<Name, Rule>,
+    /// For packets from and to endpoints of this node, in the chain of the nat table that masquerades.
+    pub endpoints: Rule,
+}
+
+/// What stands before what [`chains`] says.
+pub fn by_range(family: IpFamily) -> ByRange {
     let of_set = |inverted, name, key| Match::Set(inverted, names::set(family, name), key);
     let guard = vec![
         Match::State(true, States::DNAT),
         of_set(false, names::GUARDED, Key::Frontend),
         of_set(true, names::SOURCES, Key::FrontendSource),
     ];
-    BTreeMap::from([
-        (names::PROXY_FIREWALL.into(), Rule::new(guard, Target::Drop)),
-        (names::SERVICES.into(), refuse()),
-    ])
+    let hairpin = vec![of_set(false, names::HAIRPIN, Key::FrontendSource), Match::State(false, States::DNAT)];
+    ByRange {
+        frontends: BTreeMap::from([
+            (names::PROXY_FIREWALL.into(), Rule::new(guard, Target::Drop)),
+            (names::SERVICES.into(), refuse()),
+        ]),
+        endpoints: Rule::new(hairpin, Target::Jump(names::MARK_MASQ.into())),
+    }
 }
 
 /// What the filter table does with new connections to addresses of Services.

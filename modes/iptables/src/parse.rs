@@ -1,5 +1,6 @@
 //! Reads rules as `iptables-save` prints them. Both flavours print the same conditions, in orders of their own.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
@@ -23,9 +24,9 @@ struct Reader {
     target: Option<Target>,
 }
 
-fn read(words: &[String]) -> Option<Rule> {
+fn read(words: &[Cow<'_, str>]) -> Option<Rule> {
     let mut reader = Reader::default();
-    let mut words = words.iter().map(String::as_str);
+    let mut words = words.iter().map(|word| &**word);
     let mut inverted = false;
     while let Some(word) = words.next() {
         if word == "!" {

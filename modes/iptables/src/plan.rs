@@ -9,16 +9,19 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
+use ipnet::IpNet;
 use shunt_core::table::Frontend;
 use shunt_mode::Plan;
 use xtables_tools::Table;
 
+use crate::cover::cover;
 use crate::fixed;
 use crate::names::{self, Name};
 use crate::op::{About, Op, advance};
 use crate::render::{Desired, Dispatch, Refusal};
-use crate::rule::{Rule, Rules, Target};
+use crate::rule::{Match, Rule, Rules, Target};
 use crate::sets::{Element, Kind};
 use crate::state::{State, find_leaf, reachable};
 use crate::tree::{self, Leaves};
@@ -98,10 +101,10 @@ impl<'a> Planner<'a> {
         let (needed, gone) = self.service_chains();
         self.endpoint_sets(&needed, &gone);
         let of_address = |f: &Frontend| f.address.is_some();
-        let root = self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
+        let leaves = self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
         self.tree(Table::Nat, names::NODE_PORTS, &|f| !of_address(f), &leaf, &[]);
         self.tree(Table::Filter, names::EXTERNAL_SERVICES, &|f| !of_address(f), &refusal, &[]);
-        self.fixed(&root);
+        self.fixed(leaves.as_ref());
         self.mark_first();
         self.hooks();
         for name in gone {
@@ -145,21 +148,54 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Chains that depend on frontends by the ranges of their addresses at most.
-    fn fixed(&mut self, root: &Rules) {
-        let ranges = tree::ranges(root);
+    /// Chains that depend on Services by the ranges of addresses at most.
+    fn fixed(&mut self, leaves: Option<&Leaves>) {
         let desired = self.desired;
+        let frontends = match leaves {
+            Some(leaves) => cover(leaves.keys().filter_map(|frontend| frontend.address)),
+            None => self.ranges_held(),
+        };
+        let endpoints = cover(self.hairpins());
         for ((table, name), rules) in &desired.fixed {
-            let first = desired.by_range.get(name).filter(|_| *table == Table::Filter);
-            match first {
-                Some(rule) => {
-                    let first = ranges.iter().map(|range| rule.within(*range));
-                    let rules: Rules = first.chain(rules.iter().cloned()).collect();
-                    self.chain(*table, name, &rules);
+            let first: Vec<Rule> = match (table, desired.by_range.frontends.get(name)) {
+                (Table::Filter, Some(rule)) => frontends.iter().map(|range| rule.within(*range)).collect(),
+                (Table::Nat, _) if &**name == names::POSTROUTING => {
+                    let rule = &desired.by_range.endpoints;
+                    let both = |range: &IpNet| rule.and(Match::Source(false, *range)).within(*range);
+                    endpoints.iter().map(both).collect()
                 }
-                None => self.chain(*table, name, rules),
+                _ => Vec::new(),
+            };
+            if first.is_empty() {
+                self.chain(*table, name, rules);
+            } else {
+                self.chain(*table, name, &first.iter().chain(&**rules).cloned().collect());
             }
         }
+    }
+
+    /// The ranges of frontends that rules name: each has one in this chain, which has no others.
+    fn ranges_held(&self) -> Vec<IpNet> {
+        let rules = self.observed.rules(Table::Filter, names::PROXY_FIREWALL).iter();
+        let range = |m: &Match| match m {
+            Match::Destination(false, range) => Some(*range),
+            _ => None,
+        };
+        rules.filter_map(|rule| rule.matches.iter().find_map(range)).collect()
+    }
+
+    /// The addresses of local endpoints that may meet themselves, as desired.
+    fn hairpins(&self) -> BTreeSet<IpAddr> {
+        let (observed, desired) = (self.observed, self.desired);
+        let held =
+            observed.sets.get(&names::set(desired.family, names::HAIRPIN)).filter(|_| !desired.everything);
+        let held = held.into_iter().flat_map(|set| &set.elements).filter_map(|element| match element {
+            Element::Hairpin(endpoint) => Some(endpoint),
+            _ => None,
+        });
+        let kept = held.filter(|endpoint| desired.hairpins.get(endpoint) != Some(&false));
+        let come = desired.hairpins.iter().filter_map(|(endpoint, wanted)| wanted.then_some(endpoint));
+        kept.chain(come).map(|endpoint| endpoint.address).collect()
     }
 
     /// Chains of Service ports lead to the one that marks: if it is new, it comes before them.
@@ -212,7 +248,7 @@ impl<'a> Planner<'a> {
             }
             if let (Some(guard), Element::Frontend(address, protocol, port)) = (&dispatch.guard, &element) {
                 drop_into(&mut wanted, &guarded, &element);
-                let vip = guard.allow_vip_source.then(|| ipnet::IpNet::from(*address));
+                let vip = guard.allow_vip_source.then(|| IpNet::from(*address));
                 for range in guard.ranges.iter().copied().chain(vip) {
                     wanted.insert((sources.clone(), Element::Source(*address, *protocol, *port, range)));
                 }
@@ -311,7 +347,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A dispatch tree, with the rules that follow it in its root; the rules of the root.
+    /// A dispatch tree, with the rules that follow it in its root. Answers all its leaves, unless they stay the same.
     fn tree(
         &mut self,
         table: Table,
@@ -319,7 +355,7 @@ impl<'a> Planner<'a> {
         is_key: &dyn Fn(&Frontend) -> bool,
         leaf_of: &dyn Fn(&Dispatch) -> Option<Rule>,
         rest: &[Rule],
-    ) -> Rules {
+    ) -> Option<Leaves> {
         let (observed, desired) = (self.observed, self.desired);
         let edits: Vec<(&Frontend, Option<Rule>)> = desired
             .frontends
@@ -330,11 +366,9 @@ impl<'a> Planner<'a> {
         let same = |(frontend, leaf): &(&Frontend, Option<Rule>)| {
             find_leaf(observed, table, root, frontend) == *leaf
         };
-        if let Some(held) = observed.chains.get(&(table, root.into()))
-            && !desired.everything
-            && edits.iter().all(same)
-        {
-            return Rules::clone(held);
+        let is_there = observed.chains.contains_key(&(table, root.into()));
+        if !desired.everything && is_there && edits.iter().all(same) {
+            return None;
         }
         let mut leaves = Leaves::new();
         if !desired.everything {
@@ -351,8 +385,7 @@ impl<'a> Planner<'a> {
         for (name, rules) in &nodes {
             self.chain(table, name, rules);
         }
-        let rules = rules.into();
-        self.chain(table, &root.into(), &rules);
+        self.chain(table, &root.into(), &rules.into());
         if !desired.everything {
             let of_tree = |name: &Name| {
                 names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES)
@@ -362,7 +395,7 @@ impl<'a> Planner<'a> {
                 self.delete(table, name);
             }
         }
-        rules
+        Some(leaves)
     }
 
     fn hooks(&mut self) {

@@ -15,7 +15,7 @@ use shunt_core::table::{
 };
 
 use crate::choice;
-use crate::fixed::{self, Chains, Hooks};
+use crate::fixed::{self, ByRange, Chains, Hooks};
 use crate::names::{self, Name};
 use crate::rule::{Key, Match, Pool, Rule, Rules, Side, Target, comment};
 
@@ -50,9 +50,8 @@ pub struct Desired {
     pub active: bool,
     /// Chains that do not depend on frontends; they are always all listed.
     pub fixed: Chains,
-    /// Rules that stand first in chains of the filter table, for each range in which there are addresses of
-    /// frontends.
-    pub by_range: BTreeMap<Name, Rule>,
+    /// Rules that stand before those, for each range in which there are addresses.
+    pub by_range: ByRange,
     /// Rules after the tree of frontends: those that lead to the tree of node ports.
     pub node_ports: Vec<Rule>,
     /// Where the kernel enters our chains.

@@ -14,7 +14,7 @@
 //! The root jumps and all others go: a packet for which a tree has nothing comes back to the rules after
 //! the tree's in the root, after at most eight rules a level.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -185,18 +185,6 @@ pub fn leaf(rule: &Rule) -> Option<(Frontend, Rule)> {
     }
     let (protocol, port) = port?;
     Some((Frontend { address, protocol, port }, Rule::new(rest, rule.target.clone())))
-}
-
-/// The ranges of addresses that the root of a tree tells apart: all its keys are in them.
-pub fn ranges(root: &[Rule]) -> BTreeSet<IpNet> {
-    let of_tree = root
-        .iter()
-        .filter(|rule| rule.leads_to().is_some_and(|to| names::is_tree(to)) || leaf(rule).is_some());
-    let range = |m: &Match| match m {
-        Match::Destination(false, range) => Some(*range),
-        _ => None,
-    };
-    of_tree.filter_map(|rule| rule.matches.iter().find_map(range)).collect()
 }
 
 /// The rules of a tree: those of its root, which stand before others there, and those of its nodes.
