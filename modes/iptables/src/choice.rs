@@ -94,7 +94,7 @@ mod tests {
             let mut length = i + 1;
             match &rule.target {
                 Target::Dnat(address, port) => {
-                    *into.entry(SocketAddr::new(*address, *port)).or_default() += here
+                    *into.entry(SocketAddr::new(*address, *port)).or_default() += here;
                 }
                 Target::Goto(chain) => length += chosen(&chains[chain], chains, here, into),
                 other => panic!("{other}"),

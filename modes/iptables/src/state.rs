@@ -88,7 +88,11 @@ impl State {
         reader.finish()
     }
 
-    fn leads_to(&self, table: Table, chain: &str) -> bool {
+    /// Whether rules of ours lead to a chain, or another one of ours does what it asks for.
+    fn uses(&self, table: Table, chain: &str) -> bool {
+        if chain == names::MARK_MASQ && self.chains.contains_key(&(table, names::POSTROUTING.into())) {
+            return true;
+        }
         let of_chains =
             self.chains.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules.iter());
         let of_hooks = self.hooks.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules);
@@ -296,7 +300,7 @@ impl<'s> Reader<'s> {
         self.leave();
         let held = self.held.finish();
         for (table, chain) in held.untouched() {
-            if !self.state.leads_to(table, chain) {
+            if !self.state.uses(table, chain) {
                 self.state.chains.remove(&(table, chain.into()));
             }
         }
