@@ -1,6 +1,6 @@
 //! From the forwarding table to chains, leaves of trees and elements of sets. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,7 +71,7 @@ pub struct Desired {
 
 /// What the kernel should hold for the part of `table` that `change` touches.
 pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
-    let mut ports = Ports { table, done: BTreeSet::new(), chains: BTreeMap::new(), pool: Pool::default() };
+    let mut ports = Ports { table, done: HashSet::new(), chains: BTreeMap::new(), pool: Pool::default() };
     let (frontends, cluster_ips, hairpins) = if change.everything {
         (
             table
@@ -108,7 +108,7 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
 /// Makes the chains of Service ports, each once.
 struct Ports<'a> {
     table: &'a ForwardingTable,
-    done: BTreeSet<(&'a str, &'a str, &'a str, u8)>,
+    done: HashSet<(&'a str, &'a str, &'a str, u8)>,
     chains: BTreeMap<Name, Rules>,
     pool: Pool,
 }
@@ -117,8 +117,9 @@ impl<'a> Ports<'a> {
     fn dispatch(&mut self, port: &'a PortEntry, entry: &FrontendEntry) -> Dispatch {
         let name = &port.name;
         let id = (&*name.service.namespace, &*name.service.name, &*name.port, name.protocol.number());
+        let hash = names::port_hash(name);
         if self.done.insert(id) {
-            PortChains::new(self.table, port).render(&mut self.chains, &mut self.pool);
+            PortChains::new(self.table, port, &hash).render(&mut self.chains, &mut self.pool);
         }
         let guard = entry.source_ranges.clone();
         let forwards =
@@ -130,7 +131,6 @@ impl<'a> Ports<'a> {
         } else {
             Some(Refusal::Drop)
         };
-        let hash = names::port_hash(name);
         let label = names::port_label(name);
         let leaf = if entry.verdicts.iter().any(forwards) {
             let what = match entry.kind {
@@ -221,15 +221,15 @@ struct PortChains<'a> {
     /// Ports of this name: one, unless the API server was not asked.
     ports: Vec<&'a PortEntry>,
     port: &'a PortEntry,
-    hash: String,
+    hash: &'a str,
 }
 
 impl<'a> PortChains<'a> {
-    fn new(table: &'a ForwardingTable, port: &'a PortEntry) -> Self {
+    fn new(table: &'a ForwardingTable, port: &'a PortEntry, hash: &'a str) -> Self {
         let service = table.service(&port.name.service);
         let ports: Vec<_> =
             service.into_iter().flat_map(|s| &s.ports).filter(|p| p.name == port.name).collect();
-        Self { table, ports, port, hash: names::port_hash(&port.name) }
+        Self { table, ports, port, hash }
     }
 
     fn group(&self, policy: TrafficPolicy) -> &'a [Endpoint] {
@@ -252,7 +252,7 @@ impl<'a> PortChains<'a> {
             }
         }
         for (port, entry) in self.entries() {
-            let chain = entry_chain(self.table, port, entry, &self.hash);
+            let chain = entry_chain(self.table, port, entry, self.hash);
             // The frontends that share this chain have the same verdicts: the Service's policies make them.
             if (chain.starts_with(names::EXTERNAL) || chain.starts_with(names::INTERNAL))
                 && !chains.contains_key(&*chain)
@@ -346,7 +346,7 @@ impl<'a> PortChains<'a> {
         let mut rules = Vec::new();
         for (port, entry) in self.entries() {
             let (Some(guard), Some(vip)) = (&entry.source_ranges, entry.frontend.address) else { continue };
-            let to = Target::Goto(entry_chain(self.table, port, entry, &self.hash).into());
+            let to = Target::Goto(entry_chain(self.table, port, entry, self.hash).into());
             for range in &guard.ranges {
                 rules.push(Rule::new(vec![Match::Source(false, *range)], to.clone()));
             }
