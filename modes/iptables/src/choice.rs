@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use crate::names::Name;
-use crate::rule::{Match, Rule, Target, one_in};
+use crate::rule::{Match, Rule, Rules, Target, one_in};
 
 /// Endpoints that one chain lists.
 pub const LIST_MAX: usize = 16;
@@ -19,8 +19,8 @@ const DEPTH_MAX: u32 = 3;
 pub fn rules(
     name: &str,
     endpoints: &[SocketAddr],
-    rule: &dyn Fn(SocketAddr, Vec<Match>) -> Rule,
-    chains: &mut BTreeMap<Name, Vec<Rule>>,
+    rule: &mut dyn FnMut(SocketAddr, Vec<Match>) -> Rule,
+    chains: &mut BTreeMap<Name, Rules>,
 ) -> Vec<Rule> {
     level(name, endpoints, 0, rule, chains)
 }
@@ -29,8 +29,8 @@ fn level(
     name: &str,
     endpoints: &[SocketAddr],
     depth: u32,
-    rule: &dyn Fn(SocketAddr, Vec<Match>) -> Rule,
-    chains: &mut BTreeMap<Name, Vec<Rule>>,
+    rule: &mut dyn FnMut(SocketAddr, Vec<Match>) -> Rule,
+    chains: &mut BTreeMap<Name, Rules>,
 ) -> Vec<Rule> {
     let mut left = endpoints.len();
     // The last one needs no luck.
@@ -53,7 +53,7 @@ fn level(
                 let below: Name = format!("{name}{digit}").into();
                 rules.push(Rule::new(chance(group.len()), Target::Goto(below.clone())));
                 let of_below = level(&below, group, depth + 1, rule, chains);
-                chains.insert(below, of_below);
+                chains.insert(below, of_below.into());
             }
         }
     }
@@ -78,7 +78,7 @@ mod tests {
 
     fn chosen(
         rules: &[Rule],
-        chains: &BTreeMap<Name, Vec<Rule>>,
+        chains: &BTreeMap<Name, Rules>,
         probability: f64,
         into: &mut BTreeMap<SocketAddr, f64>,
     ) -> usize {
@@ -93,7 +93,9 @@ mod tests {
             left -= here;
             let mut length = i + 1;
             match &rule.target {
-                Target::Dnat(to) => *into.entry(*to).or_default() += here,
+                Target::Dnat(address, port) => {
+                    *into.entry(SocketAddr::new(*address, *port)).or_default() += here;
+                }
                 Target::Goto(chain) => length += chosen(&chains[chain], chains, here, into),
                 other => panic!("{other}"),
             }
@@ -103,12 +105,12 @@ mod tests {
         longest
     }
 
-    fn choice(endpoints: &[SocketAddr]) -> (Vec<Rule>, BTreeMap<Name, Vec<Rule>>) {
+    fn choice(endpoints: &[SocketAddr]) -> (Vec<Rule>, BTreeMap<Name, Rules>) {
         let mut chains = BTreeMap::new();
         let rules = rules(
             "KUBE-SVC-XPGD46QRK7WJZT7O",
             endpoints,
-            &|to, m| Rule::new(m, Target::Dnat(to)),
+            &mut |to, m| Rule::new(m, Target::Dnat(to.ip(), to.port())),
             &mut chains,
         );
         (rules, chains)

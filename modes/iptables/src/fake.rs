@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Remedy, Transaction, Unsupported};
+use xtables_tools::Table;
 
 use crate::kernel::Kernel;
 use crate::names;
 use crate::op::{self, Op};
 use crate::plan;
+use crate::rule::Rule;
 use crate::state::State;
 
 /// The kernel in memory.
@@ -40,14 +42,7 @@ impl FakeKernel {
             }
             Op::CreateSet(_, name, _) if name.len() > 31 => Err(format!("set {name}: the name is too long")),
             Op::DestroySet(name) if !before.sets.contains_key(name) => Err(format!("no set {name}")),
-            Op::DestroySet(name)
-                if next
-                    .chains
-                    .values()
-                    .chain(next.hooks.values())
-                    .flatten()
-                    .any(|r| r.sets().any(|s| s == name)) =>
-            {
+            Op::DestroySet(name) if all_rules(next).any(|(_, rule)| rule.sets().any(|set| set == name)) => {
                 Err(format!("set {name} is in use by a kernel component"))
             }
             Op::AddElement(set, element) if before.holds(set, element) => {
@@ -71,12 +66,16 @@ impl FakeKernel {
     }
 }
 
-/// Every chain and set that a rule names must be there.
-fn check_whole(state: &State) -> Result<(), String> {
+fn all_rules(state: &State) -> impl Iterator<Item = (Table, &Rule)> {
     let of_hooks = state.hooks.iter().flat_map(|((table, _), rules)| rules.iter().map(move |r| (*table, r)));
     let of_chains =
         state.chains.iter().flat_map(|((table, _), rules)| rules.iter().map(move |r| (*table, r)));
-    for (table, rule) in of_hooks.chain(of_chains) {
+    of_hooks.chain(of_chains)
+}
+
+/// Every chain and set that a rule names must be there.
+fn check_whole(state: &State) -> Result<(), String> {
+    for (table, rule) in all_rules(state) {
         if let Some(chain) = rule.leads_to()
             && !state.chains.contains_key(&(table, chain.clone()))
         {

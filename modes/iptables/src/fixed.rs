@@ -6,12 +6,14 @@
 //!   filter  INPUT, FORWARD, OUTPUT (new connections)
 //!                               -> KUBE-PROXY-FIREWALL  source ranges
 //!                               -> KUBE-SERVICES        what is refused, if it was not translated
+//!                               -> SHUNT-REFUSE         the same, for addresses of Services
 //!           INPUT               -> KUBE-NODEPORTS       health checks are accepted
 //!           FORWARD             -> KUBE-FORWARD         traffic of Services is accepted
 //! ```
 //!
 //! The nat table of iptables cannot refuse, so what is refused meets the filter table untranslated. There
-//! it is asked for in sets, so that the filter table is the same for any number of Services.
+//! it is asked for in sets, so that the filter table is the same for any number of Services. A look at a set costs
+//! as much as a dozen rules: only packets to addresses near those of Services, and from and to local endpoints, meet one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -22,10 +24,10 @@ use shunt_core::table::{ForwardingTable, NodeFacts, NodePortMatch};
 use xtables_tools::{Builtin, Table};
 
 use crate::names::{self, Name};
-use crate::rule::{Key, Match, Rule, Side, States, Target, comment};
+use crate::rule::{Key, Match, Rule, Rules, Side, States, Target, comment};
 
 /// Chains with their rules.
-pub type Chains = BTreeMap<(Table, Name), Vec<Rule>>;
+pub type Chains = BTreeMap<(Table, Name), Rules>;
 /// Rules in chains of the kernel's that lead to ours.
 pub type Hooks = BTreeMap<(Table, Builtin), Vec<Rule>>;
 
@@ -47,7 +49,8 @@ pub fn chains(table: &ForwardingTable) -> Chains {
     let (family, node) = (table.family(), table.node());
     let mark = mark(node);
     let mut chains = Chains::new();
-    let mut add = |table, name: &str, rules| drop(chains.insert((table, name.into()), rules));
+    let mut add =
+        |table, name: &str, rules: Vec<Rule>| drop(chains.insert((table, name.into()), rules.into()));
     add(Table::Nat, names::MARK_MASQ, vec![Rule::always(Target::SetMark(mark, mark))]);
     let count_loopback = node.localhost_node_ports.then(|| {
         Rule::new(
@@ -63,13 +66,7 @@ pub fn chains(table: &ForwardingTable) -> Chains {
         Table::Nat,
         names::POSTROUTING,
         [
-            Rule::new(
-                vec![
-                    Match::Set(false, names::set(family, names::HAIRPIN), Key::FrontendSource),
-                    Match::State(false, States::DNAT),
-                ],
-                Target::Jump(names::MARK_MASQ.into()),
-            ),
+            // Before it those for hairpins.
             Rule::new(vec![Match::Mark(true, mark, mark)], Target::Return),
         ]
         .into_iter()
@@ -101,28 +98,53 @@ pub fn chains(table: &ForwardingTable) -> Chains {
         accept("kubernetes forwarding conntrack rule", answers),
     ];
     add(Table::Filter, names::FORWARD, drop_invalid.into_iter().chain(accepted).collect());
-    add(
-        Table::Filter,
-        names::PROXY_FIREWALL,
-        vec![Rule::new(
-            vec![
-                Match::State(true, States::DNAT),
-                Match::Set(false, names::set(family, names::GUARDED), Key::Frontend),
-                Match::Set(true, names::set(family, names::SOURCES), Key::FrontendSource),
-            ],
-            Target::Drop,
-        )],
-    );
+    add(Table::Filter, names::PROXY_FIREWALL, Vec::new());
     let accept = |(port, service): (u16, &shunt_core::id::NamespacedName)| {
         let why = comment(&format!("{service} health check node port"));
         Rule::new(vec![Match::Ports(Protocol::Tcp, port, port), why], Target::Accept)
     };
     add(Table::Filter, names::NODE_PORTS, table.health_check_node_ports().map(accept).collect());
-    add(Table::Filter, names::SERVICES, refusals(table));
+    let of_cidrs = table.service_cidrs().iter().map(|range| refuse().within(*range));
+    // A translated packet may go to an address of the node: it is not for a node port any more.
+    let to_node = node_ports(family, node, names::EXTERNAL_SERVICES);
+    let to_node = to_node.into_iter().map(|rule| rule.and(Match::State(true, States::DNAT)));
+    add(Table::Filter, names::SERVICES, of_cidrs.chain(to_node).collect());
+    add(Table::Filter, names::REFUSE, refusals(table));
     chains
 }
 
-/// What the filter table does with new connections that were not translated.
+fn refuse() -> Rule {
+    Rule::always(Target::Jump(names::REFUSE.into()))
+}
+
+/// Rules that stand first in chains, once for each range in which certain addresses are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ByRange {
+    /// For packets to frontends, in these chains of the filter table.
+    pub frontends: BTreeMap<Name, Rule>,
+    /// For packets from and to endpoints of this node, in the chain of the nat table that masquerades.
+    pub endpoints: Rule,
+}
+
+/// What stands before what [`chains`] says.
+pub fn by_range(family: IpFamily) -> ByRange {
+    let of_set = |inverted, name, key| Match::Set(inverted, names::set(family, name), key);
+    let guard = vec![
+        Match::State(true, States::DNAT),
+        of_set(false, names::GUARDED, Key::Frontend),
+        of_set(true, names::SOURCES, Key::FrontendSource),
+    ];
+    let hairpin = vec![of_set(false, names::HAIRPIN, Key::FrontendSource), Match::State(false, States::DNAT)];
+    ByRange {
+        frontends: BTreeMap::from([
+            (names::PROXY_FIREWALL.into(), Rule::new(guard, Target::Drop)),
+            (names::SERVICES.into(), refuse()),
+        ]),
+        endpoints: Rule::new(hairpin, Target::Jump(names::MARK_MASQ.into())),
+    }
+}
+
+/// What the filter table does with new connections to addresses of Services.
 fn refusals(table: &ForwardingTable) -> Vec<Rule> {
     let family = table.family();
     let of_set =
@@ -131,10 +153,9 @@ fn refusals(table: &ForwardingTable) -> Vec<Rule> {
         Rule::new(vec![Match::State(false, States::DNAT)], Target::Return),
         of_set(names::REJECT, Key::Frontend, Target::Reject),
         of_set(names::DROP, Key::Frontend, Target::Drop),
+        Rule::new(vec![Match::Local(false, Side::Destination)], Target::Return),
+        of_set(names::CLUSTER_IPS, Key::Destination, Target::Reject),
     ];
-    rules.extend(node_ports(family, table.node(), names::EXTERNAL_SERVICES));
-    rules.push(Rule::new(vec![Match::Local(false, Side::Destination)], Target::Return));
-    rules.push(of_set(names::CLUSTER_IPS, Key::Destination, Target::Reject));
     let unallocated = |range: &IpNet| {
         Rule::new(vec![Match::Destination(false, *range), comment("unallocated service IP")], Target::Drop)
     };

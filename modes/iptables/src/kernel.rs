@@ -13,10 +13,10 @@ use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
 use xtables_tools::{Flavour, Held, Namespace, Programs, Table};
 
 use crate::names;
-use crate::op::{About, Op, counts, restore_text};
+use crate::op::{About, Op, Script, counts};
 use crate::plan;
 use crate::sets::Kind;
-use crate::state::State;
+use crate::state::{Reader, State};
 
 /// What the mode needs of a kernel, for one family.
 pub trait Kernel {
@@ -160,7 +160,9 @@ impl Tools {
 
     fn read_rules(&mut self) -> io::Result<State> {
         let mut state = State::empty(self.family);
-        self.held = state.read_rules(&self.programs()?.save(&self.namespace)?);
+        let mut reader = Reader::new(&mut state);
+        self.programs()?.save_lines(&self.namespace, &mut |line| reader.line(line))?;
+        self.held = reader.finish();
         if self.family == IpFamily::V4 {
             let routed = self.namespace.inside(|| std::fs::read_to_string(ROUTE_LOCALNET))?;
             state.loopback.routed = routed.trim() == "1";
@@ -185,7 +187,7 @@ impl Tools {
         let programs = self.programs()?;
         let counting = ops.iter().any(counts)
             && self.namespace.inside(|| accounting::make().map_err(io::Error::other)).unwrap_or(false);
-        let restore = |text: &str| programs.restore(&self.namespace, text);
+        let restore = |script: &Script<'_>| programs.restore(&self.namespace, script);
         self.waited += restore_counting(ops, counting, &self.held, restore)?;
         for op in ops {
             match op {
@@ -289,23 +291,20 @@ fn restore_counting(
     ops: &[Op],
     counting: bool,
     held: &Held,
-    mut restore: impl FnMut(&str) -> io::Result<Duration>,
+    mut restore: impl FnMut(&Script<'_>) -> io::Result<Duration>,
 ) -> io::Result<Duration> {
+    let all = Script { ops, tables: &Table::ALL, counting, held };
     if !counting {
-        return restore(&restore_text(ops, &Table::ALL, false, held));
+        return restore(&all);
     }
     let mut waited = Duration::ZERO;
-    for table in Table::ALL {
-        let text = |counting| restore_text(ops, &[table], counting, held);
-        let counted = text(true);
-        if counted.is_empty() {
+    for table in Table::ALL.chunks(1) {
+        let script = Script { tables: table, ..all };
+        if script.is_empty() {
             continue;
         }
-        waited += match restore(&counted) {
-            Err(refused) => {
-                let plain = text(false);
-                if plain == counted { Err(refused) } else { restore(&plain) }
-            }
+        waited += match restore(&script) {
+            Err(_) if script.counts() => restore(&Script { counting: false, ..script }),
             done => done,
         }?;
     }
@@ -420,8 +419,8 @@ mod tests {
         };
         let hook = Rule::always(Target::Jump(names::FORWARD.into()));
         vec![
-            Op::SetChain(Table::Nat, names::POSTROUTING.into(), vec![rule()]),
-            Op::SetChain(Table::Filter, names::FORWARD.into(), vec![rule()]),
+            Op::SetChain(Table::Nat, names::POSTROUTING.into(), [rule()].into()),
+            Op::SetChain(Table::Filter, names::FORWARD.into(), [rule()].into()),
             Op::SetHooks { table: Table::Filter, builtin: Builtin::Forward, from: vec![], to: vec![hook] },
         ]
     }
@@ -430,11 +429,12 @@ mod tests {
     fn only_what_was_refused_for_its_counters_is_said_again() {
         for refused in [&[][..], &["*nat"], &["*filter"], &["*filter", "*nat"]] {
             let mut taken: Vec<String> = Vec::new();
-            let done = restore_counting(&counted(), true, &Held::default(), |text| {
+            let done = restore_counting(&counted(), true, &Held::default(), |script| {
+                let text = script.to_string();
                 if text.contains("nfacct") && refused.iter().any(|table| text.contains(table)) {
                     return Err(io::Error::other("unknown match"));
                 }
-                taken.push(text.to_owned());
+                taken.push(text);
                 Ok(Duration::from_secs(1))
             });
             assert_eq!(done.ok(), Some(Duration::from_secs(2)));
@@ -449,14 +449,14 @@ mod tests {
     #[test]
     fn without_counters_all_tables_are_one_text_and_a_refusal_is_final() {
         let mut texts = Vec::new();
-        let done = restore_counting(&counted(), false, &Held::default(), |text| {
-            texts.push(text.to_owned());
+        let done = restore_counting(&counted(), false, &Held::default(), |script| {
+            texts.push(script.to_string());
             Err(io::Error::other("no"))
         });
         assert!(done.is_err());
         assert!(texts.len() == 1 && !texts[0].contains("nfacct"), "{texts:#?}");
         let mut asked = 0;
-        let mangle = [Op::SetChain(Table::Mangle, names::CANARY.into(), vec![])];
+        let mangle = [Op::SetChain(Table::Mangle, names::CANARY.into(), [].into())];
         let done = restore_counting(&mangle, true, &Held::default(), |_| {
             asked += 1;
             Err(io::Error::other("no"))

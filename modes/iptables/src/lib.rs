@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod choice;
+pub mod cover;
 #[cfg(any(test, feature = "testkit"))]
 pub mod fake;
 pub mod fixed;

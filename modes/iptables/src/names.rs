@@ -28,6 +28,8 @@ pub const PROXY_FIREWALL: &str = "KUBE-PROXY-FIREWALL";
 pub const CANARY: &str = "KUBE-PROXY-CANARY";
 /// Keeps others from talking to loopback. Shared with the kubelet: made here if need be, never removed.
 pub const FIREWALL: &str = "KUBE-FIREWALL";
+/// Refuses packets to addresses of Services that were not translated (filter).
+pub const REFUSE: &str = "SHUNT-REFUSE";
 /// What the names of chains of dispatch trees begin with.
 pub const TREE: &str = "SHUNT-";
 
@@ -54,12 +56,14 @@ pub fn is_ours(table: Table, chain: &str) -> bool {
     if table == Table::Mangle {
         return chain == CANARY;
     }
-    FIXED.contains(&chain) || is_tree(chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
+    FIXED.contains(&chain)
+        || chain.starts_with(TREE)
+        || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
 }
 
 /// Whether a chain belongs to a dispatch tree, its root excepted.
 pub fn is_tree(chain: &str) -> bool {
-    chain.starts_with(TREE)
+    chain.starts_with(TREE) && chain != REFUSE
 }
 
 /// The hash in the name of a chain of a Service port.

@@ -1,7 +1,7 @@
 //! Operations, as values: what each says in the words of the tools, and what it does to a state.
 
 use std::collections::BTreeSet;
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use shunt_core::id::IpFamily;
 use shunt_mode::{RuleCount, Transaction};
@@ -9,7 +9,7 @@ use xtables_tools::{Builtin, Held, Stays, Table};
 
 use crate::fixed::anti_martian;
 use crate::names::{self, Name};
-use crate::rule::{Match, Rule};
+use crate::rule::{Match, Rule, Rules, Uncounted};
 use crate::sets::{Element, Kind};
 use crate::state::{Loopback, Set, State};
 
@@ -25,7 +25,7 @@ pub enum Op {
     /// Remove an element from a set.
     DeleteElement(Name, Element),
     /// Make a chain with these rules, or give them to a chain that there is.
-    SetChain(Table, Name, Vec<Rule>),
+    SetChain(Table, Name, Rules),
     /// Remove a chain; one that rules of others lead to stays, without rules of ours.
     DeleteChain(Table, Name),
     /// Lead packets to our chains: before all other rules of a chain of the kernel's.
@@ -116,74 +116,102 @@ pub fn counts(op: &Op) -> bool {
 }
 
 /// What `iptables-restore --noflush` is given for operations on tables, in order of the tables; those that need
-/// nothing are left out. Each table changes at once. Without `counting` rules do the same and count nothing.
-pub fn restore_text(ops: &[Op], tables: &[Table], counting: bool, held: &Held) -> String {
-    let mut text = String::new();
-    for table in tables.iter().copied() {
-        let here = || ops.iter().filter(|op| op.table() == Some(table));
-        if here().next().is_none() {
-            continue;
-        }
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "*{}", table.name());
-        let mut declared = BTreeSet::new();
-        let mut declare = |text: &mut String, name: &str| {
-            // This empties a chain that there is.
-            if declared.insert(name.to_owned()) {
-                let _ = writeln!(text, ":{name} - [0:0]");
-            }
-        };
-        for op in here() {
-            match op {
-                Op::DeleteChain(_, name) if held.stays(table, name) == Some(Stays::AsItIs) => {}
-                Op::SetChain(_, name, _) | Op::DeleteChain(_, name) => declare(&mut text, name),
-                Op::GuardLoopback(held) if !held.chain => declare(&mut text, names::FIREWALL),
-                _ => {}
-            }
-        }
-        for op in here() {
-            match op {
-                Op::SetHooks { builtin, from, to, .. } => {
-                    let builtin = builtin.name();
-                    for rule in from {
-                        let _ = writeln!(text, "-D {builtin} {rule}");
-                    }
-                    for (i, rule) in to.iter().enumerate() {
-                        let _ = writeln!(text, "-I {builtin} {} {rule}", i + 1);
-                    }
-                }
-                Op::SetChain(_, name, rules) => {
-                    for rule in rules {
-                        let _ = if counting {
-                            writeln!(text, "-A {name} {rule}")
-                        } else {
-                            writeln!(text, "-A {name} {}", rule.uncounted())
-                        };
-                    }
-                }
-                Op::GuardLoopback(held) => {
-                    if !held.rule {
-                        let _ = writeln!(text, "-A {} {}", names::FIREWALL, anti_martian());
-                    }
-                    for (hooked, builtin) in held.hooked.into_iter().zip([Builtin::Input, Builtin::Output]) {
-                        if !hooked {
-                            let _ = writeln!(text, "-I {} -j {}", builtin.name(), names::FIREWALL);
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-        for op in here() {
-            if let Op::DeleteChain(_, name) = op
-                && held.stays(table, name).is_none()
-            {
-                let _ = writeln!(text, "-X {name}");
-            }
-        }
-        text.push_str("COMMIT\n");
+/// nothing are left out. Each table changes at once. It is written while the tool reads it: all rules of a large
+/// cluster are many megabytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Script<'a> {
+    /// The operations.
+    pub ops: &'a [Op],
+    /// The tables; operations on others are left out.
+    pub tables: &'a [Table],
+    /// Whether rules count; otherwise they do the same and count nothing.
+    pub counting: bool,
+    /// Chains that rules of others lead to.
+    pub held: &'a Held,
+}
+
+impl<'a> Script<'a> {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        !self.tables.iter().any(|table| self.of(*table).next().is_some())
     }
-    text
+
+    /// Whether anything counts.
+    pub fn counts(&self) -> bool {
+        self.counting && self.tables.iter().any(|table| self.of(*table).any(counts))
+    }
+
+    fn of(self, table: Table) -> impl Iterator<Item = &'a Op> {
+        self.ops.iter().filter(move |op| op.table() == Some(table))
+    }
+
+    fn stays(&self, table: Table, chain: &str) -> Option<Stays> {
+        self.held.stays(table, chain)
+    }
+
+    /// Makes chains; this empties those that there are.
+    fn declare(&self, f: &mut fmt::Formatter<'_>, table: Table) -> fmt::Result {
+        let mut declared = BTreeSet::new();
+        for op in self.of(table) {
+            let name = match op {
+                Op::DeleteChain(_, name) if self.stays(table, name) == Some(Stays::AsItIs) => continue,
+                Op::SetChain(_, name, _) | Op::DeleteChain(_, name) => name,
+                Op::GuardLoopback(held) if !held.chain => names::FIREWALL,
+                _ => continue,
+            };
+            if declared.insert(name) {
+                writeln!(f, ":{name} - [0:0]")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&self, f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+        match op {
+            Op::SetHooks { builtin, from, to, .. } => {
+                let builtin = builtin.name();
+                from.iter().try_for_each(|rule| writeln!(f, "-D {builtin} {rule}"))?;
+                let mut to = to.iter().enumerate();
+                to.try_for_each(|(i, rule)| writeln!(f, "-I {builtin} {} {rule}", i + 1))
+            }
+            Op::SetChain(_, name, rules) if self.counting => {
+                rules.iter().try_for_each(|rule| writeln!(f, "-A {name} {rule}"))
+            }
+            Op::SetChain(_, name, rules) => {
+                rules.iter().try_for_each(|rule| writeln!(f, "-A {name} {}", Uncounted(rule)))
+            }
+            Op::GuardLoopback(held) => {
+                if !held.rule {
+                    writeln!(f, "-A {} {}", names::FIREWALL, anti_martian())?;
+                }
+                let hooks = held.hooked.into_iter().zip([Builtin::Input, Builtin::Output]);
+                for (_, builtin) in hooks.filter(|(hooked, _)| !hooked) {
+                    writeln!(f, "-I {} -j {}", builtin.name(), names::FIREWALL)?;
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Script<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for table in self.tables.iter().copied().filter(|table| self.of(*table).next().is_some()) {
+            writeln!(f, "*{}", table.name())?;
+            self.declare(f, table)?;
+            self.of(table).try_for_each(|op| self.fill(f, op))?;
+            for op in self.of(table) {
+                if let Op::DeleteChain(_, name) = op
+                    && self.stays(table, name).is_none()
+                {
+                    writeln!(f, "-X {name}")?;
+                }
+            }
+            f.write_str("COMMIT\n")?;
+        }
+        Ok(())
+    }
 }
 
 /// Counts the rules of ours in each table, and those that transactions wrote. Hooks are no rules of ours.
@@ -252,6 +280,10 @@ mod tests {
     use super::*;
     use crate::plan::removal;
 
+    fn script(ops: &[Op], held: &Held) -> String {
+        Script { ops, tables: &Table::ALL, counting: true, held }.to_string()
+    }
+
     /// CRI-O and the CNI plug-in for host ports lead to `KUBE-MARK-MASQ`.
     #[test]
     fn what_rules_of_others_lead_to_is_not_removed() {
@@ -264,7 +296,7 @@ mod tests {
         let mut state = State::empty(IpFamily::V4);
         let held = state.read_rules(text);
         assert_eq!(
-            restore_text(&removal(&state), &Table::ALL, true, &held),
+            script(&removal(&state), &held),
             "*filter\n:KUBE-FORWARD - [0:0]\n-D FORWARD -j KUBE-FORWARD\n-X KUBE-FORWARD\nCOMMIT\n\
              *nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
              -D PREROUTING -m limit --limit 1/min -j KUBE-SERVICES\n-X KUBE-SERVICES\nCOMMIT\n"

@@ -1,5 +1,6 @@
 //! Reads rules as `iptables-save` prints them. Both flavours print the same conditions, in orders of their own.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
@@ -23,9 +24,9 @@ struct Reader {
     target: Option<Target>,
 }
 
-fn read(words: &[String]) -> Option<Rule> {
+fn read(words: &[Cow<'_, str>]) -> Option<Rule> {
     let mut reader = Reader::default();
-    let mut words = words.iter().map(String::as_str);
+    let mut words = words.iter().map(|word| &**word);
     let mut inverted = false;
     while let Some(word) = words.next() {
         if word == "!" {
@@ -123,7 +124,10 @@ fn target<'a>(name: &str, rest: &mut impl Iterator<Item = &'a str>) -> Option<Ta
         ("ACCEPT", []) => Target::Accept,
         ("DROP", []) => Target::Drop,
         ("REJECT", ["--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable"]) => Target::Reject,
-        ("DNAT", ["--to-destination", to]) => Target::Dnat(to.parse::<SocketAddr>().ok()?),
+        ("DNAT", ["--to-destination", to]) => {
+            let to: SocketAddr = to.parse().ok()?;
+            Target::Dnat(to.ip(), to.port())
+        }
         ("MASQUERADE", ["--random-fully"]) => Target::Masquerade,
         ("MARK", ["--set-xmark", value]) => {
             let (value, mask) = mark(value)?;
@@ -168,8 +172,8 @@ mod tests {
     #[test]
     fn rules_are_read_as_they_are_printed() {
         for text in [
-            "! -s 10.0.0.0/8 -d 1.2.3.4/32 -p tcp -m tcp --dport 80:90 -m addrtype --dst-type LOCAL -m conntrack --ctstate NEW -m mark --mark 0x4000/0x4000 -m set --match-set S1 dst,dst -m set ! --match-set S2 dst,dst,src -m comment --comment \"a b:c\" -g KUBE-T2",
-            "-i veth+ -m addrtype ! --src-type LOCAL -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+            "! -s 10.0.0.0/8 -d 1.2.3.4/32 -p tcp -m tcp --dport 80:90 -m conntrack --ctstate NEW -m addrtype --dst-type LOCAL -m mark --mark 0x4000/0x4000 -m set --match-set S1 dst,dst -m set ! --match-set S2 dst,dst,src -m comment --comment \"a b:c\" -g KUBE-T2",
+            "-i veth+ -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -m addrtype ! --src-type LOCAL -j DROP",
             "-p udp -m statistic --mode random --probability 0.33333333349 -j DNAT --to-destination 10.0.0.1:80",
             "-j DNAT --to-destination [fd00::1]:80",
             "-m conntrack --ctstate INVALID -m nfacct --nfacct-name ct_state_invalid_dropped_pkts -j DROP",

@@ -9,16 +9,19 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
+use ipnet::IpNet;
 use shunt_core::table::Frontend;
 use shunt_mode::Plan;
 use xtables_tools::Table;
 
+use crate::cover::cover;
 use crate::fixed;
 use crate::names::{self, Name};
 use crate::op::{About, Op, advance};
 use crate::render::{Desired, Dispatch, Refusal};
-use crate::rule::{Rule, Target};
+use crate::rule::{Match, Rule, Rules, Target};
 use crate::sets::{Element, Kind};
 use crate::state::{State, find_leaf, reachable};
 use crate::tree::{self, Leaves};
@@ -98,12 +101,10 @@ impl<'a> Planner<'a> {
         let (needed, gone) = self.service_chains();
         self.endpoint_sets(&needed, &gone);
         let of_address = |f: &Frontend| f.address.is_some();
-        self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
+        let leaves = self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
         self.tree(Table::Nat, names::NODE_PORTS, &|f| !of_address(f), &leaf, &[]);
         self.tree(Table::Filter, names::EXTERNAL_SERVICES, &|f| !of_address(f), &refusal, &[]);
-        for ((table, name), rules) in &self.desired.fixed {
-            self.chain(*table, name, rules);
-        }
+        self.fixed(leaves.as_ref());
         self.mark_first();
         self.hooks();
         for name in gone {
@@ -137,14 +138,64 @@ impl<'a> Planner<'a> {
     }
 
     /// Gives a chain its rules, unless it has them.
-    fn chain(&mut self, table: Table, name: &Name, rules: &[Rule]) {
+    fn chain(&mut self, table: Table, name: &Name, rules: &Rules) {
         let key = (table, name.clone());
         if self.observed.chains.get(&key).is_none_or(|held| !same(held, rules)) {
-            self.switch.push(Op::SetChain(table, name.clone(), rules.to_vec()));
+            self.switch.push(Op::SetChain(table, name.clone(), Rules::clone(rules)));
         }
         if self.desired.everything {
             self.wanted.insert(key);
         }
+    }
+
+    /// Chains that depend on Services by the ranges of addresses at most.
+    fn fixed(&mut self, leaves: Option<&Leaves>) {
+        let desired = self.desired;
+        let frontends = match leaves {
+            Some(leaves) => cover(leaves.keys().filter_map(|frontend| frontend.address)),
+            None => self.ranges_held(),
+        };
+        let endpoints = cover(self.hairpins());
+        for ((table, name), rules) in &desired.fixed {
+            let first: Vec<Rule> = match (table, desired.by_range.frontends.get(name)) {
+                (Table::Filter, Some(rule)) => frontends.iter().map(|range| rule.within(*range)).collect(),
+                (Table::Nat, _) if &**name == names::POSTROUTING => {
+                    let rule = &desired.by_range.endpoints;
+                    let both = |range: &IpNet| rule.and(Match::Source(false, *range)).within(*range);
+                    endpoints.iter().map(both).collect()
+                }
+                _ => Vec::new(),
+            };
+            if first.is_empty() {
+                self.chain(*table, name, rules);
+            } else {
+                self.chain(*table, name, &first.iter().chain(&**rules).cloned().collect());
+            }
+        }
+    }
+
+    /// The ranges of frontends that rules name: each has one in this chain, which has no others.
+    fn ranges_held(&self) -> Vec<IpNet> {
+        let rules = self.observed.rules(Table::Filter, names::PROXY_FIREWALL).iter();
+        let range = |m: &Match| match m {
+            Match::Destination(false, range) => Some(*range),
+            _ => None,
+        };
+        rules.filter_map(|rule| rule.matches.iter().find_map(range)).collect()
+    }
+
+    /// The addresses of local endpoints that may meet themselves, as desired.
+    fn hairpins(&self) -> BTreeSet<IpAddr> {
+        let (observed, desired) = (self.observed, self.desired);
+        let held =
+            observed.sets.get(&names::set(desired.family, names::HAIRPIN)).filter(|_| !desired.everything);
+        let held = held.into_iter().flat_map(|set| &set.elements).filter_map(|element| match element {
+            Element::Hairpin(endpoint) => Some(endpoint),
+            _ => None,
+        });
+        let kept = held.filter(|endpoint| desired.hairpins.get(endpoint) != Some(&false));
+        let come = desired.hairpins.iter().filter_map(|(endpoint, wanted)| wanted.then_some(endpoint));
+        kept.chain(come).map(|endpoint| endpoint.address).collect()
     }
 
     /// Chains of Service ports lead to the one that marks: if it is new, it comes before them.
@@ -197,7 +248,7 @@ impl<'a> Planner<'a> {
             }
             if let (Some(guard), Element::Frontend(address, protocol, port)) = (&dispatch.guard, &element) {
                 drop_into(&mut wanted, &guarded, &element);
-                let vip = guard.allow_vip_source.then(|| ipnet::IpNet::from(*address));
+                let vip = guard.allow_vip_source.then(|| IpNet::from(*address));
                 for range in guard.ranges.iter().copied().chain(vip) {
                     wanted.insert((sources.clone(), Element::Source(*address, *protocol, *port, range)));
                 }
@@ -231,16 +282,16 @@ impl<'a> Planner<'a> {
     fn service_chains(&mut self) -> (BTreeSet<Name>, BTreeSet<Name>) {
         let (observed, desired) = (self.observed, self.desired);
         let mut needed = BTreeSet::new();
-        let rules = |name: &str| desired.chains.get(name).map_or(&[][..], Vec::as_slice);
+        let rules = |name: &str| desired.chains.get(name).map_or(&[][..], |rules| rules);
         for chain in desired.frontends.values().flatten().filter_map(|d| d.leaf.as_ref()?.leads_to()) {
             reachable(&rules, chain, &mut needed);
         }
         let mut new = Vec::new();
         for name in &needed {
-            let wanted = rules(name);
+            let Some(wanted) = desired.chains.get(name) else { continue };
             match observed.chains.get(&(Table::Nat, name.clone())) {
                 Some(held) if held == wanted => {}
-                Some(_) => self.switch.push(Op::SetChain(Table::Nat, name.clone(), wanted.to_vec())),
+                Some(_) => self.switch.push(set_chain(name, wanted)),
                 None => new.push((name, wanted)),
             }
             if desired.everything {
@@ -249,8 +300,7 @@ impl<'a> Planner<'a> {
         }
         // Those that others lead to come first.
         new.sort_by_key(|(name, _)| (rank(name), Reverse(name.len())));
-        let new = new.into_iter().map(|(name, rules)| Op::SetChain(Table::Nat, name.clone(), rules.to_vec()));
-        self.before.extend(new);
+        self.before.extend(new.into_iter().map(|(name, rules)| set_chain(name, rules)));
         if desired.everything {
             return (needed, BTreeSet::new());
         }
@@ -297,7 +347,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A dispatch tree, with the rules that follow it in its root.
+    /// A dispatch tree, with the rules that follow it in its root. Answers all its leaves, unless they stay the same.
     fn tree(
         &mut self,
         table: Table,
@@ -305,7 +355,7 @@ impl<'a> Planner<'a> {
         is_key: &dyn Fn(&Frontend) -> bool,
         leaf_of: &dyn Fn(&Dispatch) -> Option<Rule>,
         rest: &[Rule],
-    ) {
+    ) -> Option<Leaves> {
         let (observed, desired) = (self.observed, self.desired);
         let edits: Vec<(&Frontend, Option<Rule>)> = desired
             .frontends
@@ -318,7 +368,7 @@ impl<'a> Planner<'a> {
         };
         let is_there = observed.chains.contains_key(&(table, root.into()));
         if !desired.everything && is_there && edits.iter().all(same) {
-            return;
+            return None;
         }
         let mut leaves = Leaves::new();
         if !desired.everything {
@@ -335,7 +385,7 @@ impl<'a> Planner<'a> {
         for (name, rules) in &nodes {
             self.chain(table, name, rules);
         }
-        self.chain(table, &root.into(), &rules);
+        self.chain(table, &root.into(), &rules.into());
         if !desired.everything {
             let of_tree = |name: &Name| {
                 names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES)
@@ -345,6 +395,7 @@ impl<'a> Planner<'a> {
                 self.delete(table, name);
             }
         }
+        Some(leaves)
     }
 
     fn hooks(&mut self) {
@@ -371,6 +422,10 @@ impl<'a> Planner<'a> {
             }
         }
     }
+}
+
+fn set_chain(name: &Name, rules: &Rules) -> Op {
+    Op::SetChain(Table::Nat, name.clone(), Rules::clone(rules))
 }
 
 /// Whether chains do the same; those of a kernel that cannot count lack the counters.

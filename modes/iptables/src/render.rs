@@ -1,6 +1,6 @@
 //! From the forwarding table to chains, leaves of trees and elements of sets. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +15,9 @@ use shunt_core::table::{
 };
 
 use crate::choice;
-use crate::fixed::{self, Chains, Hooks};
+use crate::fixed::{self, ByRange, Chains, Hooks};
 use crate::names::{self, Name};
-use crate::rule::{Key, Match, Rule, Side, Target, comment};
+use crate::rule::{Key, Match, Pool, Rule, Rules, Side, Target, comment};
 
 /// What happens to packets of a frontend that are not translated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,6 +50,8 @@ pub struct Desired {
     pub active: bool,
     /// Chains that do not depend on frontends; they are always all listed.
     pub fixed: Chains,
+    /// Rules that stand before those, for each range in which there are addresses.
+    pub by_range: ByRange,
     /// Rules after the tree of frontends: those that lead to the tree of node ports.
     pub node_ports: Vec<Rule>,
     /// Where the kernel enters our chains.
@@ -60,7 +62,7 @@ pub struct Desired {
     pub frontends: BTreeMap<Frontend, Option<Dispatch>>,
     /// Chains of Service ports to which frontends in question belong. Only those that a leaf leads to
     /// should be there.
-    pub chains: BTreeMap<Name, Vec<Rule>>,
+    pub chains: BTreeMap<Name, Rules>,
     /// Cluster IPs in question, and whether they should be there.
     pub cluster_ips: BTreeMap<IpAddr, bool>,
     /// Local endpoints in question, and whether they should be there.
@@ -69,7 +71,7 @@ pub struct Desired {
 
 /// What the kernel should hold for the part of `table` that `change` touches.
 pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
-    let mut ports = Ports { table, done: BTreeSet::new(), chains: BTreeMap::new() };
+    let mut ports = Ports { table, done: HashSet::new(), chains: BTreeMap::new(), pool: Pool::default() };
     let (frontends, cluster_ips, hairpins) = if change.everything {
         (
             table
@@ -92,6 +94,7 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
         everything: change.everything,
         active: !table.is_empty() || !table.service_cidrs().is_empty(),
         fixed: fixed::chains(table),
+        by_range: fixed::by_range(table.family()),
         node_ports: fixed::node_ports(table.family(), table.node(), names::NODE_PORTS),
         hooks: fixed::hooks(),
         loopback: table.node().localhost_node_ports,
@@ -105,16 +108,18 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
 /// Makes the chains of Service ports, each once.
 struct Ports<'a> {
     table: &'a ForwardingTable,
-    done: BTreeSet<(&'a str, &'a str, &'a str, u8)>,
-    chains: BTreeMap<Name, Vec<Rule>>,
+    done: HashSet<(&'a str, &'a str, &'a str, u8)>,
+    chains: BTreeMap<Name, Rules>,
+    pool: Pool,
 }
 
 impl<'a> Ports<'a> {
     fn dispatch(&mut self, port: &'a PortEntry, entry: &FrontendEntry) -> Dispatch {
         let name = &port.name;
         let id = (&*name.service.namespace, &*name.service.name, &*name.port, name.protocol.number());
+        let hash = names::port_hash(name);
         if self.done.insert(id) {
-            PortChains::new(self.table, port).render(&mut self.chains);
+            PortChains::new(self.table, port, &hash).render(&mut self.chains, &mut self.pool);
         }
         let guard = entry.source_ranges.clone();
         let forwards =
@@ -126,7 +131,6 @@ impl<'a> Ports<'a> {
         } else {
             Some(Refusal::Drop)
         };
-        let hash = names::port_hash(name);
         let label = names::port_label(name);
         let leaf = if entry.verdicts.iter().any(forwards) {
             let what = match entry.kind {
@@ -217,15 +221,15 @@ struct PortChains<'a> {
     /// Ports of this name: one, unless the API server was not asked.
     ports: Vec<&'a PortEntry>,
     port: &'a PortEntry,
-    hash: String,
+    hash: &'a str,
 }
 
 impl<'a> PortChains<'a> {
-    fn new(table: &'a ForwardingTable, port: &'a PortEntry) -> Self {
+    fn new(table: &'a ForwardingTable, port: &'a PortEntry, hash: &'a str) -> Self {
         let service = table.service(&port.name.service);
         let ports: Vec<_> =
             service.into_iter().flat_map(|s| &s.ports).filter(|p| p.name == port.name).collect();
-        Self { table, ports, port, hash: names::port_hash(&port.name) }
+        Self { table, ports, port, hash }
     }
 
     fn group(&self, policy: TrafficPolicy) -> &'a [Endpoint] {
@@ -240,21 +244,21 @@ impl<'a> PortChains<'a> {
         format!("{prefix}{}", self.hash).into()
     }
 
-    fn render(&self, chains: &mut BTreeMap<Name, Vec<Rule>>) {
+    fn render(&self, chains: &mut BTreeMap<Name, Rules>, pool: &mut Pool) {
         for policy in [TrafficPolicy::Cluster, TrafficPolicy::Local] {
             let endpoints = self.group(policy);
             if !endpoints.is_empty() {
-                self.endpoints(policy, endpoints, chains);
+                self.endpoints(policy, endpoints, chains, pool);
             }
         }
         for (port, entry) in self.entries() {
-            let chain = entry_chain(self.table, port, entry, &self.hash);
+            let chain = entry_chain(self.table, port, entry, self.hash);
             // The frontends that share this chain have the same verdicts: the Service's policies make them.
             if (chain.starts_with(names::EXTERNAL) || chain.starts_with(names::INTERNAL))
                 && !chains.contains_key(&*chain)
             {
                 let rules = self.by_source(entry.verdicts);
-                chains.insert(chain.into(), rules);
+                chains.insert(chain.into(), rules.into());
             }
         }
         self.guards(chains);
@@ -265,7 +269,8 @@ impl<'a> PortChains<'a> {
         &self,
         policy: TrafficPolicy,
         endpoints: &[Endpoint],
-        chains: &mut BTreeMap<Name, Vec<Rule>>,
+        chains: &mut BTreeMap<Name, Rules>,
+        pool: &mut Pool,
     ) {
         let name = self.name(policy_prefix(policy));
         let mut rules = Vec::new();
@@ -291,16 +296,16 @@ impl<'a> PortChains<'a> {
                     .entry(chain(*to))
                     .or_insert_with(|| endpoint_chain(&chain(*to), *to, protocol.clone(), timeout));
             }
-            let send = |to: SocketAddr, matches| Rule::new(matches, Target::Goto(chain(to)));
-            rules.extend(choice::rules(&name, &sockets, &send, chains));
+            let mut send = |to: SocketAddr, matches| Rule::new(matches, Target::Goto(chain(to)));
+            rules.extend(choice::rules(&name, &sockets, &mut send, chains));
         } else {
-            let send = |to: SocketAddr, mut matches: Vec<Match>| {
+            let mut send = |to: SocketAddr, mut matches: Vec<Match>| {
                 matches.push(protocol.clone());
-                Rule::new(matches, Target::Dnat(to))
+                pool.share(Rule::new(matches, Target::Dnat(to.ip(), to.port())))
             };
-            rules.extend(choice::rules(&name, &sockets, &send, chains));
+            rules.extend(choice::rules(&name, &sockets, &mut send, chains));
         }
-        chains.insert(name, rules);
+        chains.insert(name, rules.into());
     }
 
     /// Rules that treat each class of source as its verdict says.
@@ -337,11 +342,11 @@ impl<'a> PortChains<'a> {
     }
 
     /// The chain that lets only allowed sources pass.
-    fn guards(&self, chains: &mut BTreeMap<Name, Vec<Rule>>) {
+    fn guards(&self, chains: &mut BTreeMap<Name, Rules>) {
         let mut rules = Vec::new();
         for (port, entry) in self.entries() {
             let (Some(guard), Some(vip)) = (&entry.source_ranges, entry.frontend.address) else { continue };
-            let to = Target::Goto(entry_chain(self.table, port, entry, &self.hash).into());
+            let to = Target::Goto(entry_chain(self.table, port, entry, self.hash).into());
             for range in &guard.ranges {
                 rules.push(Rule::new(vec![Match::Source(false, *range)], to.clone()));
             }
@@ -358,13 +363,14 @@ impl<'a> PortChains<'a> {
         rules.retain(|rule| seen.insert(rule.to_string()));
         let why = format!("other traffic will be dropped by {}", names::PROXY_FIREWALL);
         rules.push(Rule::new(vec![comment(&why)], Target::Accept));
-        chains.insert(self.name(names::GUARD), rules);
+        chains.insert(self.name(names::GUARD), rules.into());
     }
 }
 
 /// The chain of an endpoint with session affinity: remembers the client, or for longer.
-fn endpoint_chain(name: &Name, to: SocketAddr, protocol: Match, timeout: Duration) -> Vec<Rule> {
+fn endpoint_chain(name: &Name, to: SocketAddr, protocol: Match, timeout: Duration) -> Rules {
     // What ipset can hold at most.
     let seconds = timeout.as_secs().clamp(1, 2_147_483) as u32;
-    vec![Rule::always(Target::AddSource(name.clone(), seconds)), Rule::new(vec![protocol], Target::Dnat(to))]
+    let send = Rule::new(vec![protocol], Target::Dnat(to.ip(), to.port()));
+    [Rule::always(Target::AddSource(name.clone(), seconds)), send].into()
 }

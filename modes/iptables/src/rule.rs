@@ -1,7 +1,9 @@
 //! Rules, typed. Their `Display` is what `iptables-restore` reads.
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use shunt_core::id::Protocol;
@@ -76,10 +78,10 @@ pub enum Match {
     Protocol(Protocol),
     /// Destination ports, from and to. Comes with the protocol.
     Ports(Protocol, u16, u16),
-    /// Whether an address is one of the node's own, loopback included.
-    Local(bool, Side),
     /// Conntrack state.
     State(bool, States),
+    /// Whether an address is one of the node's own, loopback included.
+    Local(bool, Side),
     /// Where the flow's first packet went before it was translated.
     OriginalDestination(bool, IpNet),
     /// Value and mask of the packet mark.
@@ -140,8 +142,8 @@ pub enum Target {
     Drop,
     /// Refuses, with "port unreachable".
     Reject,
-    /// Translates the destination.
-    Dnat(SocketAddr),
+    /// Translates the destination, to an address and port.
+    Dnat(IpAddr, u16),
     /// Translates the source to the node's address.
     Masquerade,
     /// Sets the bits of a mask in the packet mark to a value.
@@ -152,26 +154,59 @@ pub enum Target {
     Other(Name),
 }
 
-/// A rule.
+/// A rule. Most rules of a large cluster send to an endpoint, with one of a few conditions: see [`Pool`].
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Rule {
     /// What must be the case, in order.
-    pub matches: Vec<Match>,
+    pub matches: Arc<[Match]>,
     /// What happens then.
     pub target: Target,
+}
+
+/// The rules of a chain: what is desired, what is written and what is known of the kernel share them.
+pub type Rules = Arc<[Rule]>;
+
+/// Conditions that rules have in common, each held once.
+#[derive(Default, Debug)]
+pub struct Pool(BTreeSet<Arc<[Match]>>);
+
+impl Pool {
+    /// The same rule, with its conditions held in common with others if others may have them.
+    pub fn share(&mut self, rule: Rule) -> Rule {
+        if let Some(matches) = self.0.get(&rule.matches) {
+            return Rule { matches: Arc::clone(matches), target: rule.target };
+        }
+        // Addresses and comments are those of one rule.
+        let own = |m: &Match| matches!(m, Match::Source(..) | Match::Destination(..) | Match::Comment(_));
+        if !rule.matches.iter().any(own) {
+            self.0.insert(Arc::clone(&rule.matches));
+        }
+        rule
+    }
 }
 
 impl Rule {
     /// A rule; the order of the conditions does not matter.
     pub fn new(mut matches: Vec<Match>, target: Target) -> Self {
         matches.sort_unstable();
-        matches.shrink_to_fit();
-        Self { matches, target }
+        Self { matches: matches.into(), target }
     }
 
     /// A rule without conditions.
-    pub const fn always(target: Target) -> Self {
-        Self { matches: Vec::new(), target }
+    pub fn always(target: Target) -> Self {
+        Self { matches: Arc::default(), target }
+    }
+
+    /// The rule with one more condition.
+    #[must_use]
+    pub fn and(&self, condition: Match) -> Self {
+        Self::new(self.matches.iter().cloned().chain([condition]).collect(), self.target.clone())
+    }
+
+    /// The rule for packets to a range of addresses.
+    #[must_use]
+    pub fn within(&self, range: IpNet) -> Self {
+        self.and(Match::Destination(false, range))
     }
 
     /// The chain that it leads to.
@@ -197,14 +232,12 @@ impl Rule {
 
     /// Whether it is the same but for what it counts.
     pub fn does_the_same(&self, other: &Self) -> bool {
-        self == other || self.uncounted() == other.uncounted()
+        self == other || self.target == other.target && self.uncounted().eq(other.uncounted())
     }
 
-    /// The rule for a kernel that cannot count.
-    #[must_use]
-    pub fn uncounted(&self) -> Self {
-        let matches = self.matches.iter().filter(|m| !matches!(m, Match::Counted(_))).cloned().collect();
-        Self { matches, target: self.target.clone() }
+    /// The conditions for a kernel that cannot count.
+    pub fn uncounted(&self) -> impl Iterator<Item = &Match> {
+        self.matches.iter().filter(|m| !matches!(m, Match::Counted(_)))
     }
 
     /// The comment.
@@ -238,10 +271,19 @@ pub fn parse_chance(text: &str) -> Option<u32> {
 impl fmt::Display for Rule {
     /// The rule without `-A` and the name of the chain.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for m in &self.matches {
-            write!(f, "{m} ")?;
-        }
-        write!(f, "{}", self.target)
+        self.matches.iter().try_for_each(|m| write!(f, "{m} "))?;
+        self.target.fmt(f)
+    }
+}
+
+/// A rule for a kernel that cannot count.
+#[derive(Clone, Copy, Debug)]
+pub struct Uncounted<'a>(pub &'a Rule);
+
+impl fmt::Display for Uncounted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.uncounted().try_for_each(|m| write!(f, "{m} "))?;
+        self.0.target.fmt(f)
     }
 }
 
@@ -294,7 +336,9 @@ impl fmt::Display for Target {
             Self::Drop => f.write_str("-j DROP"),
             // Without more words both families say "port unreachable".
             Self::Reject => f.write_str("-j REJECT"),
-            Self::Dnat(to) => write!(f, "-j DNAT --to-destination {to}"),
+            Self::Dnat(address, port) => {
+                write!(f, "-j DNAT --to-destination {}", SocketAddr::new(*address, *port))
+            }
             Self::Masquerade => f.write_str("-j MASQUERADE --random-fully"),
             Self::SetMark(value, mask) => write!(f, "-j MARK --set-xmark {value:#x}/{mask:#x}"),
             Self::AddSource(set, seconds) => {

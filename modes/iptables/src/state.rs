@@ -6,12 +6,12 @@ use std::fmt;
 use ipset_netlink::Listed;
 use shunt_core::id::IpFamily;
 use shunt_core::table::{Change, Frontend};
-use xtables_tools::{Builtin, Held, Line, Table, is_hook, target, words};
+use xtables_tools::{Builtin, Held, HeldReader, Line, Table, is_hook, target, words};
 
 use crate::fixed::{Chains, Hooks};
 use crate::names::{self, Name};
 use crate::parse;
-use crate::rule::{Match, Rule, Target};
+use crate::rule::{Match, Pool, Rule, Target};
 use crate::sets::{Element, Kind, family_of};
 use crate::tree;
 
@@ -73,7 +73,7 @@ impl State {
 
     /// The rules of a chain; none if it does not exist.
     pub fn rules(&self, table: Table, chain: &str) -> &[Rule] {
-        self.chains.get(&(table, Name::from(chain))).map_or(&[], Vec::as_slice)
+        self.chains.get(&(table, Name::from(chain))).map_or(&[], |rules| rules)
     }
 
     /// Whether a set holds an element.
@@ -81,45 +81,20 @@ impl State {
         self.sets.get(set).is_some_and(|s| s.elements.contains(element))
     }
 
-    /// Takes in what `iptables-save` prints, and answers which chains rules of others lead to. Where only those do,
-    /// and nothing of ours is to be taken away, the chain is theirs.
+    /// Takes in what `iptables-save` prints: see [`Reader`].
     pub fn read_rules(&mut self, text: &str) -> Held {
-        let mut table = None;
-        let anti_martian = crate::fixed::anti_martian();
-        for line in text.lines().filter_map(xtables_tools::line) {
-            match line {
-                Line::Table(name) => table = Table::parse(name),
-                Line::Chain(chain) => {
-                    if let Some(table) = table
-                        && names::is_ours(table, chain)
-                    {
-                        self.chains.entry((table, chain.into())).or_default();
-                    }
-                    self.loopback.chain |= table == Some(Table::Filter) && chain == names::FIREWALL;
-                }
-                Line::Rule(chain, text) => {
-                    let Some(table) = table else { continue };
-                    if names::is_ours(table, chain) {
-                        self.chains.entry((table, chain.into())).or_default().push(parse::rule(text));
-                    } else if let Some(builtin) = Builtin::parse(chain) {
-                        self.read_hook(table, builtin, text);
-                    } else if chain == names::FIREWALL && table == Table::Filter {
-                        self.loopback.rule |= parse::rule(text) == anti_martian;
-                    }
-                }
-            }
-        }
-        let held = Held::read(text, names::is_ours);
-        for (table, chain) in held.untouched() {
-            if !self.leads_to(table, chain) {
-                self.chains.remove(&(table, chain.into()));
-            }
-        }
-        held
+        let mut reader = Reader::new(self);
+        text.lines().for_each(|line| reader.line(line));
+        reader.finish()
     }
 
-    fn leads_to(&self, table: Table, chain: &str) -> bool {
-        let of_chains = self.chains.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules);
+    /// Whether rules of ours lead to a chain, or another one of ours does what it asks for.
+    fn uses(&self, table: Table, chain: &str) -> bool {
+        if chain == names::MARK_MASQ && self.chains.contains_key(&(table, names::POSTROUTING.into())) {
+            return true;
+        }
+        let of_chains =
+            self.chains.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules.iter());
         let of_hooks = self.hooks.iter().filter(|((of, _), _)| *of == table).flat_map(|(_, rules)| rules);
         of_chains.chain(of_hooks).any(|rule| rule.leads_to().is_some_and(|to| &**to == chain))
     }
@@ -191,13 +166,15 @@ impl State {
                 continue;
             }
             here.iter().filter_map(Rule::leads_to).for_each(|chain| self.reachable(chain, &mut reached));
-            kept.insert((*table, name.clone()), here);
+            kept.insert((*table, name.clone()), here.into());
         }
         for name in reached {
-            let rules = self.rules(Table::Nat, &name).to_vec();
-            kept.insert((Table::Nat, name), rules);
+            let key = (Table::Nat, name);
+            let rules = self.chains.get(&key).cloned().unwrap_or_default();
+            kept.insert(key, rules);
         }
-        let used: BTreeSet<Name> = kept.values().flatten().flat_map(Rule::sets).cloned().collect();
+        let used: BTreeSet<Name> =
+            kept.values().flat_map(|rules| rules.iter()).flat_map(Rule::sets).cloned().collect();
         self.sets.retain(|name, set| {
             set.elements.retain(|element| match element {
                 Element::Frontend(a, p, port) | Element::Source(a, p, port, _) => {
@@ -241,6 +218,93 @@ impl State {
             "tables": BTreeMap::from(tables),
             "sets": sets,
         })
+    }
+}
+
+/// Takes what `iptables-save` prints into a state, line by line: all rules of a large cluster are many megabytes.
+#[derive(Debug)]
+pub struct Reader<'s> {
+    state: &'s mut State,
+    table: Option<Table>,
+    /// The chain of ours that is being read.
+    chain: Option<(Table, Name)>,
+    /// Its rules so far.
+    rules: Vec<Rule>,
+    pool: Pool,
+    anti_martian: Rule,
+    held: HeldReader,
+}
+
+impl<'s> Reader<'s> {
+    /// Begins.
+    pub fn new(state: &'s mut State) -> Self {
+        Self {
+            state,
+            table: None,
+            chain: None,
+            rules: Vec::new(),
+            pool: Pool::default(),
+            anti_martian: crate::fixed::anti_martian(),
+            held: HeldReader::default(),
+        }
+    }
+
+    /// Takes in a line.
+    pub fn line(&mut self, line: &str) {
+        match (xtables_tools::line(line), self.table) {
+            (Some(Line::Table(name)), _) => self.table = Table::parse(name),
+            (Some(Line::Chain(chain)), Some(table)) => {
+                if names::is_ours(table, chain) {
+                    self.state.chains.entry((table, chain.into())).or_default();
+                }
+                self.state.loopback.chain |= table == Table::Filter && chain == names::FIREWALL;
+            }
+            (Some(Line::Rule(chain, text)), Some(table)) => {
+                self.held.rule(table, chain, text, &names::is_ours);
+                if names::is_ours(table, chain) {
+                    self.enter(table, chain);
+                    self.rules.push(self.pool.share(parse::rule(text)));
+                } else if let Some(builtin) = Builtin::parse(chain) {
+                    self.state.read_hook(table, builtin, text);
+                } else if chain == names::FIREWALL && table == Table::Filter {
+                    self.state.loopback.rule |= parse::rule(text) == self.anti_martian;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Goes on with a chain. The tool prints all rules of a chain one after the other.
+    fn enter(&mut self, table: Table, chain: &str) {
+        if self.chain.as_ref().is_some_and(|(of, name)| *of == table && &**name == chain) {
+            return;
+        }
+        self.leave();
+        let key = (table, Name::from(chain));
+        if let Some(rules) = self.state.chains.get(&key) {
+            self.rules.extend(rules.iter().cloned());
+        }
+        self.chain = Some(key);
+    }
+
+    fn leave(&mut self) {
+        if let Some((table, chain)) = self.chain.take() {
+            // The name that was declared stays.
+            *self.state.chains.entry((table, chain)).or_default() = self.rules.drain(..).collect();
+        }
+    }
+
+    /// Answers which chains rules of others lead to. Where only those do, and nothing of ours is to be taken away,
+    /// the chain is theirs.
+    pub fn finish(mut self) -> Held {
+        self.leave();
+        let held = self.held.finish();
+        for (table, chain) in held.untouched() {
+            if !self.state.uses(table, chain) {
+                self.state.chains.remove(&(table, chain.into()));
+            }
+        }
+        held
     }
 }
 

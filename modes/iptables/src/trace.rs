@@ -195,7 +195,10 @@ impl<'a> Walker<'a> {
                             Target::Accept => ended.push((End::Accept, walker)),
                             Target::Drop => ended.push((End::Drop, walker)),
                             Target::Reject => ended.push((End::Reject, walker)),
-                            Target::Dnat(to) => ended.push((End::Translated(*to), walker)),
+                            Target::Dnat(address, port) => {
+                                let to = SocketAddr::new(*address, *port);
+                                ended.push((End::Translated(to), walker));
+                            }
                             Target::Masquerade => ended.push((End::Masqueraded, walker)),
                             Target::Other(text) => ended.push((End::Unknown(text.to_string()), walker)),
                         }
@@ -212,7 +215,7 @@ impl<'a> Walker<'a> {
     /// Whether the packet meets a rule's conditions, and whether that was by chance.
     fn meets(&self, rule: &Rule) -> Result<(bool, bool), String> {
         let mut by_chance = false;
-        for m in &rule.matches {
+        for m in rule.matches.iter() {
             let (inverted, met) = match m {
                 Match::Source(inverted, range) => (*inverted, range.contains(&self.source)),
                 Match::Destination(inverted, range) => (*inverted, range.contains(&self.destination)),

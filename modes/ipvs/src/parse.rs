@@ -1,5 +1,7 @@
 //! Reads what `iptables-save` prints, as far as it concerns us.
 
+use std::borrow::Cow;
+
 use shunt_core::id::{IpFamily, Protocol};
 use xtables_tools::{Held, Line, Table, is_hook, target, words};
 
@@ -54,12 +56,12 @@ pub fn parse(family: IpFamily, text: &str) -> (Rules, Held) {
 
 struct Reader<'a> {
     family: IpFamily,
-    words: std::iter::Peekable<std::slice::Iter<'a, String>>,
+    words: std::iter::Peekable<std::slice::Iter<'a, Cow<'a, str>>>,
 }
 
 impl Reader<'_> {
     fn word(&mut self) -> Option<&str> {
-        self.words.next().map(String::as_str)
+        self.words.next().map(|word| &**word)
     }
 
     /// The next word must be this one.
@@ -93,7 +95,7 @@ impl Reader<'_> {
     fn module(&mut self) -> Option<Match> {
         let module = self.words.next()?;
         let positive = self.positive();
-        match module.as_str() {
+        match &**module {
             "set" => {
                 self.expect("--match-set")?;
                 let (set, by) = self.set()?;
@@ -136,7 +138,7 @@ impl Reader<'_> {
 
     fn target(&mut self) -> Option<Target> {
         let target = self.words.next()?;
-        Some(match target.as_str() {
+        Some(match &**target {
             "RETURN" => Target::Return,
             "ACCEPT" => Target::Accept,
             "DROP" => Target::Drop,
@@ -168,12 +170,12 @@ impl Reader<'_> {
 }
 
 /// A rule without `-A` and the chain; `None` if it is none that we would write.
-fn rule(family: IpFamily, words: &[String]) -> Option<Rule> {
+fn rule(family: IpFamily, words: &[Cow<'_, str>]) -> Option<Rule> {
     let mut reader = Reader { family, words: words.iter().peekable() };
     let mut matches = Vec::new();
     loop {
         let word = reader.words.next()?;
-        match word.as_str() {
+        match &**word {
             "-s" => matches.push(Match::Source(reader.word()?.parse().ok()?)),
             "-i" => matches.push(Match::Interface(reader.word()?.to_owned())),
             "-p" => {
@@ -192,7 +194,7 @@ fn rule(family: IpFamily, words: &[String]) -> Option<Rule> {
             }
             "-m" => matches.push(reader.module()?),
             "-j" | "-g" => {
-                let target = match (word.as_str(), reader.target()?) {
+                let target = match (&**word, reader.target()?) {
                     ("-g", Target::Jump(chain)) => Target::Goto(chain),
                     ("-g", _) => return None,
                     (_, target) => target,

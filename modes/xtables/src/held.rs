@@ -23,24 +23,9 @@ pub struct Held(BTreeMap<Table, BTreeMap<String, Stays>>);
 impl Held {
     /// Finds them in what `iptables-save` prints, by a test for chains that are ours.
     pub fn read(text: &str, is_ours: impl Fn(Table, &str) -> bool) -> Self {
-        let mut held: BTreeMap<Table, BTreeMap<String, Stays>> = BTreeMap::new();
-        for (table, chain, rule) in rules(text) {
-            if !is_ours(table, chain)
-                && let Some(to) = target(&words(rule)).filter(|to| is_ours(table, to) && !is_hook(chain, to))
-            {
-                held.entry(table).or_default().insert(to.to_owned(), Stays::AsItIs);
-            }
-        }
-        if !held.is_empty() {
-            for (table, chain, rule) in rules(text) {
-                if !rule.starts_with("-j MARK ")
-                    && let Some(stays) = held.get_mut(&table).and_then(|chains| chains.get_mut(chain))
-                {
-                    *stays = Stays::Empty;
-                }
-            }
-        }
-        Self(held)
+        let mut reader = HeldReader::default();
+        rules(text).for_each(|(table, chain, rule)| reader.rule(table, chain, rule, &is_ours));
+        reader.finish()
     }
 
     /// What becomes of a chain when it is to go; `None` if nothing keeps it.
@@ -58,6 +43,43 @@ impl Held {
         all.filter(|(.., stays)| *stays == Stays::AsItIs)
             .map(|(table, name, _)| (table, name.as_str()))
             .collect()
+    }
+}
+
+/// Finds such chains rule by rule.
+#[derive(Clone, Debug, Default)]
+pub struct HeldReader {
+    /// Chains of ours that rules of others lead to.
+    held: BTreeSet<(Table, String)>,
+    /// Chains of ours that do more than mark.
+    full: BTreeSet<(Table, String)>,
+    /// The last of those: its rules come one after the other.
+    last: Option<(Table, String)>,
+}
+
+impl HeldReader {
+    /// Takes in a rule of a chain, by a test for chains that are ours.
+    pub fn rule(&mut self, table: Table, chain: &str, rule: &str, is_ours: &impl Fn(Table, &str) -> bool) {
+        if !is_ours(table, chain) {
+            let words = words(rule);
+            let to = target(&words).filter(|to| is_ours(table, to) && !is_hook(chain, to));
+            self.held.extend(to.map(|to| (table, to.to_owned())));
+        } else if !rule.starts_with("-j MARK ")
+            && self.last.as_ref().is_none_or(|(of, name)| *of != table || name != chain)
+        {
+            self.full.extend(self.last.replace((table, chain.to_owned())));
+        }
+    }
+
+    /// The chains.
+    pub fn finish(mut self) -> Held {
+        self.full.extend(self.last);
+        let mut held: BTreeMap<Table, BTreeMap<String, Stays>> = BTreeMap::new();
+        for chain in self.held {
+            let stays = if self.full.contains(&chain) { Stays::Empty } else { Stays::AsItIs };
+            held.entry(chain.0).or_default().insert(chain.1, stays);
+        }
+        Held(held)
     }
 }
 

@@ -17,8 +17,8 @@ mod programs;
 mod save;
 mod tables;
 
-pub use held::{Held, Stays};
-pub use namespace::Namespace;
+pub use held::{Held, HeldReader, Stays};
+pub use namespace::{Input, Namespace};
 pub use programs::{Flavour, Programs, choose};
 pub use save::{Line, line, target, words};
 pub use tables::{Builtin, MARK_MASQ, Table, is_hook};

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use shunt_core::id::IpFamily;
 
-use crate::namespace::{Namespace, find};
+use crate::namespace::{Input, Namespace, find};
 use crate::nf_tables::has_tables;
 
 /// Chains by which the kubelet says which flavour it uses (in the table mangle).
@@ -92,7 +92,7 @@ impl Programs {
     /// Those that go by their names without a flavour.
     fn own(namespace: &Namespace, family: IpFamily) -> Option<Self> {
         let programs = Self::named(Flavour::Legacy, base(family))?;
-        let version = namespace.run(&programs.iptables, &["--version"], "").ok()?;
+        let version = namespace.run(&programs.iptables, &["--version"], None).ok()?;
         let flavour = if version.contains("nf_tables") { Flavour::Nft } else { Flavour::Legacy };
         Some(Self { flavour, ..programs })
     }
@@ -108,25 +108,30 @@ impl Programs {
 
     /// What there is in the kernel, in this flavour. Legacy tables that do not exist stay so.
     pub fn save(&self, namespace: &Namespace) -> io::Result<String> {
-        namespace.run(&self.save, &[], "")
+        namespace.run(&self.save, &[], None)
+    }
+
+    /// The same, line by line.
+    pub fn save_lines(&self, namespace: &Namespace, line: &mut (dyn FnMut(&str) + Send)) -> io::Result<()> {
+        namespace.run_lines(&self.save, line)
     }
 
     /// The rules of a chain. A chain that is not there is an error.
     pub fn list(&self, namespace: &Namespace, table: &str, chain: &str) -> io::Result<String> {
-        namespace.run(&self.iptables, &["--wait", LOCK_TIMEOUT, "-t", table, "-S", chain], "")
+        namespace.run(&self.iptables, &["--wait", LOCK_TIMEOUT, "-t", table, "-S", chain], None)
     }
 
-    /// Changes tables, each at once, and leaves alone what `text` does not name. Answers how long others held
-    /// the lock of the tables.
-    pub fn restore(&self, namespace: &Namespace, text: &str) -> io::Result<Duration> {
+    /// Changes tables, each at once, and leaves alone what `text` does not name. It is written while the tool reads.
+    /// Answers how long others held the lock of the tables.
+    pub fn restore(&self, namespace: &Namespace, text: &Input<'_>) -> io::Result<Duration> {
         let waited = self.await_lock();
-        namespace.run(&self.restore, &["--noflush", "--wait", LOCK_TIMEOUT], text)?;
+        namespace.run(&self.restore, &["--noflush", "--wait", LOCK_TIMEOUT], Some(text))?;
         Ok(waited)
     }
 
     /// Whether tool and kernel know everything that `text` says. Nothing is changed.
     pub fn test(&self, namespace: &Namespace, text: &str) -> io::Result<()> {
-        namespace.run(&self.restore, &["--noflush", "--test", "--wait", LOCK_TIMEOUT], text).map(drop)
+        namespace.run(&self.restore, &["--noflush", "--test", "--wait", LOCK_TIMEOUT], Some(&text)).map(drop)
     }
 
     /// Waits until nobody holds the lock of the tables, so that the wait is known. The tool takes the lock

@@ -1,5 +1,7 @@
 //! Reads what `iptables-save` prints.
 
+use std::borrow::Cow;
+
 /// One line of `iptables-save` that means something.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Line<'a> {
@@ -24,35 +26,48 @@ pub fn line(text: &str) -> Option<Line<'_>> {
 }
 
 /// Splits a line into words; those with spaces are in quotes, with backslashes before quotes.
-pub fn words(text: &str) -> Vec<String> {
+pub fn words(mut text: &str) -> Vec<Cow<'_, str>> {
     let mut words = Vec::new();
-    let (mut word, mut quoted, mut any) = (String::new(), false, false);
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
+    loop {
+        text = text.trim_start_matches(' ');
+        if text.is_empty() {
+            return words;
+        }
+        let (word, rest) = first_word(text);
+        words.push(word);
+        text = rest;
+    }
+}
+
+/// The first word of a text, and what follows it.
+fn first_word(text: &str) -> (Cow<'_, str>, &str) {
+    let end = text.find([' ', '"']).unwrap_or(text.len());
+    if !text[end..].starts_with('"') {
+        return (Cow::Borrowed(&text[..end]), &text[end..]);
+    }
+    if let Some(inner) = text.strip_prefix('"')
+        && let Some((word, rest)) = inner.split_once('"')
+        && !word.contains('\\')
+        && (rest.is_empty() || rest.starts_with(' '))
+    {
+        return (Cow::Borrowed(word), rest);
+    }
+    let (mut word, mut quoted) = (String::new(), false);
+    let mut chars = text.char_indices();
+    while let Some((at, c)) = chars.next() {
         match c {
-            '\\' if quoted => word.extend(chars.next()),
-            '"' => {
-                quoted = !quoted;
-                any = true;
-            }
-            ' ' if !quoted => {
-                if any || !word.is_empty() {
-                    words.push(std::mem::take(&mut word));
-                }
-                any = false;
-            }
+            '\\' if quoted => word.extend(chars.next().map(|(_, c)| c)),
+            '"' => quoted = !quoted,
+            ' ' if !quoted => return (Cow::Owned(word), &text[at..]),
             c => word.push(c),
         }
     }
-    if any || !word.is_empty() {
-        words.push(word);
-    }
-    words
+    (Cow::Owned(word), "")
 }
 
 /// The target of a rule, usually a chain; `None` if it has none.
-pub fn target(words: &[String]) -> Option<&str> {
-    words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| w[1].as_str())
+pub fn target<'a>(words: &'a [Cow<'_, str>]) -> Option<&'a str> {
+    words.windows(2).find(|w| w[0] == "-j" || w[0] == "-g").map(|w| &*w[1])
 }
 
 #[cfg(test)]
@@ -73,5 +88,7 @@ mod tests {
     fn words_are_those_that_the_tool_was_given() {
         let text = r#"-m comment --comment "a \"b\" c" --comment "" -j X"#;
         assert_eq!(words(text), ["-m", "comment", "--comment", "a \"b\" c", "--comment", "", "-j", "X"]);
+        assert_eq!(words(r#"  a"b c"d  "e f" "g"h "i \\" "j"#), ["ab cd", "e f", "gh", "i \\", "j"]);
+        assert_eq!(words(" "), [""; 0]);
     }
 }

@@ -16,11 +16,15 @@ use shunt_core::walk::{Outcome, Packet, walk};
 use shunt_harness::cases::{self, Case};
 use shunt_harness::lab::{Lab, require_kernel};
 use shunt_mode::{Backend, rendered};
+use shunt_mode_iptables::cover::RANGES_MAX;
 use shunt_mode_iptables::kernel::Tools;
+use shunt_mode_iptables::names;
 use shunt_mode_iptables::op::About;
+use shunt_mode_iptables::rule::{Match, Rule};
 use shunt_suites::driver::{CaseRun, Synced};
 use shunt_suites::mode::{IptablesLegacy, IptablesNft, ModeUnderTest};
 use shunt_suites::random::Step;
+use xtables_tools::Table;
 
 fn case(name: &str) -> Case {
     cases::all().unwrap().into_iter().find(|case| case.name == name).unwrap()
@@ -151,6 +155,41 @@ fn a_sync_is_one_call_of_the_tool() {
         }
     }
     assert!(calls > 50 && calls <= syncs, "{calls} calls in {syncs} syncs");
+}
+
+/// What costs more than a comparison of addresses is asked only of packets to addresses near those of Services, or
+/// between endpoints of the node.
+#[test]
+fn sets_are_asked_for_a_few_ranges_only() {
+    let mut asked = 0;
+    for case in cases::all().unwrap() {
+        let mut run = CaseRun::new(&case, IptablesLegacy::MODE);
+        while run.next_step().is_some() {
+            for family in IpFamily::ALL {
+                let state = rendered::<<IptablesLegacy as ModeUnderTest>::Fake>(run.cluster.table(family));
+                for (table, chain) in [
+                    (Table::Filter, names::SERVICES),
+                    (Table::Filter, names::PROXY_FIREWALL),
+                    (Table::Nat, names::POSTROUTING),
+                ] {
+                    let asks = |rule: &&Rule| {
+                        rule.sets().next().is_some()
+                            || rule.leads_to().is_some_and(|to| &**to == names::REFUSE)
+                    };
+                    let asking: Vec<&Rule> = state.rules(table, chain).iter().filter(asks).collect();
+                    let of_range = |rule: &&Rule| {
+                        rule.matches
+                            .iter()
+                            .any(|m| matches!(m, Match::Destination(false, range) if range.prefix_len() > 0))
+                    };
+                    assert!(asking.iter().all(of_range), "{}: {state}", case.name);
+                    assert!(asking.len() <= RANGES_MAX + 2, "{}: {state}", case.name);
+                    asked += asking.len();
+                }
+            }
+        }
+    }
+    assert!(asked > 100, "{asked}");
 }
 
 /// A health check node port comes and goes as one operation, without a look at anything else.
