@@ -88,7 +88,7 @@ fn open_object(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<Ebpf, Att
 }
 
 /// Maps of the object.
-const OBJECT_MAPS: [&str; 18] = [
+const OBJECT_MAPS: [&str; 19] = [
     map::CONFIG,
     map::FRONTENDS,
     map::SLOTS,
@@ -102,6 +102,7 @@ const OBJECT_MAPS: [&str; 18] = [
     map::PEERS,
     map::FLOWS,
     map::FLOW_FILTER,
+    map::ADDRESS_FILTER,
     map::FRAGMENTS,
     map::SERVICE_STATS,
     map::SERVICE_BYTES,
