@@ -367,7 +367,7 @@ impl Table<u32, u64> {
 
 /// A part of an array as memory.
 struct Window {
-    start: *mut u8,
+    start: *mut libc::c_void,
     len: usize,
 }
 
@@ -380,13 +380,13 @@ impl Window {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { start: start.cast(), len })
+        Ok(Self { start, len })
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
         // SAFETY: it was mapped with this length, and nothing refers to it any more.
-        unsafe { libc::munmap(self.start.cast(), self.len) };
+        unsafe { libc::munmap(self.start, self.len) };
     }
 }
