@@ -375,7 +375,12 @@ impl Bpf {
 
 impl Kernel for Bpf {
     fn probe(&mut self) -> Result<(), Unsupported> {
-        probe::probe(&self.options)
+        probe::probe(&self.options)?;
+        let held = maps::object_of(&self.pins.maps()).ok().flatten();
+        if held.as_deref() != Some(&*self.options.object_name()) {
+            attach::prepare();
+        }
+        Ok(())
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

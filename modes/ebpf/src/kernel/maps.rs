@@ -453,7 +453,8 @@ impl Maps {
     }
 
     fn set_names(&self, run: &[Op]) -> Result<(), MapError> {
-        for run in run.chunk_by(|a, b| is_removal(a) == is_removal(b)) {
+        let runs = run.chunk_by(|a, b| is_removal(a) == is_removal(b));
+        for run in runs.flat_map(|run| run.chunks(NAMES)) {
             let mut keys = Vec::with_capacity(run.len());
             let mut values = Vec::with_capacity(run.len());
             for op in run {
@@ -541,6 +542,9 @@ impl Maps {
         Ok(pods)
     }
 }
+
+/// Names that are written by one call: they are long.
+const NAMES: usize = 1024;
 
 /// Whether an operation deletes an element.
 const fn is_removal(op: &Op) -> bool {

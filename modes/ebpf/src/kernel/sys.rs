@@ -25,6 +25,15 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
+/// Gives memory that is free back to the kernel: threads keep what they had for a moment otherwise.
+pub(super) fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: frees nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// `bpf(2)` with a part of `union bpf_attr`.
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is a prefix of `union bpf_attr` of the length given, and outlives the call; the
@@ -156,8 +165,11 @@ pub(super) struct Table<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// Elements that one call reads or writes.
+/// Elements that one call writes at most.
 const BATCH: usize = 16_384;
+
+/// Bytes that one call reads, about.
+const READ: usize = 256 << 10;
 
 impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     /// Checks that keys and values have the sizes of the types.
@@ -232,7 +244,7 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
 
     /// Reads all elements, in the map's own order.
     pub(super) fn read(&self, mut each: impl FnMut(K, V)) -> io::Result<()> {
-        let mut reader = Reader::new(BATCH);
+        let mut reader = Reader::new(READ / (size_of::<K>() + size_of::<V>()).max(1));
         loop {
             let (elements, end) = reader.next(self)?;
             elements.for_each(|(key, value)| each(key, value));
