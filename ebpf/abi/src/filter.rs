@@ -1,16 +1,15 @@
-//! Which addresses have flows in the connection table: most packets that a node forwards belong to no flow
-//! of tc, and to find that out in a table of 262,144 entries takes longer than all else that is done with
-//! them.
+//! What most packets that a node forwards are told by, without a look into the large hash tables: they belong to no flow
+//! of tc, and go to no Service.
 //!
-//! It is a Bloom filter of one hash over the addresses of clients, and of the node where it masquerades, in
-//! which each entry says how long it holds. An entry of `flows` has one of these at one of its ends. Where
-//! two addresses share an entry, packets of the one are looked up for the sake of the other.
+//! [`FlowFilter`] is a Bloom filter of one hash over the two addresses of each tuple in `flows`, in which each entry says
+//! how long it holds. [`AddressFilter`] is one over the addresses in `frontends` and `addresses`. Where others share an
+//! entry, they are looked up for nothing.
 
 use crate::Address;
 
-/// Number of entries, a power of two.
-const SIZE: usize = 1 << BITS;
-const BITS: u32 = 15;
+/// Number of entries, as a power of two, and of those in one element of the map.
+const BITS: u32 = 16;
+const BLOCK_BITS: u32 = 12;
 
 /// Nanoseconds of the clock in one step of an entry, as a power of two: four and a half minutes.
 const STEP: u32 = 38;
@@ -19,28 +18,28 @@ const STEP: u32 = 38;
 /// three months, are forgotten.
 const MOST: u64 = 0x7f00;
 
-/// The only element of `flow_filter`.
+/// An element of `flow_pairs`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FlowFilter {
-    /// By [`FlowFilter::entry`] the [`FlowFilter::until`] up to which there may be flows; 0 for never.
-    pub until: [u16; SIZE],
+    /// By [`FlowFilter::place`] the [`FlowFilter::until`] up to which there may be flows; 0 for never.
+    pub until: [u16; 1 << BLOCK_BITS],
 }
 
 impl FlowFilter {
+    /// Number of elements, 128 KiB.
+    pub const BLOCKS: u32 = 1 << (BITS - BLOCK_BITS);
+
     /// With the same in all entries.
-    #[expect(clippy::large_stack_arrays, reason = "64 KiB, for a moment, in processes only")]
     pub const fn filled(until: u16) -> Self {
-        Self { until: [until; SIZE] }
+        Self { until: [until; 1 << BLOCK_BITS] }
     }
 
-    /// The entry of an address.
+    /// The element for two addresses and the entry there, the same for both directions.
     #[inline(always)]
-    pub const fn entry(address: &Address) -> usize {
-        let [a, b, c, d] = address.0;
-        let high = ((a as u64) << 32 | b as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let low = ((c as u64) << 32 | d as u64).wrapping_mul(0xc2b2_ae3d_27d4_eb4f);
-        ((high ^ low) >> (u64::BITS - BITS)) as usize
+    pub const fn place(a: &Address, b: &Address) -> (u32, usize) {
+        let entry = (hash(a) | 1).wrapping_mul(hash(b) | 1) >> (u64::BITS - BITS);
+        ((entry >> BLOCK_BITS) as u32, entry as usize & ((1 << BLOCK_BITS) - 1))
     }
 
     /// What is written for a flow that was seen at `now` (`CLOCK_MONOTONIC`) and is remembered for `timeout`
@@ -54,7 +53,7 @@ impl FlowFilter {
         if until == 0 { 1 } else { until }
     }
 
-    /// Whether there may be flows of an address whose entry says `until`.
+    /// Whether there may be flows of addresses whose entry says `until`.
     #[inline(always)]
     pub const fn holds(until: u16, now: u64) -> bool {
         // Half a turn of the 16 bits is the future; what is older than that looks like it, which costs a look.
@@ -62,7 +61,35 @@ impl FlowFilter {
     }
 }
 
-const _: () = assert!(size_of::<FlowFilter>() == 65_536);
+const _: () = assert!(size_of::<FlowFilter>() == 8_192);
+
+/// Which addresses may have an element in `frontends` or `addresses`: bits of the words of `address_filter`. The agent
+/// sets them before it writes such an element, and leaves them when it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct AddressFilter;
+
+impl AddressFilter {
+    /// Bits, as a power of two.
+    const BITS: u32 = 20;
+    /// Number of words, 128 KiB.
+    pub const WORDS: u32 = 1 << (Self::BITS - 6);
+
+    /// The word of an address, and its bit there.
+    #[inline(always)]
+    pub const fn place(address: &Address) -> (u32, u64) {
+        let bit = hash(address) >> (u64::BITS - Self::BITS);
+        ((bit >> 6) as u32, 1 << (bit & 63))
+    }
+}
+
+/// The high bits are good ones.
+#[inline(always)]
+const fn hash(address: &Address) -> u64 {
+    let [a, b, c, d] = address.0;
+    let high = ((a as u64) << 32 | b as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let low = ((c as u64) << 32 | d as u64).wrapping_mul(0xc2b2_ae3d_27d4_eb4f);
+    high ^ low
+}
 
 #[cfg(test)]
 mod tests {
@@ -90,15 +117,30 @@ mod tests {
         assert!(FlowFilter::holds(FlowFilter::until(0, u32::MAX), 90 * 86_400 * SECOND), "three months");
     }
 
+    const V4: fn(u32) -> Address = |n| IpAddr::V4(Ipv4Addr::from(0x0a01_0000 + n)).into();
+    const V6: fn(u32) -> Address = |n| IpAddr::V6(Ipv6Addr::from(0xfd00_u128 << 112 | u128::from(n))).into();
+
     #[test]
-    fn addresses_of_a_network_have_entries_of_their_own() {
-        let of = |address: IpAddr| FlowFilter::entry(&address.into());
-        let v4 = (0..4096_u32).map(|n| of(Ipv4Addr::from(0x0a01_0000 + n).into()));
-        let v6 = (0..4096_u128).map(|n| of(Ipv6Addr::from(0xfd00_u128 << 112 | n).into()));
-        for entries in [v4.collect::<BTreeSet<_>>(), v6.collect()] {
-            // By chance it would be 3,855.
-            assert!(entries.len() > 3_600, "4,096 addresses have {} entries", entries.len());
-            assert!(entries.iter().all(|entry| *entry < SIZE));
+    fn pairs_of_a_network_have_entries_of_their_own() {
+        for of in [V4, V6] {
+            let pairs = (0..64).flat_map(|a| (64..128).map(move |b| (of(a), of(b))));
+            let places: BTreeSet<_> = pairs.clone().map(|(a, b)| FlowFilter::place(&a, &b)).collect();
+            // By chance it would be 3,971.
+            assert!(places.len() > 3_700, "4,096 pairs have {} entries", places.len());
+            assert!(places.iter().all(|(block, _)| *block < FlowFilter::BLOCKS));
+            for (a, b) in pairs {
+                assert_eq!(FlowFilter::place(&a, &b), FlowFilter::place(&b, &a));
+            }
+        }
+    }
+
+    #[test]
+    fn addresses_of_a_network_have_bits_of_their_own() {
+        for of in [V4, V6] {
+            let places: BTreeSet<(u32, u64)> = (0..65_536).map(|n| AddressFilter::place(&of(n))).collect();
+            // By chance it would be 63,530.
+            assert!(places.len() > 62_000, "65,536 addresses have {} bits", places.len());
+            assert!(places.iter().all(|(word, bit)| *word < AddressFilter::WORDS && bit.is_power_of_two()));
         }
     }
 }

@@ -42,7 +42,8 @@
 //! | `sockets` | LRU hash, 131,072 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
 //! | `peers` | array, 131,072 | [`Peer::place`] → [`Peer`] | programs (socket hooks) |
 //! | `flows` | LRU hash, 262,144 | [`FlowKey`] → [`Flow`] | programs (tc; for sockets that are bound, socket hooks) |
-//! | `flow_filter` | array, 1 | 0 → [`FlowFilter`] | programs; agent, when it replaces programs |
+//! | `flow_pairs` | array, 16 | [`FlowFilter::place`] → [`FlowFilter`] | programs; agent, when it replaces programs |
+//! | `address_filter` | array to be mapped, 16,384 | [`AddressFilter::place`] → bits (`u64`) | agent |
 //! | `fragments` | LRU hash, 8,192 | [`FragmentKey`] → [`Fragment`] | programs (tc) |
 //! | `service_stats` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`ServiceBlock`] | programs |
 //! | `service_bytes` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`BytesBlock`] | programs (tc) |
@@ -83,6 +84,7 @@
 //!    table, or with one that leads to an endpoint of another owner, the choice is by chance.
 //! 6. `addresses` has [`address_flags::CLUSTER_IP`] before a frontend of that address is removed, and
 //!    ranges of a frontend are there before it asks for them.
+//! 7. `address_filter` has the address of an element of `frontends` or `addresses` before the element is there.
 #![no_std]
 // Programs built from host bitcode cannot call functions that return aggregates: they are inlined.
 #![allow(clippy::inline_always)]
@@ -100,7 +102,7 @@ pub mod socket;
 mod pod;
 
 pub use address::Address;
-pub use filter::FlowFilter;
+pub use filter::{AddressFilter, FlowFilter};
 pub use flow::{Flow, FlowKey, Fragment, FragmentKey, Tuple};
 pub use map::size;
 pub use service::{

@@ -15,6 +15,11 @@ use crate::{Address, MAGLEV_SIZE, Tuple};
 
 /// The maps, read one element at a time.
 pub trait Tables {
+    /// Whether `frontends` or `addresses` may have an element for the address.
+    #[inline(always)]
+    fn may_know(&self, _address: &Address) -> bool {
+        true
+    }
     /// An element of `frontends`.
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
     /// An element of `addresses`; 0 when there is none.
@@ -104,23 +109,26 @@ pub fn find<T: Tables>(tables: &T, key: &FrontendKey) -> Found {
     if flags & config_flags::in_use(key.address.is_v4()) == 0 || key.address.is_unspecified() {
         return Found::Nothing;
     }
-    if let Some(frontend) = tables.frontend(key) {
-        return Found::Frontend(frontend);
-    }
-    let address = tables.address(&key.address);
     let loopback = key.address.is_loopback();
-    let all_local = if key.address.is_v4() {
-        config_flags::NODE_PORTS_ALL_LOCAL_V4
-    } else {
-        config_flags::NODE_PORTS_ALL_LOCAL_V6
-    };
-    let local = address & address_flags::LOCAL != 0;
-    if (address & address_flags::NODE_PORT != 0 || flags & all_local != 0 && local && !loopback)
-        && let Some(frontend) = tables.frontend(&key.node_port())
-    {
-        return Found::Frontend(frontend);
+    let mut address = 0;
+    if tables.may_know(&key.address) {
+        if let Some(frontend) = tables.frontend(key) {
+            return Found::Frontend(frontend);
+        }
+        address = tables.address(&key.address);
+        let all_local = if key.address.is_v4() {
+            config_flags::NODE_PORTS_ALL_LOCAL_V4
+        } else {
+            config_flags::NODE_PORTS_ALL_LOCAL_V6
+        };
+        let local = flags & all_local != 0 && address & address_flags::LOCAL != 0 && !loopback;
+        if (address & address_flags::NODE_PORT != 0 || local)
+            && let Some(frontend) = tables.frontend(&key.node_port())
+        {
+            return Found::Frontend(frontend);
+        }
     }
-    if local || loopback {
+    if address & address_flags::LOCAL != 0 || loopback {
         Found::Nothing
     } else if address & address_flags::CLUSTER_IP != 0 {
         Found::UnknownPort

@@ -26,8 +26,10 @@ pub const SOCKETS: &str = "sockets";
 pub const PEERS: &str = "peers";
 /// The connection table of tc.
 pub const FLOWS: &str = "flows";
-/// One element: [`crate::FlowFilter`].
-pub const FLOW_FILTER: &str = "flow_filter";
+/// See [`crate::FlowFilter`].
+pub const FLOW_FILTER: &str = "flow_pairs";
+/// See [`crate::AddressFilter`].
+pub const ADDRESS_FILTER: &str = "address_filter";
 /// Ports of packets whose fragments are on the way.
 pub const FRAGMENTS: &str = "fragments";
 /// Counters per service id.

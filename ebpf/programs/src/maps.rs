@@ -4,9 +4,9 @@ use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use shunt_ebpf_abi::{
-    Address, Affinity, AffinityKey, BytesBlock, Config, Endpoint, EndpointBlock, Event, Flow, FlowFilter,
-    FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Interface, MaglevTable, Peer, RangeKey,
-    ServiceBlock, SocketKey, SocketRecord, size,
+    Address, AddressFilter, Affinity, AffinityKey, BytesBlock, Config, Endpoint, EndpointBlock, Event, Flow,
+    FlowFilter, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Interface, MaglevTable, Peer,
+    RangeKey, ServiceBlock, SocketKey, SocketRecord, size,
 };
 
 /// The agent reads these as memory: asked for one by one, a million elements take the kernel a third of a second.
@@ -51,8 +51,11 @@ pub(crate) static PEERS: Array<Peer, { size::PEERS as usize }> = Array::new();
 #[btf_map(name = "flows")]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, { size::FLOWS as usize }> = LruHashMap::new();
 
-#[btf_map(name = "flow_filter")]
-pub(crate) static FLOW_FILTER: Array<FlowFilter, 1> = Array::new();
+#[btf_map(name = "flow_pairs")]
+pub(crate) static FLOW_FILTER: Array<FlowFilter, { FlowFilter::BLOCKS as usize }> = Array::new();
+
+#[btf_map(name = "address_filter")]
+pub(crate) static ADDRESS_FILTER: Array<u64, { AddressFilter::WORDS as usize }, MAPPABLE> = Array::new();
 
 #[btf_map(name = "fragments")]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { size::FRAGMENTS as usize }> =

@@ -3,13 +3,13 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use shunt_ebpf_abi::lookup::Tables;
 use shunt_ebpf_abi::{
-    Address, Config, ENDPOINT_BLOCK, Endpoint, Event, Frontend, FrontendKey, RangeKey, SERVICE_BLOCK,
-    ServiceCounters,
+    Address, AddressFilter, Config, ENDPOINT_BLOCK, Endpoint, Event, Frontend, FrontendKey, RangeKey,
+    SERVICE_BLOCK, ServiceCounters,
 };
 
 use crate::maps::{
-    ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, MAGLEV, RANGES, SERVICE_BYTES,
-    SERVICE_STATS, SLOTS,
+    ADDRESS_FILTER, ADDRESSES, CONFIG, ENDPOINT_STATS, ENDPOINTS, EVENTS, FRONTENDS, MAGLEV, RANGES,
+    SERVICE_BYTES, SERVICE_STATS, SLOTS,
 };
 
 /// The kernel's maps.
@@ -31,6 +31,12 @@ impl Kernel {
 
 // Elements of hash maps are copied at once: the kernel reuses their memory when they are replaced.
 impl Tables for Kernel {
+    #[inline(always)]
+    fn may_know(&self, address: &Address) -> bool {
+        let (word, bit) = AddressFilter::place(address);
+        ADDRESS_FILTER.get(word).is_none_or(|bits| bits & bit != 0)
+    }
+
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
         // SAFETY: see above.

@@ -22,10 +22,10 @@ use aya::programs::{
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use shunt_ebpf_abi::{
-    Address, BytesBlock, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event, FIRST_SERVICE_ID,
-    FlowFilter, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Peer, RangeKey,
-    SERVICE_BLOCK, ServiceBlock, ServiceBytes, ServiceCounters, Verdict, config_flags, endpoint_flags,
-    maglev, map,
+    Address, AddressFilter, BytesBlock, Config, ENDPOINT_BLOCK, Endpoint, EndpointBlock, Event,
+    FIRST_SERVICE_ID, FlowFilter, Frontend, FrontendKey, Group, Interface, MAGLEV_SIZE, MaglevTable, Peer,
+    RangeKey, SERVICE_BLOCK, ServiceBlock, ServiceBytes, ServiceCounters, Verdict, config_flags,
+    endpoint_flags, maglev, map,
 };
 
 /// The object that the product embeds.
@@ -177,7 +177,17 @@ impl Loaded {
 
     /// Says what is known of an address.
     pub fn set_address(&mut self, address: IpAddr, flags: u32) -> Result<()> {
-        Ok(self.hash(map::ADDRESSES)?.insert(Address::from(address), flags, 0)?)
+        let address = Address::from(address);
+        self.let_pass(&address)?;
+        Ok(self.hash(map::ADDRESSES)?.insert(address, flags, 0)?)
+    }
+
+    /// Has the programs look for elements of an address.
+    pub fn let_pass(&mut self, address: &Address) -> Result<()> {
+        let (word, bit) = AddressFilter::place(address);
+        let mut filter = self.array::<u64>(map::ADDRESS_FILTER)?;
+        let bits = filter.get(&word, 0)?;
+        Ok(filter.set(word, bits | bit, 0)?)
     }
 
     /// Says what is known of a device.
@@ -265,6 +275,7 @@ impl Loaded {
 
     /// Writes a frontend.
     pub fn put_frontend(&mut self, key: FrontendKey, frontend: Frontend) -> Result<()> {
+        self.let_pass(&key.address)?;
         Ok(self.hash(map::FRONTENDS)?.insert(key, frontend, 0)?)
     }
 
@@ -295,13 +306,22 @@ impl Loaded {
     }
 
     /// The filter in front of the connection table.
-    pub fn flow_filter(&mut self) -> Result<FlowFilter> {
-        Ok(self.array(map::FLOW_FILTER)?.get(&0, 0)?)
+    pub fn flow_filter(&mut self) -> Result<Vec<FlowFilter>> {
+        Ok(self.array(map::FLOW_FILTER)?.iter().collect::<Result<_, _>>()?)
     }
 
     /// Replaces the filter.
-    pub fn set_flow_filter(&mut self, filter: &FlowFilter) -> Result<()> {
-        Ok(self.array::<FlowFilter>(map::FLOW_FILTER)?.set(0, filter, 0)?)
+    pub fn set_flow_filter(&mut self, filter: &[FlowFilter]) -> Result<()> {
+        let mut array = self.array::<FlowFilter>(map::FLOW_FILTER)?;
+        for (number, block) in (0..).zip(filter) {
+            array.set(number, block, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the filter by one with the same in all entries.
+    pub fn fill_flow_filter(&mut self, until: u16) -> Result<()> {
+        self.set_flow_filter(&vec![FlowFilter::filled(until); FlowFilter::BLOCKS as usize])
     }
 
     /// What the socket with a cookie was promised when it connected.

@@ -119,6 +119,10 @@ fn nobody_is_sent_astray_while_services_change() -> Result<()> {
         return Ok(());
     }
     let mut loaded = Loaded::new()?;
+    let vips: [SocketAddr; 2] = ["10.96.0.1:80".parse()?, "10.96.0.2:80".parse()?];
+    for vip in vips {
+        loaded.let_pass(&vip.ip().into())?;
+    }
     let mut take = |name: &str| loaded.ebpf().take_map(name).with_context(|| name.to_owned());
     let mut writer = Writer {
         frontends: HashMap::try_from(take(map::FRONTENDS)?)?,
@@ -128,7 +132,6 @@ fn nobody_is_sent_astray_while_services_change() -> Result<()> {
         free_ids: (1..20).map(|n| (n * 2, 0)).collect(),
         chance: Chance(0x5eed),
     };
-    let vips: [SocketAddr; 2] = ["10.96.0.1:80".parse()?, "10.96.0.2:80".parse()?];
     let mut services: Vec<Now> = Vec::new();
     for (n, vip) in (0_u32..).zip(vips) {
         let mark = u8::try_from(n + 1)?;

@@ -91,14 +91,14 @@ fn what_the_filter_does_not_know_is_left_alone() -> Result<()> {
             let bytes = packet.bytes();
             assert_ne!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
             let held = loaded.flow_filter()?;
-            loaded.set_flow_filter(&FlowFilter::filled(0))?;
+            loaded.fill_flow_filter(0)?;
             assert_eq!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
             // So the mode fills it when it puts its programs over the flows of others.
-            loaded.set_flow_filter(&FlowFilter::filled(FlowFilter::until(now()?, 0)))?;
+            loaded.fill_flow_filter(FlowFilter::until(now()?, 0))?;
             assert_ne!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
             // Its time is over.
             let past = FlowFilter::until(now()?, 0).wrapping_sub(3);
-            loaded.set_flow_filter(&FlowFilter::filled(past))?;
+            loaded.fill_flow_filter(past)?;
             assert_eq!(pass(&mut loaded, program, &bytes)?, bytes, "{program}");
             loaded.set_flow_filter(&held)?;
         }
@@ -109,23 +109,26 @@ fn what_the_filter_does_not_know_is_left_alone() -> Result<()> {
 fn a_flow_that_goes_on_is_kept_in_the_filter() -> Result<()> {
     for family in families()? {
         let (mut loaded, _) = loaded(&family, TCP)?;
-        let [there, onward, answer, back] = four_places(&mut loaded, &family)?;
-        let (client, node) = (family.client.ip(), family.node);
-        for ((program, packet), known) in
-            [(there, &[client][..]), (onward, &[client, node]), (answer, &[client, node]), (back, &[client])]
-        {
-            loaded.set_flow_filter(&FlowFilter::filled(FlowFilter::until(now()?, 0)))?;
+        let places = four_places(&mut loaded, &family)?;
+        let (client, node, endpoint) = (family.client.ip(), family.node, family.endpoint.ip());
+        let (before, between, after) =
+            ((client, family.masqueraded.ip()), (client, endpoint), (node, endpoint));
+        // There, onward, and back in the same way.
+        let known = [[before, between], [between, after], [after, between], [between, before]];
+        for ((program, packet), known) in places.into_iter().zip(known) {
+            loaded.fill_flow_filter(FlowFilter::until(now()?, 0))?;
             for (key, flow) in loaded.dump::<FlowKey, Flow>(map::FLOWS)? {
                 loaded.put(map::FLOWS, key, Flow { last_seen: 0, ..flow })?;
             }
             pass(&mut loaded, program, &packet.bytes())?;
             let filter = loaded.flow_filter()?;
             let in_time = now()? + (u64::from(Config::DEFAULT.tcp_timeout) - 1) * SECOND;
-            let holds = |address: IpAddr| {
-                FlowFilter::holds(filter.until[FlowFilter::entry(&address.into())], in_time)
+            let holds = |(a, b): (IpAddr, IpAddr)| {
+                let (block, entry) = FlowFilter::place(&a.into(), &b.into());
+                FlowFilter::holds(filter[block as usize].until[entry], in_time)
             };
-            for address in [client, node, family.vip.ip(), family.endpoint.ip()] {
-                assert_eq!(holds(address), known.contains(&address), "{program}, {address}");
+            for pair in [before, between, after, (client, family.vip.ip()), (client, node)] {
+                assert_eq!(holds(pair), known.contains(&pair), "{program}, {pair:?}");
             }
         }
     }

@@ -229,6 +229,9 @@ pub trait Backend: Send {
         Vec::new()
     }
 
+    /// Whether [`Backend::rules`] looks at what was written.
+    const COUNTS_RULES: bool = false;
+
     /// How many rules there are in each table of iptables, and how many of them these transactions wrote.
     /// Pure.
     fn rules(_: &Self::State, _written: &[Transaction<Self::Op>]) -> Vec<RuleCount> {

@@ -266,8 +266,8 @@ impl Bpf {
                 if fresh.is_empty() {
                     load()?;
                     self.loaded = true;
-                    // Programs of before may not know the filter.
-                    self.fill_filter()?;
+                    // Programs of before may not know the filters.
+                    self.fill_filters()?;
                 } else {
                     self.migrate(&held, &limits, fresh)?;
                 }
@@ -275,6 +275,7 @@ impl Bpf {
             Look::Nothing => {
                 load()?;
                 self.loaded = true;
+                filter::add_all(&self.pins.maps()).map_err(of_map)?;
             }
             Look::Foreign(why) => self.replace(&why)?,
         }
@@ -298,11 +299,13 @@ impl Bpf {
         .map_err(of_map)
     }
 
-    /// Has the programs look every packet up until the flows that others than they may have written down are over.
-    fn fill_filter(&self) -> Result<(), KernelError> {
+    /// Has the programs look every packet up until the flows that others than they may have written down are over, and
+    /// all addresses that others may have written.
+    fn fill_filters(&self) -> Result<(), KernelError> {
         let Options { tcp_timeout, tcp_transient_timeout, udp_timeout, .. } = *self.options;
         let longest = tcp_timeout.max(tcp_transient_timeout).max(udp_timeout);
-        filter::fill(&self.pins.maps(), longest).map_err(of_map)
+        filter::fill(&self.pins.maps(), longest).map_err(of_map)?;
+        filter::add_all(&self.pins.maps()).map_err(of_map)
     }
 
     /// The cgroup whose processes are served.
@@ -377,7 +380,12 @@ impl Bpf {
 
 impl Kernel for Bpf {
     fn probe(&mut self) -> Result<(), Unsupported> {
-        probe::probe(&self.options)
+        probe::probe(&self.options)?;
+        let held = maps::object_of(&self.pins.maps()).ok().flatten();
+        if held.as_deref() != Some(&*self.options.object_name()) {
+            attach::prepare();
+        }
+        Ok(())
     }
 
     fn observe(&mut self) -> Result<State, KernelError> {

@@ -41,12 +41,10 @@ pub fn plan_within(observed: &State, desired: &Desired, transaction_max: usize) 
     }
     let mut planner = Planner::new(observed, desired);
     planner.plan();
-    let Planner { mut before, turn, remove, mut after, problems, .. } = planner;
-    // Operations on one map side by side are one call.
-    before.sort_by_key(rank_before);
-    after.sort_by_key(rank_after);
+    let Planner { before, turn, remove, after, problems, .. } = planner;
     let mut plan = Plan { problems, ..Plan::default() };
-    let mut ops = before.into_iter().chain(turn).chain(remove).chain(after).peekable();
+    let (before, after) = (before.by_rank.into_iter().flatten(), after.by_rank.into_iter().flatten());
+    let mut ops = before.chain(turn).chain(remove).chain(after).peekable();
     while ops.peek().is_some() {
         plan.push(ops.by_ref().take(transaction_max).collect());
     }
@@ -54,7 +52,7 @@ pub fn plan_within(observed: &State, desired: &Desired, transaction_max: usize) 
 }
 
 /// What is referred to comes first.
-const fn rank_before(op: &Op) -> u8 {
+const fn rank_before(op: &Op) -> usize {
     match op {
         Op::Install => 0,
         Op::SetName(..) => 1,
@@ -68,7 +66,7 @@ const fn rank_before(op: &Op) -> u8 {
 }
 
 /// What refers to others goes first.
-const fn rank_after(op: &Op) -> u8 {
+const fn rank_after(op: &Op) -> usize {
     match op {
         Op::SetPods(Some(_)) => 0,
         Op::SetFlags { .. } => 1,
@@ -83,14 +81,38 @@ const fn rank_after(op: &Op) -> u8 {
     }
 }
 
+/// Operations of a phase. Those on one map lie side by side: they are one call.
+struct Phase {
+    rank: fn(&Op) -> usize,
+    by_rank: [Vec<Op>; 10],
+}
+
+impl Phase {
+    fn new(rank: fn(&Op) -> usize) -> Self {
+        Self { rank, by_rank: Default::default() }
+    }
+
+    fn push(&mut self, op: Op) {
+        if let Some(ops) = self.by_rank.get_mut((self.rank)(&op)) {
+            ops.push(op);
+        }
+    }
+}
+
+impl Extend<Op> for Phase {
+    fn extend<T: IntoIterator<Item = Op>>(&mut self, ops: T) {
+        ops.into_iter().for_each(|op| self.push(op));
+    }
+}
+
 struct Planner<'a> {
     observed: &'a State,
     desired: &'a Desired,
     /// Phases.
-    before: Vec<Op>,
+    before: Phase,
     turn: Vec<Op>,
     remove: Vec<Op>,
-    after: Vec<Op>,
+    after: Phase,
     /// What cannot be done for want of room.
     problems: Vec<String>,
     /// Service ids and groups of the ports in question.
@@ -139,10 +161,10 @@ impl<'a> Planner<'a> {
         Self {
             observed,
             desired,
-            before: Vec::new(),
+            before: Phase::new(rank_before),
             turn: Vec::new(),
             remove: Vec::new(),
-            after: Vec::new(),
+            after: Phase::new(rank_after),
             problems: Vec::new(),
             placed: BTreeMap::new(),
             free_services: Box::new(observed.free_service_ids()),
@@ -406,7 +428,7 @@ impl<'a> Planner<'a> {
         let (from, to) = (self.observed.flags, self.desired.flags);
         let early = self.tells_pods_apart();
         let mut flags = from;
-        let mut set = |ops: &mut Vec<Op>, to: u32| {
+        let mut set = |ops: &mut Phase, to: u32| {
             if flags != to {
                 ops.push(Op::SetFlags { mask, to });
                 flags = to;

@@ -103,6 +103,8 @@ impl<K: Kernel + Send> Backend for Iptables<K> {
         trace::trace(state, local, packet)
     }
 
+    const COUNTS_RULES: bool = true;
+
     fn rules(state: &State, written: &[Transaction<Op>]) -> Vec<RuleCount> {
         op::count(state, written)
     }

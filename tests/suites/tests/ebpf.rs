@@ -22,6 +22,7 @@ use shunt_core::service::{Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_core::table::Change;
 use shunt_core::walk::{Outcome, Packet};
+use shunt_ebpf_abi::map;
 use shunt_ebpf_tests::tun::Tun;
 use shunt_harness::cases;
 use shunt_harness::lab::{Lab, Probe, require_kernel};
@@ -234,7 +235,9 @@ fn flows_of_older_programs_go_on() {
     let mut conversation = lab.client().converse(&probe).unwrap();
     conversation.ask().unwrap();
     // What an older version leaves behind.
-    std::fs::remove_file(options.bpf_root.join("shunt/maps/flow_filter")).unwrap();
+    for filter in [map::FLOW_FILTER, map::ADDRESS_FILTER] {
+        std::fs::remove_file(options.bpf_root.join("shunt/maps").join(filter)).unwrap();
+    }
     let other = Cow::Owned(other_build(&options.object));
     let other = Arc::new(Options { object: other, ..Options::clone(&options) });
     let mut upgraded = start(&lab, &other);

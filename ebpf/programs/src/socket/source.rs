@@ -70,7 +70,7 @@ pub(super) fn masquerade(
     let flow_key = FlowKey { tuple, protocol: key.protocol, hook: FlowKey::EGRESS, reserved: 0 };
     // SAFETY: the helper reads a clock.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
-    mark(kernel, &source, now);
+    mark(kernel, &tuple, now);
     let flow = Flow {
         last_seen: now,
         tuple,

@@ -115,9 +115,8 @@ fn see(kernel: &Kernel, work: &mut Work, flow: &mut Flow) {
         flow.last_seen = work.now;
         work.flow_key = FlowKey { tuple: flow.tuple.reversed(), hook: 1 - work.key.hook, ..work.key };
         let _ = FLOWS.get_ptr(&work.flow_key);
-        let reply = flow.flags & Flow::REPLY != 0;
         for tuple in [&work.key.tuple, &flow.tuple] {
-            mark(kernel, if reply { &tuple.destination } else { &tuple.source }, work.now);
+            mark(kernel, tuple, work.now);
         }
     }
 }
@@ -128,10 +127,12 @@ fn see(kernel: &Kernel, work: &mut Work, flow: &mut Flow) {
 pub(crate) fn open(work: &mut Work) -> u32 {
     let Some(kernel) = Kernel::open() else { return 1 };
     let from_node = work.key.hook == FlowKey::EGRESS;
-    mark(&kernel, &work.key.tuple.source, work.now);
     work.to = work.key.tuple;
     work.to.destination = work.endpoint.address;
     work.to.destination_port = work.endpoint.port;
+    for tuple in [&work.key.tuple, &work.to] {
+        mark(&kernel, tuple, work.now);
+    }
     work.flow.last_seen = work.now;
     work.flow.tuple = work.key.tuple.reversed();
     work.flow.service = work.frontend.service;
@@ -205,7 +206,6 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
         event(Event::NoPort);
         return 1;
     }
-    mark(kernel, &source, work.now);
     let min = kernel.config.masquerade_port_min;
     let range = u32::from(kernel.config.masquerade_port_max.wrapping_sub(min)) + 1;
     work.flow_key = FlowKey { tuple: work.key.tuple.reversed(), hook: FlowKey::INGRESS, ..work.key };
@@ -218,6 +218,7 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
     work.flow.state = Flow::OPENING;
     work.flow.masquerade_port = 0;
     work.flow_key.tuple.destination = source;
+    mark(kernel, &work.flow_key.tuple, work.now);
     for _ in 0..MASQUERADE_TRIES {
         // SAFETY: the helper only makes a number.
         let random = unsafe { bpf_get_prandom_u32() };

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
 
 use aya::programs::links::{FdLink, LinkError};
@@ -75,9 +76,23 @@ pub(super) fn load_headerless(pins: &Pins, object: &[u8], sizes: &MapSizes) -> R
 /// Programs for devices without Ethernet headers.
 const HEADERLESS: [&str; 2] = ["ingress_l3", "egress_l3"];
 
+/// A loader reads the kernel's own types when it is made, which takes 20 MiB for a moment. The programs need none of
+/// them, but there is no other way to have one.
+static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    sys::return_memory();
+    Mutex::new(loader)
+});
+
+/// Makes the loader ahead of time, while there is little else in memory.
+pub(super) fn prepare() {
+    thread::spawn(|| LazyLock::force(&LOADER));
+}
+
 /// Opens the object over the maps that are pinned; pins those that are not.
 fn open_object(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<Ebpf, AttachError> {
-    let mut loader = EbpfLoader::new();
+    let mut loader = LOADER.lock().unwrap_or_else(PoisonError::into_inner);
     for (name, size) in sizes.iter().filter(|(name, _)| OBJECT_MAPS.contains(name)) {
         loader.map_max_entries(name, *size);
     }
@@ -88,7 +103,7 @@ fn open_object(pins: &Pins, object: &[u8], sizes: &MapSizes) -> Result<Ebpf, Att
 }
 
 /// Maps of the object.
-const OBJECT_MAPS: [&str; 18] = [
+const OBJECT_MAPS: [&str; 19] = [
     map::CONFIG,
     map::FRONTENDS,
     map::SLOTS,
@@ -102,6 +117,7 @@ const OBJECT_MAPS: [&str; 18] = [
     map::PEERS,
     map::FLOWS,
     map::FLOW_FILTER,
+    map::ADDRESS_FILTER,
     map::FRAGMENTS,
     map::SERVICE_STATS,
     map::SERVICE_BYTES,

@@ -19,7 +19,7 @@ const fn layout<K, V>(name: &'static str) -> (&'static str, usize, usize) {
 }
 
 /// Bytes of keys and values.
-const LAYOUT: [(&str, usize, usize); 19] = [
+const LAYOUT: [(&str, usize, usize); 20] = [
     layout::<u32, Config>(map::CONFIG),
     layout::<FrontendKey, Frontend>(map::FRONTENDS),
     layout::<u32, u32>(map::SLOTS),
@@ -34,6 +34,7 @@ const LAYOUT: [(&str, usize, usize); 19] = [
     layout::<u32, Peer>(map::PEERS),
     layout::<FlowKey, Flow>(map::FLOWS),
     layout::<u32, FlowFilter>(map::FLOW_FILTER),
+    layout::<u32, u64>(map::ADDRESS_FILTER),
     layout::<FragmentKey, Fragment>(map::FRAGMENTS),
     layout::<u32, ServiceBlock>(map::SERVICE_STATS),
     layout::<u32, BytesBlock>(map::SERVICE_BYTES),

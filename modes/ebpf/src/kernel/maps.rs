@@ -15,6 +15,7 @@ use shunt_ebpf_abi::{
     Name, RangeKey, address_flags, map,
 };
 
+use super::filter;
 use super::sweep::Sweeper;
 use super::sys::{Prefix, Table};
 use crate::op::Op;
@@ -44,6 +45,8 @@ pub(super) struct Maps {
     interfaces: Table<u32, Interface>,
     names: Table<u32, Name>,
     pub(super) maglev: Table<u32, u32>,
+    /// Of addresses, where the programs have one.
+    filter: Option<Table<u32, u64>>,
     /// Where the tables of `maglev` are pinned.
     pub(super) tables: PathBuf,
     /// Local addresses that `addresses` knows.
@@ -123,6 +126,7 @@ impl Maps {
             interfaces: open(folder, map::INTERFACES)?,
             names: open(folder, map::NAMES)?,
             maglev: open(folder, map::MAGLEV)?,
+            filter: filter::of_addresses(folder)?,
             tables: folder.with_file_name(super::pins::TABLES),
             local: BTreeSet::new(),
             folder: folder.to_owned(),
@@ -438,6 +442,7 @@ impl Maps {
             let done = if values.is_empty() {
                 self.frontends.delete(&keys)
             } else {
+                filter::add(self.filter.as_ref(), keys.iter().map(|key| &key.address))?;
                 self.frontends.update(&keys, &values)
             };
             done.map_err(at(map::FRONTENDS))?;
@@ -446,7 +451,8 @@ impl Maps {
     }
 
     fn set_names(&self, run: &[Op]) -> Result<(), MapError> {
-        for run in run.chunk_by(|a, b| is_removal(a) == is_removal(b)) {
+        let runs = run.chunk_by(|a, b| is_removal(a) == is_removal(b));
+        for run in runs.flat_map(|run| run.chunks(NAMES)) {
             let mut keys = Vec::with_capacity(run.len());
             let mut values = Vec::with_capacity(run.len());
             for op in run {
@@ -476,6 +482,7 @@ impl Maps {
     fn write_addresses(&self, addresses: BTreeMap<Address, u32>) -> Result<(), MapError> {
         let (set, gone): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|(_, flags)| *flags != 0);
         let (keys, values): (Vec<Address>, Vec<u32>) = set.into_iter().unzip();
+        filter::add(self.filter.as_ref(), keys.iter())?;
         self.addresses.update(&keys, &values).map_err(at(map::ADDRESSES))?;
         let gone: Vec<Address> = gone.into_iter().map(|(address, _)| address).collect();
         self.addresses.delete(&gone).map_err(at(map::ADDRESSES))
@@ -533,6 +540,9 @@ impl Maps {
         Ok(pods)
     }
 }
+
+/// Names that are written by one call: they are long.
+const NAMES: usize = 1024;
 
 /// Whether an operation deletes an element.
 const fn is_removal(op: &Op) -> bool {

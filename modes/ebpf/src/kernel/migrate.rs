@@ -104,7 +104,7 @@ impl Bpf {
         // Sizes are those of maps that are there.
         self.load_all(&coming, &self.options.limits().maps())?;
         if known {
-            self.fill_filter()?;
+            self.fill_filters()?;
         }
         self.take_over(&coming, known.then_some(&copier))?;
         Ok(true)
@@ -128,7 +128,7 @@ impl Bpf {
         maps.forget_object().map_err(of_map)?;
         let pins = self.pins.clone();
         self.load_all(&pins.coming(&fresh), &limits.maps())?;
-        self.fill_filter()?;
+        self.fill_filters()?;
         let since = now().map_err(|e| failed("read the clock", e))?;
         let copier = |to| Copier::new(pins.maps(), to, pins.tables(), config, since).map_err(of_map);
         let first = copier(pins.fresh_maps())?;

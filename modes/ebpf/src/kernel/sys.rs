@@ -8,6 +8,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::Pod;
 use aya::maps::MapData;
@@ -23,6 +24,15 @@ const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// Gives memory that is free back to the kernel: threads keep what they had for a moment otherwise.
+pub(super) fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: frees nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
 
 /// `bpf(2)` with a part of `union bpf_attr`.
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
@@ -155,8 +165,11 @@ pub(super) struct Table<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// Elements that one call reads or writes.
+/// Elements that one call writes at most.
 const BATCH: usize = 16_384;
+
+/// Bytes that one call reads, about.
+const READ: usize = 256 << 10;
 
 impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     /// Checks that keys and values have the sizes of the types.
@@ -231,7 +244,7 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
 
     /// Reads all elements, in the map's own order.
     pub(super) fn read(&self, mut each: impl FnMut(K, V)) -> io::Result<()> {
-        let mut reader = Reader::new(BATCH);
+        let mut reader = Reader::new(READ / (size_of::<K>() + size_of::<V>()).max(1));
         loop {
             let (elements, end) = reader.next(self)?;
             elements.for_each(|(key, value)| each(key, value));
@@ -332,8 +345,8 @@ impl<V: Pod + Default> Table<u32, V> {
         let per_window = (WINDOW / Self::STRIDE) as u32;
         for first in (0..info.max_entries()).step_by(per_window as usize) {
             let count = per_window.min(info.max_entries() - first);
-            let window =
-                Window::map(&self.map, first as usize * Self::STRIDE, count as usize * Self::STRIDE)?;
+            let (start, len) = (first as usize * Self::STRIDE, count as usize * Self::STRIDE);
+            let window = Window::map(&self.map, start, len, libc::PROT_READ)?;
             for n in 0..count {
                 // SAFETY: the element lies in the window, which is aligned to pages, and any bits are a value of the
                 // type. Nobody but an agent writes it.
@@ -345,29 +358,47 @@ impl<V: Pod + Default> Table<u32, V> {
     }
 }
 
-/// A part of an array as memory that can be read.
+impl Table<u32, u64> {
+    /// Sets bits of the words of an array that was made to be mapped. What others set at the same time is set too.
+    pub(super) fn set_bits(&self, places: impl Iterator<Item = (u32, u64)>) -> io::Result<()> {
+        let mut places = places.peekable();
+        if places.peek().is_none() {
+            return Ok(());
+        }
+        let words = self.size()?;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let window = Window::map(&self.map, 0, words as usize * size_of::<u64>(), access)?;
+        for (word, bit) in places.filter(|(word, _)| *word < words) {
+            // SAFETY: the word lies in the window, which is aligned to pages and can be written.
+            let word = unsafe { AtomicU64::from_ptr(window.start.cast::<u64>().add(word as usize)) };
+            word.fetch_or(bit, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+/// A part of an array as memory.
 struct Window {
-    start: *const u8,
+    start: *mut libc::c_void,
     len: usize,
 }
 
 impl Window {
-    fn map(map: &MapData, offset: usize, len: usize) -> io::Result<Self> {
+    fn map(map: &MapData, offset: usize, len: usize, access: libc::c_int) -> io::Result<Self> {
         let fd = map.fd().as_fd().as_raw_fd();
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         // SAFETY: a new mapping touches no memory of ours.
-        let start =
-            unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, fd, offset) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd, offset) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { start: start.cast_const().cast(), len })
+        Ok(Self { start, len })
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
         // SAFETY: it was mapped with this length, and nothing refers to it any more.
-        unsafe { libc::munmap(self.start.cast_mut().cast(), self.len) };
+        unsafe { libc::munmap(self.start, self.len) };
     }
 }
