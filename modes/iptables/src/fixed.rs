@@ -13,7 +13,8 @@
 //!
 //! The nat table of iptables cannot refuse, so what is refused meets the filter table untranslated. There
 //! it is asked for in sets, so that the filter table is the same for any number of Services. A look at a set costs
-//! as much as a dozen rules: only packets to addresses near those of Services, and from and to local endpoints, meet one.
+//! more than a dozen comparisons of addresses: only packets to addresses near those of Services, and from and to
+//! local endpoints, meet one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};

@@ -28,7 +28,7 @@ use crate::rule::{Match, Rule, Rules, Target};
 /// Keys that a root lists: more are told apart by their bits. Packets for no Service meet all its rules.
 pub const ROOT_MAX: usize = 8;
 /// Keys that another node lists. 8 and 32 were measured: in the legacy flavour packets take as long, in the nft
-/// flavour they take longer with 8; with 32 a large cluster has a fifth fewer chains, which cost the tools time.
+/// flavour they take longer with 8; with 32 a large cluster has a fifth fewer chains.
 pub const NODE_MAX: usize = 32;
 /// Bits that a node looks at: 2, 3 and 4 were measured, 3 is fastest.
 const STEP: u32 = 3;
