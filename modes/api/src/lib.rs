@@ -180,6 +180,9 @@ pub struct Remains {
     /// What packets from the clients of those of the family are inside the node, and behind it where that is different.
     /// netfilter must neither translate these nor let others leave likewise.
     pub tuples: Vec<Tuple>,
+    /// Packets from endpoints that the mode takes for answers by these alone, whether or not their connection goes on: those
+    /// to a connection of another mode should look different.
+    pub answers: Vec<Tuple>,
 }
 
 /// One mode for one IP family.
@@ -287,8 +290,8 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// Keeps off connections that another mode has masqueraded: answers to them come with these tuples. Also before
-    /// anything was applied. Modes that leave the choice of ports to conntrack need not be told.
+    /// Keeps off connections of another mode, to which answers come with these tuples: none of this mode's may have such.
+    /// Also before anything was applied. Modes that leave the choice of ports to conntrack need not be told.
     fn keep_off(&mut self, _answers: &[Tuple]) -> Result<(), KernelError> {
         Ok(())
     }

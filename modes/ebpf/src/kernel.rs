@@ -72,7 +72,7 @@ pub trait Kernel {
     fn remains(&mut self) -> Result<Option<Remains>, KernelError>;
     /// Empties what begins flows of the family.
     fn retire(&mut self) -> Result<(), KernelError>;
-    /// Lets no masqueraded flow have answers with one of these tuples.
+    /// Lets no flow have answers with one of these tuples.
     fn keep_off(&mut self, answers: &[Tuple]) -> Result<(), KernelError>;
     /// Removes programs and maps of both families if they are there.
     fn remove(&mut self) -> Result<(), KernelError>;
@@ -471,7 +471,9 @@ impl Kernel for Bpf {
         let Some(maps) = self.open_maps()? else { return Ok(None) };
         let serves = maps.are_in_use().map_err(of_map)?;
         match flows::live(&pins, family) {
-            Ok((connections, tuples)) => Ok(Some(Remains { serves, connections, tuples })),
+            Ok((connections, tuples)) => {
+                Ok(Some(Remains { serves, connections, tuples, ..Remains::default() }))
+            }
             // Removed with the other family's.
             Err(error) if error.is_missing() => Ok(None),
             Err(error) => Err(of_map(error)),

@@ -8,7 +8,7 @@ use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Remedy, Transaction, Unsupported};
 use xtables_tools::Table;
 
-use crate::kernel::{Connections, Kernel};
+use crate::kernel::{Carried, Connections, Kernel};
 use crate::layout::SetName;
 use crate::op::{self, Op};
 use crate::rules::{Match, Rules, Target};
@@ -90,7 +90,7 @@ impl Kernel for FakeKernel {
         Ok(true)
     }
 
-    fn carried(&mut self) -> Result<Option<usize>, KernelError> {
+    fn carried(&mut self) -> Result<Option<Carried>, KernelError> {
         Ok(None)
     }
 

@@ -25,6 +25,7 @@ use crate::rules::Rules;
 use crate::scheduler;
 use crate::state::{Server, State};
 use batch::Batch;
+pub use carried::Carried;
 use link::Links;
 
 /// Connections of drained destinations.
@@ -46,8 +47,8 @@ pub trait Kernel {
     fn connections(&mut self, keys: &[ServiceKey]) -> Result<Connections, KernelError>;
     /// Whether what a flush takes away is still there: virtual servers, the link, rules.
     fn intact(&mut self) -> Result<bool, KernelError>;
-    /// How many TCP connections of the family go on; `None` where there is no virtual server of ours.
-    fn carried(&mut self) -> Result<Option<usize>, KernelError>;
+    /// TCP connections of the family; `None` where there is no virtual server of ours.
+    fn carried(&mut self) -> Result<Option<Carried>, KernelError>;
     /// Removes the rules that judge new connections by what virtual servers there are.
     fn retire(&mut self) -> Result<(), KernelError>;
     /// Removes everything that is ours.
@@ -461,7 +462,7 @@ impl Kernel for Linux {
         Ok(connections)
     }
 
-    fn carried(&mut self) -> Result<Option<usize>, KernelError> {
+    fn carried(&mut self) -> Result<Option<Carried>, KernelError> {
         let lost = |error: ipvs_netlink::Error| failed("list virtual servers", error, Remedy::Retry);
         if self.ipvs.is_none() {
             return Ok(None);

@@ -41,7 +41,7 @@ use shunt_core::walk::{Outcome, Packet};
 use shunt_mode::{Backend, KernelError, Mode, Plan, Remains, Transaction, Unsupported};
 
 use crate::drain::Drains;
-use crate::kernel::Kernel;
+use crate::kernel::{Carried, Kernel};
 use crate::op::Op;
 use crate::render::Desired;
 use crate::state::State;
@@ -132,7 +132,11 @@ impl<K: Kernel + Send> Backend for Ipvs<K> {
 
     fn remains(&mut self) -> Result<Option<Remains>, KernelError> {
         let carried = self.kernel.carried()?;
-        Ok(carried.map(|connections| Remains { connections, ..Remains::default() }))
+        Ok(carried.map(|Carried { open, answers }| Remains {
+            connections: open,
+            answers,
+            ..Remains::default()
+        }))
     }
 
     fn retire(&mut self) -> Result<(), KernelError> {

@@ -227,25 +227,33 @@ impl Account {
                 return;
             }
         };
-        let before = std::mem::take(&mut family.counted);
-        let mut gone: BTreeSet<ServicePortName> = before.values().map(|(port, _)| port.clone()).collect();
+        let (mut before, mut gone) = (std::mem::take(&mut family.counted), BTreeSet::new());
         let mut gone_endpoints = std::mem::take(&mut family.endpoints);
         for Counted { port, counter, forwarded, rejected, dropped, bytes, endpoints } in counted {
             let now = [forwarded, rejected, dropped, bytes[0], bytes[1]];
-            // What was counted before the first look, or for another Service port, is not this one's.
-            let base = before.get(&counter).map_or(now, |(_, counts)| *counts);
-            let [forwarded, rejected, dropped, request, response] =
-                [0, 1, 2, 3, 4].map(|i| now[i].saturating_sub(base[i]));
-            self.metrics.service_flows(of, &port, [forwarded, rejected, dropped]);
-            self.metrics.service_flow_bytes(of, &port, [request, response]);
+            let known = before.remove(&counter);
+            // Most are of Services that nobody talks to at the moment.
+            if known.as_ref().is_none_or(|(held, counts)| *held != port || *counts != now) {
+                // What was counted before the first look, or for another Service port, is not this one's.
+                let base = known.as_ref().map_or(now, |(_, counts)| *counts);
+                let [forwarded, rejected, dropped, request, response] =
+                    [0, 1, 2, 3, 4].map(|i| now[i].saturating_sub(base[i]));
+                self.metrics.service_flows(of, &port, [forwarded, rejected, dropped]);
+                self.metrics.service_flow_bytes(of, &port, [request, response]);
+            }
+            gone.extend(known.map(|(held, _)| held).filter(|held| *held != port));
             for CountedEndpoint { address, flows } in endpoints {
-                self.metrics.endpoint_flows(of, &port, address, flows);
                 let shown = (port.clone(), address);
-                gone_endpoints.remove(&shown);
+                if !gone_endpoints.remove(&shown) || flows != 0 {
+                    self.metrics.endpoint_flows(of, &port, address, flows);
+                }
                 family.endpoints.insert(shown);
             }
-            gone.remove(&port);
             family.counted.insert(counter, (port, now));
+        }
+        gone.extend(before.into_values().map(|(port, _)| port));
+        if !gone.is_empty() {
+            family.counted.values().for_each(|(port, _)| drop(gone.remove(port)));
         }
         for port in gone {
             self.metrics.no_service_flows(of, &port);

@@ -98,21 +98,48 @@ fn announce_flows(family: IpFamily, options: &Options) -> Result<()> {
 }
 
 fn announce_connections(ebpf: &mut dyn Driver, family: IpFamily, options: &Options) -> Result<()> {
-    if shunt_modes::has_rules_of_netfilter(family, options) {
-        hand_over(ebpf, &mut Netlink::open()?, family)?;
+    match Others::open(family, options)? {
+        Some(mut others) => others.hand_over(ebpf).map(drop),
+        None => Ok(()),
     }
-    Ok(())
 }
 
-/// Tells ebpf mode of connections that netfilter goes on with, and has conntrack forget those that are closed: it would
-/// give a new connection other ports, or drop it, whose client uses its port again. Says how many go on.
-fn hand_over(ebpf: &mut dyn Driver, conntrack: &mut Netlink, family: IpFamily) -> Result<usize> {
-    let Connections { open, closed } = conntrack.connections(family)?;
-    let masqueraded = open.iter().filter(|flow| flow.reply.destination != flow.original.source);
-    let answers: Vec<Tuple> = masqueraded.map(|flow| flow.reply).collect();
-    ebpf.keep_off(&answers)?;
-    conntrack.delete(&closed)?;
-    Ok(open.len())
+/// Connections that modes of netfilter have translated, which ebpf mode takes over from.
+struct Others {
+    family: IpFamily,
+    conntrack: Netlink,
+    ipvs: Option<Box<dyn Driver>>,
+}
+
+impl Others {
+    /// `None` where no rules are left.
+    fn open(family: IpFamily, options: &Options) -> Result<Option<Self>> {
+        if !shunt_modes::has_rules_of_netfilter(family, options) {
+            return Ok(None);
+        }
+        Ok(Some(Self { family, conntrack: Netlink::open()?, ipvs: open_before(Mode::Ipvs, family, options) }))
+    }
+
+    /// Tells ebpf mode of connections that netfilter goes on with or IPVS remembers, and has conntrack forget those that
+    /// are closed: it would give a new connection other ports, or drop it, whose client uses its port again. IPVS
+    /// forgets none on demand. Says how many go on.
+    fn hand_over(&mut self, ebpf: &mut dyn Driver) -> Result<usize> {
+        let Connections { open, closed } = self.conntrack.connections(self.family)?;
+        let masqueraded = open.iter().filter(|flow| flow.reply.destination != flow.original.source);
+        let mut answers: Vec<Tuple> = masqueraded.map(|flow| flow.reply).collect();
+        if let Some(remains) = self.ipvs.as_mut().map(|ipvs| ipvs.remains()).transpose()?.flatten() {
+            answers.extend(remains.answers);
+        }
+        ebpf.keep_off(&answers)?;
+        self.conntrack.delete(&closed)?;
+        Ok(open.len())
+    }
+}
+
+/// `None` where the mode cannot even be opened: then it has left nothing.
+fn open_before(mode: Mode, family: IpFamily, options: &Options) -> Option<Box<dyn Driver>> {
+    let opened = shunt_modes::open(mode, family, options);
+    opened.inspect_err(|error| tracing::debug!(%family, "{error}")).ok()
 }
 
 /// Connections of a mode that others cannot go on with, which another mode takes over from.
@@ -127,13 +154,7 @@ struct Leaving {
 impl Leaving {
     /// `None` where the mode cannot even be opened: then it has left nothing.
     fn open(mode: Mode, family: IpFamily, options: &Options) -> Result<Option<Self>> {
-        let before = match shunt_modes::open(mode, family, options) {
-            Ok(before) => before,
-            Err(error) => {
-                tracing::debug!(%family, "{error}");
-                return Ok(None);
-            }
-        };
+        let Some(before) = open_before(mode, family, options) else { return Ok(None) };
         let conntrack = Netlink::open()?;
         Ok(Some(Self { before, conntrack, told: BTreeSet::new(), told_since: Instant::now() }))
     }
@@ -180,15 +201,12 @@ fn leave(before: Mode, family: IpFamily, options: &Options) -> Result<()> {
 
 /// Waits for connections that netfilter has translated before the programs of ebpf mode took over.
 fn enter(in_use: Mode, family: IpFamily, options: &Options) -> Result<()> {
-    if !shunt_modes::has_rules_of_netfilter(family, options) {
-        return Ok(());
-    }
+    let Some(mut others) = Others::open(family, options)? else { return Ok(()) };
     let mut ebpf = shunt_modes::open(in_use, family, options)?;
-    let mut conntrack = Netlink::open()?;
     let mut wait = Wait::new(family);
     loop {
         let started = Instant::now();
-        let open = hand_over(&mut *ebpf, &mut conntrack, family)?;
+        let open = others.hand_over(&mut *ebpf)?;
         // Handshakes that are under way may not be known yet.
         if open == 0 && wait.since.elapsed() > HANDSHAKE_MAX || wait.is_over(open) {
             return Ok(());

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::node::Config;
 use shunt_core::table::Change;
+use shunt_harness::guest::test_in_guest;
 use shunt_harness::lab::{Lab, Probe, require_kernel};
 use shunt_mode::Backend as _;
 use shunt_mode_ebpf::Ebpf;
@@ -320,6 +321,23 @@ fn maps_of_another_layout_are_replaced() {
     }
     run(&lab, &small, &cluster)[0].backend.cleanup().unwrap();
     assert!(!options.bpf_root.join("shunt").exists());
+}
+
+/// Memory for names comes bit by bit there, at the next tick.
+#[test]
+fn many_services_are_written_in_the_oldest_kernel() {
+    test_in_guest(module_path!(), "many_services_are_written_in_the_oldest_kernel", || {
+        let lab = lab(2);
+        let options = lab.node().run(place::options).unwrap();
+        let mut cluster = cluster(Config::default());
+        for n in 1..=100 {
+            let family = IpFamily::ALL[usize::from(n % 2)];
+            let endpoints = ready([1, 2].map(|n| pod_of(family, n)));
+            let service = service_of(family, n, Protocol::Tcp, None);
+            cluster.steps(&[service, slice_of(family, n, Protocol::Tcp, &endpoints)]);
+        }
+        run(&lab, &options, &cluster);
+    });
 }
 
 /// A connection that is open and quiet outlives many more short ones than there is room for, if those that are over are

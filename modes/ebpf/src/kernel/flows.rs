@@ -59,15 +59,18 @@ fn forget(table: &Table<FlowKey, Flow>, keys: &[FlowKey], read: &Flows) -> io::R
     keys.iter().try_for_each(|key| table.remove(key))
 }
 
-/// Enters answers to connections of others as they are: a masqueraded flow takes a port that has no entry.
+/// Enters answers to connections of others as they are: a flow of ours takes a port that has no entry, a masqueraded one
+/// where answers come in, any other where they go out.
 pub(super) fn keep_off(folder: &Path, answers: &[Tuple]) -> Result<(), MapError> {
     let table: Table<FlowKey, Flow> = open(folder, map::FLOWS)?;
     let last_seen = now().map_err(at(map::FLOWS))?;
     for answer in answers {
         let tuple = packet(answer);
-        let key = FlowKey { tuple, protocol: TCP, hook: FlowKey::INGRESS, reserved: 0 };
         let flow = Flow { tuple, last_seen, flags: Flow::REPLY, state: Flow::OPEN, ..Flow::default() };
-        table.insert_new(key, flow).map_err(at(map::FLOWS))?;
+        for hook in [FlowKey::INGRESS, FlowKey::EGRESS] {
+            let key = FlowKey { tuple, protocol: TCP, hook, reserved: 0 };
+            table.insert_new(key, flow).map_err(at(map::FLOWS))?;
+        }
     }
     Ok(())
 }

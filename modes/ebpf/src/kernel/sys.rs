@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use aya::Pod;
 use aya::maps::MapData;
@@ -168,6 +169,12 @@ pub(super) struct Table<K, V> {
 /// Elements that one call writes at most.
 const BATCH: usize = 16_384;
 
+/// Where elements are not allocated beforehand, the kernel keeps memory at hand for a few (`bpf_mem_alloc`, since Linux 6.1),
+/// gets more in an interrupt or at the next tick, and refuses more elements until then.
+const REST: Duration = Duration::from_millis(2);
+/// How often in a row that is waited for.
+const RESTS: u32 = 50;
+
 /// Bytes that one call reads, about.
 const READ: usize = 256 << 10;
 
@@ -200,10 +207,26 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
 
     /// Writes elements, in order.
     pub(super) fn update(&self, keys: &[K], values: &[V]) -> io::Result<()> {
-        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            let mut attr = self.batch(keys.len().min(values.len()));
-            (attr.keys, attr.values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
-            bpf(BPF_MAP_UPDATE_BATCH, &mut attr)?;
+        let (end, mut next, mut rests) = (keys.len().min(values.len()), 0, 0);
+        while next < end {
+            let some = next..end.min(next + BATCH);
+            let mut attr = self.batch(some.len());
+            (attr.keys, attr.values) =
+                (keys[some.clone()].as_ptr() as u64, values[some.clone()].as_ptr() as u64);
+            match bpf(BPF_MAP_UPDATE_BATCH, &mut attr) {
+                Ok(_) => next = some.end,
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && rests < RESTS => {
+                    // It says how many it wrote, unless it had not even begun.
+                    let written = attr.count as usize;
+                    next += if written < some.len() { written } else { 0 };
+                    rests += 1;
+                    std::thread::sleep(REST);
+                }
+                Err(error) => return Err(error),
+            }
+            if next > some.start {
+                rests = 0;
+            }
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ impl Cluster {
         let address = |text: &str| text.parse::<IpAddr>();
         let lab = Lab::builder()
             .node([address("192.0.2.11")?, address("2001:db8::11")?])
-            .client([address("198.51.100.20")?])
+            .client([address("198.51.100.20")?, address("198.51.100.21")?])
             .pod("pod-a", [address("10.244.1.11")?])
             .pod("pod-b", [address("10.244.1.12")?])
             .build()?;

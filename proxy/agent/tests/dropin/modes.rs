@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use shunt_harness::guest::{inside, test_in_guest};
 use shunt_harness::lab::{
-    ChildGuard, Namespace, Probe, Storm, StormSpec, Transfer, TransferSpec, place, require_kernel,
+    ChildGuard, Namespace, Outcome, Probe, Storm, StormSpec, Transfer, TransferSpec, place, require_kernel,
 };
 
 use crate::cluster::{Cluster, KUBEADM};
@@ -99,11 +99,17 @@ fn tour(name: &str, tour: &[Way], hands_over: bool) -> Result<()> {
 
     let probe = |to: &str| Ok::<_, anyhow::Error>(Probe::tcp(to.parse()?).timeout(Duration::from_secs(10)));
     let client = cluster.lab.client();
-    let storm = |to: &str, rate| {
-        client.storm(StormSpec { probe: probe(to)?, rate, duration: Duration::from_mins(5) })
+    // From two addresses: IPVS cannot tell two connections from the same port to the same endpoint apart that go by
+    // different frontends.
+    let storm = |from: &str, to: &str, rate| {
+        let probe = probe(to)?.from(from.parse()?);
+        client.storm(StormSpec { probe, rate, duration: Duration::from_mins(5) })
     };
     let rates = if inside() { [20, 20] } else { [300, 200] };
-    let storms = [storm("10.96.0.10:80", rates[0])?, storm("192.0.2.11:30080", rates[1])?];
+    let storms = [
+        storm("198.51.100.20", "10.96.0.10:80", rates[0])?,
+        storm("198.51.100.21", "192.0.2.11:30080", rates[1])?,
+    ];
     let transfer = |from: &Namespace| {
         from.transfer(&TransferSpec { probe: probe("10.96.0.10:80")?, pace: Some(1 << 20), limit: None })
     };
@@ -199,13 +205,13 @@ fn tour(name: &str, tour: &[Way], hands_over: bool) -> Result<()> {
         println!("{report}");
         ensure!(
             report.attempted > if inside() { 100 } else { 500 } && report.failures.is_empty(),
-            "{report} {:?}: {agent}",
+            "{agent}\n{report} {:?}",
             report.failures
         );
     }
     // The guest is slow enough to send some again that were not lost.
     let lost = if inside() { 0 } else { syns_sent_again(client)? };
-    ensure!(lost == 0, "{lost} first packets were lost: {agent}");
+    ensure!(lost == 0, "{agent}\n{lost} first packets were lost");
     stop(long)?;
     ensure!(agent.stop()?.success(), "{agent}");
     Ok(())
@@ -227,6 +233,39 @@ fn ipvs_and_iptables_mode_give_way_to_each_other_under_load() {
 fn ebpf_mode_comes_and_goes_beside_ipvs_mode_under_load() {
     test_in_guest(module_path!(), "ebpf_mode_comes_and_goes_beside_ipvs_mode_under_load", || {
         tour("ipvs-and-ebpf", &WITH_IPVS_AND_EBPF, false).unwrap();
+    });
+}
+
+/// IPVS remembers an ended connection for two minutes, and knows answers to it by client and endpoint alone: it would
+/// translate those to a later connection between the same two, whatever frontend that one has.
+#[test]
+fn ebpf_mode_keeps_off_the_ended_connections_of_ipvs_mode() {
+    test_in_guest(module_path!(), "ebpf_mode_keeps_off_the_ended_connections_of_ipvs_mode", || {
+        let answered = || -> Result<()> {
+            let cluster = Cluster::new()?;
+            cluster.endpoints(&["10.244.1.11"]);
+            let (cgroup, bpf) = (place::cgroup("ended")?, place::bpffs("ended")?);
+            let path = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path");
+            let places =
+                ["--cgroup-root".to_owned(), path(&cgroup)?, "--bpf-fs-root".to_owned(), path(&bpf)?];
+            cluster.write_files(&document(IPVS))?;
+            let agent = cluster.start(&places.each_ref().map(String::as_str))?;
+            cluster.reach("10.96.0.10:80", &["pod-a"])?;
+            let ask = |to: &str, ports: std::ops::Range<u16>| {
+                let probe = |port| Ok::<_, anyhow::Error>(Probe::tcp(to.parse()?).from_port(port));
+                cluster.lab.client().probe_all(ports.map(probe).collect::<Result<_>>()?)
+            };
+            let all_answered = |outcomes: &[Outcome]| outcomes.iter().all(|o| o.answer().is_some());
+            let before = ask("10.96.0.10:80", 50_000..50_020)?;
+            ensure!(all_answered(&before), "{before:?}");
+            let synced = syncs(&agent.stderr());
+            std::fs::write(cluster.path("config.conf"), document(GUEST_EBPF))?;
+            cluster.wait("ebpf mode", |_| Ok(syncs(&agent.stderr()) >= synced + 2))?;
+            let after = ask("192.0.2.11:30080", 50_000..50_020)?;
+            ensure!(all_answered(&after), "{after:?}: {agent}");
+            Ok(())
+        };
+        answered().unwrap();
     });
 }
 
