@@ -390,9 +390,8 @@ impl Kernel for Tools {
         let programs = self.programs().map_err(|error| failed("look for the canary", error))?;
         let skip_nat = programs.flavour == Flavour::Legacy && !self.looks.is_multiple_of(NAT_LOOKS);
         for table in Table::ALL.into_iter().filter(|table| *table != Table::Nat || !skip_nat) {
-            // A chain that is gone makes the tool fail.
-            let there = programs.list(&self.namespace, table.name(), names::CANARY);
-            if !there.is_ok_and(|text| text.contains("-A ")) {
+            let there = programs.has_rules(&self.namespace, self.family, table.name(), names::CANARY);
+            if !there.map_err(|error| failed("look for the canary", error))? {
                 return Ok(false);
             }
         }

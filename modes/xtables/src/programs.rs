@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use shunt_core::id::IpFamily;
 
 use crate::namespace::{Input, Namespace, find};
-use crate::nf_tables::has_tables;
+use crate::nf_tables::{has_rules, has_tables};
 
 /// Chains by which the kubelet says which flavour it uses (in the table mangle).
 const HINTS: [&str; 2] = [":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY "];
@@ -116,9 +116,20 @@ impl Programs {
         namespace.run_lines(&self.save, line)
     }
 
-    /// The rules of a chain. A chain that is not there is an error.
-    pub fn list(&self, namespace: &Namespace, table: &str, chain: &str) -> io::Result<String> {
-        namespace.run(&self.iptables, &["--wait", LOCK_TIMEOUT, "-t", table, "-S", chain], None)
+    /// Whether a chain is there and has rules.
+    pub fn has_rules(
+        &self,
+        namespace: &Namespace,
+        family: IpFamily,
+        table: &str,
+        chain: &str,
+    ) -> io::Result<bool> {
+        if self.flavour == Flavour::Nft {
+            return has_rules(namespace, family, table, chain);
+        }
+        let listed = namespace.run(&self.iptables, &["--wait", LOCK_TIMEOUT, "-t", table, "-S", chain], None);
+        // A chain that is gone makes the tool fail.
+        Ok(listed.is_ok_and(|text| text.contains("-A ")))
     }
 
     /// Changes tables, each at once, and leaves alone what `text` does not name. It is written while the tool reads.

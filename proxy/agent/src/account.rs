@@ -253,7 +253,9 @@ impl Account {
         }
         gone.extend(before.into_values().map(|(port, _)| port));
         if !gone.is_empty() {
-            family.counted.values().for_each(|(port, _)| drop(gone.remove(port)));
+            for (port, _) in family.counted.values() {
+                gone.remove(port);
+            }
         }
         for port in gone {
             self.metrics.no_service_flows(of, &port);
