@@ -1,8 +1,10 @@
-//! Connections by Service, for metrics: the kernel's table of tracked connections is read now and then, on a
-//! thread of its own, and counted by where clients connected to. Which Service that is, the table says.
+//! Connections by Service, for metrics: the kernel's table of tracked connections is read now and then while somebody reads
+//! the metrics, on a thread of its own, and counted by where clients connected to. Which Service that is, the table says.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use shunt_core::compile::Compiler;
@@ -62,17 +64,19 @@ impl Counts {
     }
 }
 
-/// Starts the thread, in the network namespace of the calling one. It ends when nobody listens any more.
-pub(crate) fn start(tx: mpsc::Sender<Counts>) -> std::io::Result<()> {
+/// Starts the thread, in the network namespace of the calling one. It reads the table if `wanted` was set since it did so
+/// last, and ends when nobody listens any more.
+pub(crate) fn start(wanted: Arc<AtomicBool>, tx: mpsc::Sender<Counts>) -> std::io::Result<()> {
     let thread = std::thread::Builder::new().name("connections".to_owned());
-    thread.spawn(move || work(&tx)).map(drop)
+    thread.spawn(move || work(&wanted, &tx)).map(drop)
 }
 
-fn work(tx: &mpsc::Sender<Counts>) {
+fn work(wanted: &AtomicBool, tx: &mpsc::Sender<Counts>) {
     let mut kernel = None;
     loop {
         let started = Instant::now();
-        for family in IpFamily::ALL {
+        let families = if wanted.swap(false, Ordering::Relaxed) { &IpFamily::ALL[..] } else { &[] };
+        for &family in families {
             let read = kernel.take().map_or_else(Netlink::open, Ok).and_then(|mut netlink| {
                 let counts = read(&mut netlink, family)?;
                 Ok((netlink, counts))

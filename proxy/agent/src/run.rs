@@ -155,6 +155,7 @@ async fn run_async(
         tracing::info!("{IPVS_DEPRECATION}");
         say(EventType::Warning, "IPVSDeprecation", IPVS_DEPRECATION);
     }
+    let wanted = metrics.read.clone();
     let account = Account::new(metrics, health, events, node_name.clone());
     let (reconfigured_tx, mut reconfigured) = mpsc::channel(1);
     let configuration_watch = tokio::spawn(config::watch(args.clone(), configuration, reconfigured_tx));
@@ -173,7 +174,7 @@ async fn run_async(
     let (counts_tx, mut counts) = mpsc::channel(1);
     if settings.mode.uses_conntrack()
         && settings.metrics_bind_address.is_some()
-        && let Err(error) = connections::start(counts_tx)
+        && let Err(error) = connections::start(wanted, counts_tx)
     {
         tracing::warn!("connections are not counted: {error}");
     }

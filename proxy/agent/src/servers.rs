@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -36,6 +37,7 @@ pub(crate) fn start(
     let healthz = health.handler(move |endpoint, status| counted.health(endpoint, status == StatusCode::OK));
     let pages = Pages {
         registry,
+        read: metrics.read.clone(),
         slis: Slis::default(),
         mode: settings.mode,
         configz: serde_json::json!({ "kubeproxy.config.k8s.io": configuration }).to_string(),
@@ -101,6 +103,8 @@ async fn keep(
 /// What the metrics server shows.
 struct Pages {
     registry: Registry,
+    /// Set when they are read.
+    read: Arc<AtomicBool>,
     slis: Slis,
     mode: Mode,
     configz: String,
@@ -112,6 +116,7 @@ impl Pages {
             "/metrics" => {
                 let mut text = String::new();
                 let written = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+                self.read.store(true, Ordering::Relaxed);
                 metrics(written.is_ok().then_some(text), accept)
             }
             "/metrics/slis" if reset => {

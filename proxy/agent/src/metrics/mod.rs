@@ -10,7 +10,7 @@ pub(crate) mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -139,6 +139,8 @@ fn phase_buckets() -> Histogram {
 /// All metrics.
 #[derive(Clone, Debug)]
 pub(crate) struct Metrics {
+    /// Set whenever somebody reads them: what costs much is counted anew after that only.
+    pub(crate) read: Arc<AtomicBool>,
     sync: Histograms<OfFamily>,
     full_sync: Histograms<OfFamily>,
     partial_sync: Histograms<OfFamily>,
@@ -185,6 +187,8 @@ impl Metrics {
     pub(crate) fn new(mode: Mode, external_ips: bool) -> (Self, Registry) {
         let histograms = |new: fn() -> Histogram| Family::new_with_constructor(new);
         let metrics = Self {
+            // Whoever reads them first finds everything.
+            read: Arc::new(AtomicBool::new(true)),
             sync: histograms(sync_buckets),
             full_sync: histograms(sync_buckets),
             partial_sync: histograms(sync_buckets),
