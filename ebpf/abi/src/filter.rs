@@ -84,7 +84,7 @@ impl AddressFilter {
 
 /// The high bits are good ones.
 #[inline(always)]
-const fn hash(address: &Address) -> u64 {
+pub(crate) const fn hash(address: &Address) -> u64 {
     let [a, b, c, d] = address.0;
     let high = ((a as u64) << 32 | b as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let low = ((c as u64) << 32 | d as u64).wrapping_mul(0xc2b2_ae3d_27d4_eb4f);

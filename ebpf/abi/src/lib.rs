@@ -69,7 +69,9 @@
 //!
 //! 1. `endpoints[id]` is filled before any slot names it, with a [`Endpoint::generation`] one higher
 //!    than the id had before. Address, port and owner of an id never change while it has an owner.
-//!    A used entry only changes its flags.
+//!    A used entry only changes its flags. The kernel copies an element bit by bit, so an entry that was used
+//!    before is filled without its owner, then once more with it: whoever finds the same owner and the same
+//!    generation before and after has read what belongs to these.
 //! 2. A slot is one aligned `u32`: replacing an endpoint is one write of another id. The slots of a group
 //!    lie side by side at `base`; growing inside its extent means filling the slot, then raising the
 //!    count in each frontend; shrinking means moving the last id into the gap, then lowering the
@@ -77,7 +79,7 @@
 //!    the new base, then the old extent is free.
 //! 3. An endpoint that goes leaves the slots first. While it terminates it keeps
 //!    [`endpoint_flags::SERVING`]: flows that have it keep it. When it is gone the entry loses its owner
-//!    (all zero except the generation): flows that have it choose again.
+//!    and nothing else: flows that have it choose again.
 //! 4. A program that finds an endpoint whose owner is not the frontend's has met a write half-way: it
 //!    looks the frontend up again, then takes the first slot, then drops the packet ([`lookup::choose`]).
 //! 5. Tables in `maglev` are never changed: a filled one takes the place of the old one. Without a

@@ -39,6 +39,13 @@ impl FrontendKey {
         let address = if self.address.is_v4() { Address::v4(0) } else { Address::ANY };
         Self { address, ..*self }
     }
+
+    /// [`Frontend::tag`] of the key's element. Never 0.
+    #[inline(always)]
+    pub const fn tag(&self) -> u32 {
+        let rest = (self.port as u64) << 8 | self.protocol as u64;
+        ((crate::filter::hash(&self.address) ^ rest).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32 | 1
+    }
 }
 
 /// What happens to the first packet of a connection; one byte.
@@ -128,8 +135,9 @@ pub struct Frontend {
     pub verdicts: [Verdict; 3],
     /// Bits of [`frontend_flags`].
     pub flags: u8,
-    /// Zero.
-    pub reserved: u32,
+    /// [`FrontendKey::tag`] of the element's key: the kernel gives the memory of an element that is replaced to another one,
+    /// also while somebody reads it. 0 from an agent that did not know it.
+    pub tag: u32,
 }
 
 impl Frontend {
@@ -162,7 +170,7 @@ pub struct Endpoint {
     pub port: u16,
     /// Bits of [`endpoint_flags`].
     pub flags: u16,
-    /// The service id that it belongs to; 0 for a free entry.
+    /// The service id that it belongs to; 0 for a free entry, whatever else is in it.
     pub service: u32,
     /// Counts how often the id was given away; what remembers an endpoint remembers this too.
     pub generation: u32,

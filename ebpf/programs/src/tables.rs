@@ -29,7 +29,8 @@ impl Kernel {
     }
 }
 
-// Elements of hash maps are copied at once: the kernel reuses their memory when they are replaced.
+// Elements of hash maps are copied at once: the kernel reuses their memory when they are replaced. A program can be held up
+// even then (an interrupt, a hypervisor), so where it matters the element says whose it is.
 impl Tables for Kernel {
     #[inline(always)]
     fn may_know(&self, address: &Address) -> bool {
@@ -39,8 +40,19 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
-        // SAFETY: see above.
-        unsafe { FRONTENDS.get(key) }.copied()
+        let tag = key.tag();
+        for _ in 0..2 {
+            let element = FRONTENDS.get_ptr(key)?;
+            // SAFETY: the verifier knows the element. Volatile reads stay where they are, and what lies between them too.
+            let (before, found, after) = unsafe {
+                let said = &raw const (*element).tag;
+                (said.read_volatile(), *element, said.read_volatile())
+            };
+            if before == after && (before == tag || before == 0) {
+                return Some(found);
+            }
+        }
+        None
     }
 
     #[inline(always)]
@@ -61,7 +73,15 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn endpoint(&self, id: u32) -> Option<Endpoint> {
-        ENDPOINTS.get(id).copied()
+        let element = ENDPOINTS.get_ptr(id)?;
+        // SAFETY: the verifier knows the element. Volatile reads stay where they are, and what lies between them too.
+        unsafe {
+            let (service, generation) = (&raw const (*element).service, &raw const (*element).generation);
+            let before = (service.read_volatile(), generation.read_volatile());
+            let found = *element;
+            let after = (service.read_volatile(), generation.read_volatile());
+            if before.0 == after.0 && before.1 == after.1 { Some(found) } else { None }
+        }
     }
 
     #[inline(always)]

@@ -33,7 +33,8 @@ struct Writer {
     slots: Array<MapData, u32>,
     endpoints: Array<MapData, Endpoint>,
     free_extents: Vec<u32>,
-    free_ids: Vec<(u32, u32)>,
+    /// Ids with what is in their entries.
+    free_ids: Vec<(u32, Endpoint)>,
     chance: Chance,
 }
 
@@ -44,14 +45,14 @@ struct Now {
     /// The second byte of its endpoints' addresses.
     mark: u8,
     base: u32,
-    /// Ids with their generations.
-    ids: Vec<(u32, u32)>,
+    /// Ids with what is in their entries.
+    ids: Vec<(u32, Endpoint)>,
 }
 
 impl Writer {
-    fn add_endpoint(&mut self, now: &Now) -> Result<(u32, u32)> {
+    fn add_endpoint(&mut self, now: &Now) -> Result<(u32, Endpoint)> {
         let at = self.chance.below(self.free_ids.len());
-        let (id, generation) = self.free_ids.swap_remove(at);
+        let (id, Endpoint { generation, .. }) = self.free_ids.swap_remove(at);
         let address = IpAddr::from([10, now.mark, 0, self.chance.below(250) as u8]);
         let endpoint = Endpoint {
             address: address.into(),
@@ -61,20 +62,25 @@ impl Writer {
             generation: generation + 1,
             reserved: 0,
         };
+        if generation > 0 {
+            self.endpoints.set(id, Endpoint { service: 0, ..endpoint }, 0)?;
+        }
         self.endpoints.set(id, endpoint, 0)?;
-        Ok((id, generation + 1))
+        Ok((id, endpoint))
     }
 
-    fn remove_endpoint(&mut self, (id, generation): (u32, u32)) -> Result<()> {
-        self.endpoints.set(id, Endpoint { generation, ..Endpoint::default() }, 0)?;
-        self.free_ids.push((id, generation));
+    fn remove_endpoint(&mut self, (id, endpoint): (u32, Endpoint)) -> Result<()> {
+        let free = Endpoint { service: 0, ..endpoint };
+        self.endpoints.set(id, free, 0)?;
+        self.free_ids.push((id, free));
         Ok(())
     }
 
     fn publish(&mut self, now: &Now) -> Result<()> {
         let cluster = Group { base: now.base, count: u32::try_from(now.ids.len())? };
+        let tag = now.key.tag();
         let frontend =
-            Frontend { service: now.service, cluster, verdicts: [FORWARD; 3], ..Frontend::default() };
+            Frontend { service: now.service, cluster, verdicts: [FORWARD; 3], tag, ..Frontend::default() };
         Ok(self.frontends.insert(now.key, frontend, 0)?)
     }
 
@@ -129,7 +135,7 @@ fn nobody_is_sent_astray_while_services_change() -> Result<()> {
         slots: Array::try_from(take(map::SLOTS)?)?,
         endpoints: Array::try_from(take(map::ENDPOINTS)?)?,
         free_extents: (2..4).map(|n| n * EXTENT).collect(),
-        free_ids: (1..20).map(|n| (n * 2, 0)).collect(),
+        free_ids: (1..20).map(|n| (n * 2, Endpoint::default())).collect(),
         chance: Chance(0x5eed),
     };
     let mut services: Vec<Now> = Vec::new();
@@ -165,6 +171,44 @@ fn nobody_is_sent_astray_while_services_change() -> Result<()> {
     assert!(changes > 1000, "{changes} changes are no test");
     // A program that is held up long enough sees the second reading overtaken too; the client sends again.
     assert!(dropped * 1000 < PACKETS, "{dropped} of {PACKETS} dropped");
+    Ok(())
+}
+
+/// As when the kernel gives the memory of an element to another one while a program reads it.
+#[test]
+fn a_frontend_that_says_it_is_another_ones_leads_nowhere() -> Result<()> {
+    if !require_kernel() {
+        return Ok(());
+    }
+    let vips: [SocketAddr; 2] = ["10.96.0.1:80".parse()?, "10.96.0.2:80".parse()?];
+    let tags = vips.map(|vip| key(vip, UDP).tag());
+    ensure!(tags[0] != tags[1] && !tags.contains(&0), "{tags:?}");
+    let mut loaded = Loaded::new()?;
+    loaded.let_pass(&vips[0].ip().into())?;
+    let mut take = |name: &str| loaded.ebpf().take_map(name).with_context(|| name.to_owned());
+    let mut frontends = HashMap::<_, FrontendKey, Frontend>::try_from(take(map::FRONTENDS)?)?;
+    let mut slots = Array::<_, u32>::try_from(take(map::SLOTS)?)?;
+    let mut endpoints = Array::<_, Endpoint>::try_from(take(map::ENDPOINTS)?)?;
+    let endpoint = Endpoint {
+        address: IpAddr::from([10, 1, 0, 1]).into(),
+        port: 8080_u16.to_be(),
+        flags: endpoint_flags::CLUSTER | endpoint_flags::SERVING,
+        service: 16,
+        generation: 1,
+        reserved: 0,
+    };
+    endpoints.set(2, endpoint, 0)?;
+    slots.set(0, 2, 0)?;
+    let cluster = Group { base: 0, count: 1 };
+    // An agent that does not know tags writes 0.
+    for (tag, to) in [(tags[0], "10.1.0.1:8080".parse()?), (tags[1], vips[0]), (0, "10.1.0.1:8080".parse()?)]
+    {
+        let frontend = Frontend { service: 16, cluster, verdicts: [FORWARD; 3], tag, ..Frontend::default() };
+        frontends.insert(key(vips[0], UDP), frontend, 0)?;
+        let client = SocketAddr::new([172, 16, 0, 1].into(), 1000 + tag as u16 % 1000);
+        let (_, out) = loaded.run("ingress", &Packet::new(client, vips[0], UDP).bytes())?;
+        assert_eq!(read(&out)?.destination, to, "tag {tag:#x}");
+    }
     Ok(())
 }
 

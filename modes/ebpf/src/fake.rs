@@ -125,6 +125,7 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             let full = state.frontends().len() >= state.sizes.frontends as usize;
             must(!full || state.frontends().contains_key(key), "the map is full")?;
             must(state.owns_address(&key.address), "another family's")?;
+            must(to.tag == key.tag(), "another's tag")?;
             must(state.names().contains_key(&to.service), "a service id without a name")?;
             check_groups(state, to)
         }
@@ -145,14 +146,15 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             must(*id >= 2 && state.owns_id(*id) && *id < state.sizes.endpoints, "no id of this family")?;
             let held = state.endpoint(*id);
             match (held.service, to.service) {
-                (0, 0) => must(held == *to, "changed while free"),
+                (0, 0) => must(to.generation == held.generation.wrapping_add(1), "not the next generation"),
                 (0, service) => {
                     must(is_service_id(state, service), "owner is no service id")?;
-                    must(to.generation == held.generation.wrapping_add(1), "not the next generation")
+                    let is_new = held == Endpoint::default() && to.generation == 1;
+                    must(is_new || Endpoint { service: 0, ..*to } == held, "filled together with its owner")
                 }
                 (_, 0) => {
-                    let empty = Endpoint { generation: held.generation, ..Endpoint::default() };
-                    must(*to == empty, "an entry without an owner that is not empty")?;
+                    let before = Endpoint { service: held.service, flags: held.flags, ..*to };
+                    must(before == held, "changed when it loses its owner")?;
                     let in_use: BTreeSet<u32> =
                         state.used_slots().filter(|(_, held)| held == id).map(|(number, _)| number).collect();
                     let leads =

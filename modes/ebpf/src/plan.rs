@@ -292,14 +292,19 @@ impl<'a> Planner<'a> {
                 }
                 members.push((id, *member));
             } else if let Some(id) = self.free_endpoints.next() {
+                let used = self.observed.endpoint(id).generation;
                 let endpoint = Endpoint {
                     address: member.address,
                     port: member.port,
                     flags: member.flags,
                     service,
-                    generation: self.observed.endpoint(id).generation.wrapping_add(1),
+                    generation: used.wrapping_add(1),
                     reserved: 0,
                 };
+                if used != 0 {
+                    // Who still reads the entry must find either.
+                    self.before.push(Op::SetEndpoint(id, Endpoint { service: 0, ..endpoint }));
+                }
                 self.before.push(Op::SetEndpoint(id, endpoint));
                 members.push((id, *member));
             } else {
@@ -317,8 +322,7 @@ impl<'a> Planner<'a> {
     }
 
     fn free(&mut self, id: u32) {
-        let generation = self.observed.endpoint(id).generation;
-        self.after.push(Op::SetEndpoint(id, Endpoint { generation, ..Endpoint::default() }));
+        self.after.push(Op::SetEndpoint(id, Endpoint { service: 0, ..self.observed.endpoint(id) }));
     }
 
     fn frontends(&mut self) {
@@ -327,7 +331,7 @@ impl<'a> Planner<'a> {
         let mut come = Vec::new();
         for (key, dispatch) in &self.desired.frontends {
             let held = self.observed.frontends().get(key);
-            let to = dispatch.as_ref().and_then(|dispatch| self.frontend(dispatch));
+            let to = dispatch.as_ref().and_then(|dispatch| self.frontend(key, dispatch));
             match (held, to) {
                 (None, Some(_)) if count >= room => {
                     let port = dispatch.as_ref().map_or("", |dispatch| &*dispatch.port);
@@ -369,7 +373,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn frontend(&self, dispatch: &Dispatch) -> Option<Frontend> {
+    fn frontend(&self, key: &FrontendKey, dispatch: &Dispatch) -> Option<Frontend> {
         let Placed { id, cluster, local } = *self.placed.get(&dispatch.port)?;
         Some(Frontend {
             service: id,
@@ -378,7 +382,7 @@ impl<'a> Planner<'a> {
             local,
             verdicts: dispatch.verdicts,
             flags: dispatch.flags,
-            reserved: 0,
+            tag: key.tag(),
         })
     }
 

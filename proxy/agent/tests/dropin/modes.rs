@@ -101,14 +101,11 @@ fn tour(name: &str, tour: &[Way], hands_over: bool) -> Result<()> {
     let client = cluster.lab.client();
     // From two addresses: IPVS cannot tell two connections from the same port to the same endpoint apart that go by
     // different frontends.
-    let storm = |from: &str, to: &str, rate| {
-        let probe = probe(to)?.from(from.parse()?);
-        client.storm(StormSpec { probe, rate, duration: Duration::from_mins(5) })
-    };
+    let storm = |probe, rate| client.storm(StormSpec { probe, rate, duration: Duration::from_mins(5) });
     let rates = if inside() { [20, 20] } else { [300, 200] };
     let storms = [
-        storm("198.51.100.20", "10.96.0.10:80", rates[0])?,
-        storm("198.51.100.21", "192.0.2.11:30080", rates[1])?,
+        storm(probe("10.96.0.10:80")?, rates[0])?,
+        storm(probe("192.0.2.11:30080")?.from("198.51.100.21".parse()?), rates[1])?,
     ];
     let transfer = |from: &Namespace| {
         from.transfer(&TransferSpec { probe: probe("10.96.0.10:80")?, pace: Some(1 << 20), limit: None })

@@ -235,10 +235,6 @@ pub(super) fn bind(probe: &Probe) -> Result<Socket> {
             // Probing again from the same port must not wait for TIME_WAIT to end.
             socket.set_reuse_address(true)?;
         }
-        if probe.src_port == 0 && probe.proto == Proto::Tcp {
-            // Chosen when it connects, the same port does for many destinations.
-            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-        }
         socket.bind(&source.into()).with_context(|| format!("{probe}: bind to {source}"))?;
     }
     Ok(socket)
