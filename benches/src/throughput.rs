@@ -23,6 +23,8 @@ pub(crate) struct Plan {
     pub duration: Duration,
     /// What is compared.
     pub subjects: Vec<Subject>,
+    /// Share of a flood that must arrive: what is dropped on the way costs less than what is carried.
+    pub arriving: f64,
 }
 
 /// One subject.
@@ -74,8 +76,6 @@ const ENDPOINTS: usize = 10;
 
 /// Flows of the flood.
 const FLOWS: usize = 64;
-/// Share of the flood that must arrive: what is dropped on the way costs less than what is carried.
-const ARRIVED: f64 = 0.999;
 /// Short connections under way at the same time.
 const CONCURRENCY: usize = 32;
 
@@ -137,10 +137,10 @@ impl Both {
         for stage in [&self.udp, &self.tcp] {
             stage.bed.flush_conntrack()?;
         }
-        let packets = flood(&self.udp.bed, From::Pod, &udp, run, plan.duration)?;
+        let packets = flood(&self.udp.bed, From::Pod, &udp, run, plan)?;
         best(&mut row.udp_cpu_ns, packets.cpu_ns, f64::min);
         best(&mut row.udp_per_second, packets.per_second, f64::max);
-        let packets = flood(&self.udp.bed, From::Outside, &node_ports, run, plan.duration)?;
+        let packets = flood(&self.udp.bed, From::Outside, &node_ports, run, plan)?;
         best(&mut row.node_port_cpu_ns, packets.cpu_ns, f64::min);
         let exchange = ExchangeSpec {
             targets: tcp.clone(),
@@ -180,19 +180,19 @@ fn best(known: &mut f64, found: f64, better: fn(f64, f64) -> f64) {
     *known = if *known == 0.0 { found } else { better(*known, found) };
 }
 
-fn flood(bed: &Bed, from: From, targets: &[SocketAddrV4], run: u32, duration: Duration) -> Result<Flood> {
+fn flood(bed: &Bed, from: From, targets: &[SocketAddrV4], run: u32, plan: &Plan) -> Result<Flood> {
     let source = from.sources(0).addresses.first().copied().context("no source")?;
     let step = (targets.len() / FLOWS).max(1);
     let work = FloodSpec {
         targets: targets.iter().skip(run as usize % step).step_by(step).copied().collect(),
         source,
         flows: FLOWS,
-        duration,
+        duration: plan.duration,
     };
     let before = arrived(bed)?;
     let flood: Flood = bed.load(from, Work::Flood(work))?;
     let arrived = (arrived(bed)? - before) as f64;
-    ensure!(arrived >= flood.sent as f64 * ARRIVED, "of {} packets only {arrived} arrived", flood.sent);
+    ensure!(arrived >= flood.sent as f64 * plan.arriving, "of {} packets only {arrived} arrived", flood.sent);
     Ok(flood)
 }
 
