@@ -69,8 +69,8 @@ pub trait Driver: Send {
     fn probe(&mut self) -> Result<(), Unsupported>;
     /// Sets the sysctls that the mode needs on such a node, and loads modules.
     fn prepare(&mut self, node: &NodeFacts) -> Result<(), KernelError>;
-    /// Reads the kernel ahead of the first sync, which then need not: at a start, while the objects are
-    /// still on their way.
+    /// Reads the kernel ahead of the first sync, which then need not, and makes ready what no packet meets: at a start,
+    /// while the objects are still on their way.
     fn read_ahead(&mut self) -> Result<(), KernelError>;
     /// Makes the kernel hold what `table` asks for, as far as the step says.
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError>;
@@ -167,7 +167,7 @@ impl<B: Backend> Driver for ModeDriver<B> {
         let started = Instant::now();
         let state = self.backend.observe()?;
         self.ahead = Some(Ahead { state, at: Instant::now(), took: started.elapsed() });
-        Ok(())
+        self.backend.make_ready()
     }
 
     fn sync(&mut self, table: &ForwardingTable, step: &Step) -> Result<Report, KernelError> {

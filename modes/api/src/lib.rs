@@ -250,6 +250,11 @@ pub trait Backend: Send {
         Ok(())
     }
 
+    /// Does what takes long and no packet meets, while the objects are on their way; [`Self::observe`] said what there is.
+    fn make_ready(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     /// Reads what the mode owns in the kernel, and only that.
     fn observe(&mut self) -> Result<Self::State, KernelError>;
 

@@ -59,6 +59,10 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
+    fn make_ready(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     fn observe(&mut self) -> Result<State, KernelError> {
         self.reads += 1;
         Ok(self.state.clone())
@@ -114,8 +118,11 @@ fn refused(op: &Op, why: &str) -> KernelError {
     KernelError { context: op.to_string(), source: why.to_owned().into(), remedy: Remedy::Resync }
 }
 
+fn must(ok: bool, why: &str) -> Result<(), String> {
+    if ok { Ok(()) } else { Err(why.to_owned()) }
+}
+
 fn check(state: &State, op: &Op) -> Result<(), String> {
-    let must = |ok: bool, why: &str| if ok { Ok(()) } else { Err(why.to_owned()) };
     match op {
         Op::Install | Op::Attach | Op::Detach | Op::SetPods(_) => Ok(()),
         Op::SetFlags { mask, to } => must(to & !mask == 0, "bits that are another's"),
@@ -142,28 +149,7 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             }
             Ok(())
         }
-        Op::SetEndpoint(id, to) => {
-            must(*id >= 2 && state.owns_id(*id) && *id < state.sizes.endpoints, "no id of this family")?;
-            let held = state.endpoint(*id);
-            match (held.service, to.service) {
-                (0, 0) => must(to.generation == held.generation.wrapping_add(1), "not the next generation"),
-                (0, service) => {
-                    must(is_service_id(state, service), "owner is no service id")?;
-                    let is_new = held == Endpoint::default() && to.generation == 1;
-                    must(is_new || Endpoint { service: 0, ..*to } == held, "filled together with its owner")
-                }
-                (_, 0) => {
-                    let before = Endpoint { service: held.service, flags: held.flags, ..*to };
-                    must(before == held, "changed when it loses its owner")?;
-                    let in_use: BTreeSet<u32> =
-                        state.used_slots().filter(|(_, held)| held == id).map(|(number, _)| number).collect();
-                    let leads =
-                        |g: shunt_ebpf_abi::Group| in_use.range(g.base..g.base + g.count).next().is_some();
-                    must(!state.groups().any(leads), "freed while in use")
-                }
-                _ => must(Endpoint { flags: to.flags, ..held } == *to, "changed while in use"),
-            }
-        }
+        Op::SetEndpoints(..) => op.endpoints().try_for_each(|(id, to)| check_endpoint(state, id, &to)),
         Op::SetMaglev(group, None) => must(state.maglev().contains_key(group), "no such entry"),
         Op::SetMaglev(group, Some(members)) => {
             let (service, local) = (group >> 1, group & 1 != 0);
@@ -185,6 +171,29 @@ fn check(state: &State, op: &Op) -> Result<(), String> {
             must(range.trunc() == *range, "host bits are set")
         }
         Op::DeleteRange(owner, range) => must(state.ranges_of(*owner).any(|r| r == range), "no such entry"),
+    }
+}
+
+/// An entry of the endpoints changes so that who reads it meanwhile finds what was right before or is after.
+fn check_endpoint(state: &State, id: u32, to: &Endpoint) -> Result<(), String> {
+    must(id >= 2 && state.owns_id(id) && id < state.sizes.endpoints, "no id of this family")?;
+    let held = state.endpoint(id);
+    match (held.service, to.service) {
+        (0, 0) => must(to.generation == held.generation.wrapping_add(1), "not the next generation"),
+        (0, service) => {
+            must(is_service_id(state, service), "owner is no service id")?;
+            let is_new = held == Endpoint::default() && to.generation == 1;
+            must(is_new || Endpoint { service: 0, ..*to } == held, "filled together with its owner")
+        }
+        (_, 0) => {
+            let before = Endpoint { service: held.service, flags: held.flags, ..*to };
+            must(before == held, "changed when it loses its owner")?;
+            let in_use: BTreeSet<u32> =
+                state.used_slots().filter(|(_, held)| *held == id).map(|(number, _)| number).collect();
+            let leads = |g: shunt_ebpf_abi::Group| in_use.range(g.base..g.base + g.count).next().is_some();
+            must(!state.groups().any(leads), "freed while in use")
+        }
+        _ => must(Endpoint { flags: to.flags, ..held } == *to, "changed while in use"),
     }
 }
 

@@ -113,6 +113,10 @@ impl<K: Kernel + Send> Backend for Ebpf<K> {
         self.kernel.probe()
     }
 
+    fn make_ready(&mut self) -> Result<(), KernelError> {
+        self.kernel.make_ready()
+    }
+
     fn observe(&mut self) -> Result<State, KernelError> {
         self.kernel.observe()
     }

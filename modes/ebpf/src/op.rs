@@ -7,10 +7,10 @@ use ipnet::IpNet;
 use shunt_ebpf_abi::maglev::Member;
 use shunt_ebpf_abi::{Address, Endpoint, Frontend, FrontendKey};
 
-use crate::state::State;
 use crate::state::text::{
     address_text, endpoint_text, frontend_text, key_text, maglev_text as group_text, owner_text,
 };
+use crate::state::{State, ids_from};
 
 /// One operation.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,8 +36,8 @@ pub enum Op {
     SetFrontend(FrontendKey, Option<Frontend>),
     /// Fill slots that lie side by side, from a first one on. 0 empties.
     SetSlots(u32, Vec<u32>),
-    /// Fill an entry of the endpoints.
-    SetEndpoint(u32, Endpoint),
+    /// Fill entries of the endpoints: the ids of the family that follow each other, from a first one on.
+    SetEndpoints(u32, Vec<Endpoint>),
     /// Put a group's Maglev table in place, made of these endpoints ([`Group::id`](shunt_ebpf_abi::Group::id)), or remove it.
     SetMaglev(u32, Option<Arc<[Member]>>),
     /// Set what is known of an address; 0 removes it.
@@ -49,6 +49,15 @@ pub enum Op {
 }
 
 impl Op {
+    /// Entries of the endpoints that it fills, by id.
+    pub fn endpoints(&self) -> impl Iterator<Item = (u32, Endpoint)> {
+        let (first, endpoints) = match self {
+            Self::SetEndpoints(first, endpoints) => (*first, &endpoints[..]),
+            _ => (0, &[][..]),
+        };
+        ids_from(first).zip(endpoints.iter().copied())
+    }
+
     /// What the state is afterwards.
     pub fn carry_out(&self, state: &mut State) {
         match self {
@@ -64,7 +73,7 @@ impl Op {
                     state.set_slot(number, *id);
                 }
             }
-            Self::SetEndpoint(id, to) => state.set_endpoint(*id, *to),
+            Self::SetEndpoints(..) => self.endpoints().for_each(|(id, to)| state.set_endpoint(id, to)),
             Self::SetMaglev(group, members) => {
                 let ids = members.iter().flat_map(|m| m.iter()).map(Member::id);
                 state.set_maglev(*group, ids.collect());
@@ -95,7 +104,13 @@ impl fmt::Display for Op {
                 write!(f, "slots {first} =")?;
                 ids.iter().try_for_each(|id| write!(f, " {id}"))
             }
-            Self::SetEndpoint(id, to) => write!(f, "endpoints {id} = {}", endpoint_text(to)),
+            Self::SetEndpoints(first, endpoints) => {
+                write!(f, "endpoints {first} =")?;
+                let mut between = " ";
+                endpoints.iter().try_for_each(|endpoint| {
+                    write!(f, "{}{}", std::mem::replace(&mut between, ", "), endpoint_text(endpoint))
+                })
+            }
             Self::SetMaglev(group, Some(members)) => {
                 write!(f, "maglev {} =", group_text(*group))?;
                 members.iter().try_for_each(|member| write!(f, " {}", member.id()))

@@ -24,10 +24,13 @@ use shunt_mode::Plan;
 use crate::op::Op;
 use crate::render::{Desired, Dispatch, Member, Port};
 use crate::slots::Room;
-use crate::state::{FamilyFlags, State};
+use crate::state::{FamilyFlags, State, ids_from};
 
 /// Operations that one transaction holds at most.
 pub const TRANSACTION_MAX: usize = 65_536;
+
+/// Endpoints that one operation fills at most.
+const RUN_MAX: usize = 256;
 
 /// Plans the way from `observed` to `desired`.
 pub fn plan(observed: &State, desired: &Desired) -> Plan<Op> {
@@ -57,7 +60,7 @@ const fn rank_before(op: &Op) -> usize {
         Op::Install => 0,
         Op::SetName(..) => 1,
         Op::AddRange(..) => 2,
-        Op::SetEndpoint(..) => 3,
+        Op::SetEndpoints(..) => 3,
         Op::SetSlots(..) => 4,
         Op::SetMaglev(..) => 5,
         Op::SetPods(_) => 6,
@@ -73,7 +76,7 @@ const fn rank_after(op: &Op) -> usize {
         Op::SetPods(None) => 2,
         Op::SetMaglev(..) => 3,
         Op::SetSlots(..) => 4,
-        Op::SetEndpoint(..) => 5,
+        Op::SetEndpoints(..) => 5,
         Op::SetAddress(..) => 6,
         Op::DeleteRange(..) => 7,
         Op::SetName(..) => 8,
@@ -95,6 +98,19 @@ impl Phase {
     fn push(&mut self, op: Op) {
         if let Some(ops) = self.by_rank.get_mut((self.rank)(&op)) {
             ops.push(op);
+        }
+    }
+
+    /// Fills an entry of the endpoints, by the operation before if that ends at the id before.
+    fn set_endpoint(&mut self, id: u32, to: Endpoint) {
+        let rank = (self.rank)(&Op::SetEndpoints(id, Vec::new()));
+        match self.by_rank.get_mut(rank).and_then(|ops| ops.last_mut()) {
+            Some(Op::SetEndpoints(first, endpoints))
+                if endpoints.len() < RUN_MAX && ids_from(*first).nth(endpoints.len()) == Some(id) =>
+            {
+                endpoints.push(to);
+            }
+            _ => self.push(Op::SetEndpoints(id, vec![to])),
         }
     }
 }
@@ -285,10 +301,10 @@ impl<'a> Planner<'a> {
                 // It stays in the groups of which it was until no frontend leads there.
                 let meanwhile = endpoint.flags & MEMBERSHIP | member.flags;
                 if meanwhile != endpoint.flags {
-                    self.before.push(Op::SetEndpoint(id, Endpoint { flags: meanwhile, ..endpoint }));
+                    self.before.set_endpoint(id, Endpoint { flags: meanwhile, ..endpoint });
                 }
                 if meanwhile != member.flags {
-                    self.after.push(Op::SetEndpoint(id, Endpoint { flags: member.flags, ..endpoint }));
+                    self.after.set_endpoint(id, Endpoint { flags: member.flags, ..endpoint });
                 }
                 members.push((id, *member));
             } else if let Some(id) = self.free_endpoints.next() {
@@ -303,9 +319,9 @@ impl<'a> Planner<'a> {
                 };
                 if used != 0 {
                     // Who still reads the entry must find either.
-                    self.before.push(Op::SetEndpoint(id, Endpoint { service: 0, ..endpoint }));
+                    self.before.set_endpoint(id, Endpoint { service: 0, ..endpoint });
                 }
-                self.before.push(Op::SetEndpoint(id, endpoint));
+                self.before.set_endpoint(id, endpoint);
                 members.push((id, *member));
             } else {
                 left_out += 1;
@@ -322,7 +338,7 @@ impl<'a> Planner<'a> {
     }
 
     fn free(&mut self, id: u32) {
-        self.after.push(Op::SetEndpoint(id, Endpoint { service: 0, ..self.observed.endpoint(id) }));
+        self.after.set_endpoint(id, Endpoint { service: 0, ..self.observed.endpoint(id) });
     }
 
     fn frontends(&mut self) {
@@ -496,7 +512,7 @@ impl<'a> Planner<'a> {
                 endpoint.flags & !endpoint_flags::HERE
             };
             if flags != endpoint.flags {
-                self.before.push(Op::SetEndpoint(id, Endpoint { flags, ..*endpoint }));
+                self.before.set_endpoint(id, Endpoint { flags, ..*endpoint });
             }
         }
     }

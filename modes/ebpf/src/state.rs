@@ -67,6 +67,11 @@ pub const fn parity(family: IpFamily) -> u32 {
     }
 }
 
+/// The ids of a family from one on: those of both families alternate.
+pub fn ids_from(first: u32) -> impl Iterator<Item = u32> {
+    (first..).step_by(2)
+}
+
 /// The bits of a family in the settings.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FamilyFlags {
@@ -109,13 +114,32 @@ impl FamilyFlags {
     }
 }
 
-/// What refers to a service id.
+/// What refers to a service id. There are as many as Services, and most refer to few: sorted vectors are a fifth
+/// of the sets' size.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Users {
-    /// Frontends.
-    pub frontends: BTreeSet<FrontendKey>,
-    /// Ids of its endpoints.
-    pub endpoints: BTreeSet<u32>,
+    /// Frontends, in ascending order.
+    pub frontends: Vec<FrontendKey>,
+    /// Ids of its endpoints, in ascending order.
+    pub endpoints: Vec<u32>,
+}
+
+/// Adds to what is in ascending order.
+fn insert<T: Ord>(to: &mut Vec<T>, value: T) {
+    if let Err(at) = to.binary_search(&value) {
+        if to.is_empty() {
+            // Most Services have one frontend.
+            to.reserve_exact(1);
+        }
+        to.insert(at, value);
+    }
+}
+
+/// Removes from what is in ascending order.
+fn remove<T: Ord>(from: &mut Vec<T>, value: &T) {
+    if let Ok(at) = from.binary_search(value) {
+        from.remove(at);
+    }
 }
 
 /// Ids of one family: which are free.
@@ -325,7 +349,7 @@ impl State {
 
     /// All endpoints that have an owner, by id.
     pub fn endpoints(&self) -> impl Iterator<Item = (u32, &Endpoint)> {
-        let ids = (parity(self.family)..).step_by(2);
+        let ids = ids_from(parity(self.family));
         ids.zip(&self.endpoints).filter(|(_, endpoint)| endpoint.service != 0)
     }
 
@@ -367,7 +391,7 @@ impl State {
                 }
             }
             if let Some(users) = self.users.get_mut(&frontend.service) {
-                users.frontends.remove(&key);
+                remove(&mut users.frontends, &key);
             }
             self.settle(frontend.service);
         }
@@ -377,7 +401,7 @@ impl State {
                     *self.groups.entry((group.base, group.count)).or_default() += 1;
                 }
             }
-            self.users.entry(frontend.service).or_default().frontends.insert(key);
+            insert(&mut self.users.entry(frontend.service).or_default().frontends, key);
             self.settle(frontend.service);
         }
     }
@@ -430,14 +454,14 @@ impl State {
             let before = std::mem::replace(entry, to);
             if before.service != to.service {
                 if let Some(users) = self.users.get_mut(&before.service) {
-                    users.endpoints.remove(&id);
+                    remove(&mut users.endpoints, &id);
                     self.settle(before.service);
                 }
                 if to.service == 0 {
                     self.endpoint_ids.release(id);
                 } else {
                     self.endpoint_ids.take(id);
-                    self.users.entry(to.service).or_default().endpoints.insert(id);
+                    insert(&mut self.users.entry(to.service).or_default().endpoints, id);
                     self.settle(to.service);
                 }
             }

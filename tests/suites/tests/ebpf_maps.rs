@@ -4,7 +4,10 @@
 // Tests all through: clippy.toml makes the exception for functions marked as such only.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -94,6 +97,45 @@ impl Asker {
         };
         lab.node().run(ask).unwrap()
     }
+}
+
+/// Files under which programs are pinned; a program that is loaded anew gets another one.
+fn pinned_programs(options: &Options) -> BTreeMap<OsString, u64> {
+    let folder = options.bpf_root.join("shunt").join("programs");
+    let files = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
+    files.map(|file| (file.file_name(), file.metadata().unwrap().ino())).collect()
+}
+
+/// At a start programs are loaded while the objects are on their way. They serve nobody before the first sync, which
+/// takes them as they are; a process that ends before leaves what the next one takes.
+#[test]
+fn programs_are_loaded_ahead_of_the_first_sync() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(2);
+    let options = with(&lab.node().run(place::options).unwrap(), SMALL);
+    let cluster = town();
+    let table = cluster.table(IpFamily::V4);
+    let target = SocketAddr::new(NODE, 3001);
+    let serves = || lab.client().probe(Probe::tcp(target)).unwrap().pod().is_some();
+    let mut kernel = start_of(IpFamily::V4, &lab, &options);
+    assert!(kernel.backend.kernel().held_limits().unwrap().is_some());
+    assert!(!kernel.backend.observe().unwrap().installed && !serves());
+    let loaded = pinned_programs(&options);
+    assert!(!loaded.is_empty());
+    kernel.sync(table, &Change::everything()).unwrap();
+    assert!(serves());
+    assert_eq!(pinned_programs(&options), loaded);
+
+    kernel.backend.cleanup().unwrap();
+    assert!(!serves());
+    drop(start_of(IpFamily::V4, &lab, &options));
+    let mut kernel = start_of(IpFamily::V4, &lab, &options);
+    assert!(!kernel.mirror.installed && !serves());
+    kernel.sync(table, &Change::everything()).unwrap();
+    assert!(serves());
+    assert!(kernel.plan(table, &Change::everything()).is_empty());
 }
 
 /// Larger and smaller maps, of every kind, one after the other, while connections are opened and others are open: none

@@ -22,11 +22,8 @@ pub(super) type Gone = BTreeMap<u32, u32>;
 
 /// Endpoints that lose their owner.
 pub(super) fn gone(ops: &[Op]) -> Gone {
-    let freed = ops.iter().filter_map(|op| match op {
-        Op::SetEndpoint(id, endpoint) if endpoint.service == 0 => Some((*id, endpoint.generation)),
-        _ => None,
-    });
-    freed.collect()
+    let freed = ops.iter().flat_map(Op::endpoints).filter(|(_, endpoint)| endpoint.service == 0);
+    freed.map(|(id, endpoint)| (id, endpoint.generation)).collect()
 }
 
 /// Sockets that the programs sent to endpoints that are gone: protocol and cookie, and the endpoint's address and port.

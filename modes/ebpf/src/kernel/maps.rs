@@ -17,7 +17,7 @@ use shunt_ebpf_abi::{
 
 use super::filter;
 use super::sweep::Sweeper;
-use super::sys::{Prefix, Table};
+use super::sys::{BATCH, Prefix, Table};
 use crate::op::Op;
 use crate::sizes::Extent;
 use crate::state::{FamilyFlags, Sizes, State, parity};
@@ -382,13 +382,13 @@ impl Maps {
                     let (numbers, ids): (Vec<u32>, Vec<u32>) = slots.flatten().unzip();
                     self.slots.update(&numbers, &ids).map_err(at(map::SLOTS))?;
                 }
-                Some(Op::SetEndpoint(..)) => {
-                    let entries = run.iter().filter_map(|op| match op {
-                        Op::SetEndpoint(id, endpoint) => Some((*id, *endpoint)),
-                        _ => None,
-                    });
-                    let (ids, endpoints): (Vec<u32>, Vec<Endpoint>) = entries.unzip();
-                    self.endpoints.update(&ids, &endpoints).map_err(at(map::ENDPOINTS))?;
+                Some(Op::SetEndpoints(..)) => {
+                    let mut entries = run.iter().flat_map(Op::endpoints).peekable();
+                    while entries.peek().is_some() {
+                        let (ids, endpoints): (Vec<u32>, Vec<Endpoint>) =
+                            entries.by_ref().take(BATCH).unzip();
+                        self.endpoints.update(&ids, &endpoints).map_err(at(map::ENDPOINTS))?;
+                    }
                 }
                 Some(Op::SetMaglev(..)) => self.set_maglev(run)?,
                 Some(Op::SetAddress(..)) => self.set_addresses(run)?,

@@ -167,7 +167,7 @@ pub(super) struct Table<K, V> {
 }
 
 /// Elements that one call writes at most.
-const BATCH: usize = 16_384;
+pub(super) const BATCH: usize = 16_384;
 
 /// Where elements are not allocated beforehand, the kernel keeps memory at hand for a few (`bpf_mem_alloc`, since Linux 6.1),
 /// gets more in an interrupt or at the next tick, and refuses more elements until then.

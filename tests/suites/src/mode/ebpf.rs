@@ -147,7 +147,7 @@ impl ModeUnderTest for EbpfMode {
                 "frontends" => state.frontends().keys().map(|key| Op::SetFrontend(*key, None)).collect(),
                 "slots" => state.used_slots().map(|(number, _)| Op::SetSlots(number, vec![0])).collect(),
                 "endpoints" => {
-                    state.endpoints().map(|(id, _)| Op::SetEndpoint(id, Endpoint::default())).collect()
+                    state.endpoints().map(|(id, _)| Op::SetEndpoints(id, vec![Endpoint::default()])).collect()
                 }
                 "addresses" => state.addresses.keys().map(|a| Op::SetAddress(*a, 0)).collect(),
                 _ => {

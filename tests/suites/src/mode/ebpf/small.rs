@@ -12,6 +12,7 @@ use shunt_core::service::{Algorithm, Service, ServicePort, TrafficPolicy};
 use shunt_core::store::Event;
 use shunt_harness::cases;
 use shunt_harness::lab::{Conversation, Lab, Namespace, Probe, Storm, StormReport, StormSpec};
+use shunt_mode::Backend as _;
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::kernel::{Bpf, Options};
 
@@ -132,7 +133,12 @@ pub fn lab(pods: u8) -> Lab {
 
 /// A process that starts with these settings, for one family.
 pub fn start_of(family: IpFamily, lab: &Lab, options: &Arc<Options>) -> Synced<Ebpf<Bpf>> {
-    lab.node().run(|| Ok(Synced::adopt(Ebpf::new(Bpf::open(family, options.clone())?))?)).unwrap()
+    let start = || {
+        let mut started = Synced::adopt(Ebpf::new(Bpf::open(family, options.clone())?))?;
+        started.backend.make_ready()?;
+        Ok(started)
+    };
+    lab.node().run(start).unwrap()
 }
 
 /// [`start_of`] IPv4.
