@@ -238,8 +238,8 @@ impl Account {
                 let base = known.as_ref().map_or(now, |(_, counts)| *counts);
                 let [forwarded, rejected, dropped, request, response] =
                     [0, 1, 2, 3, 4].map(|i| now[i].saturating_sub(base[i]));
-                self.metrics.service_flows(of, &port, [forwarded, rejected, dropped]);
-                self.metrics.service_flow_bytes(of, &port, [request, response]);
+                let flows = [forwarded, rejected, dropped];
+                self.metrics.service_flows(of, &port, flows, [request, response]);
             }
             gone.extend(known.map(|(held, _)| held).filter(|held| *held != port));
             for CountedEndpoint { address, flows } in endpoints {

@@ -71,6 +71,7 @@ fn main() -> ExitCode {
 
 /// What `shunt run` is asked to do: usually to run.
 fn start(args: &RunArgs) -> anyhow::Result<()> {
+    shunt_node::memory::return_large_buffers();
     if args.cleanup == Some(true) {
         logging::start(&args.log);
         return cleanup(&args.settings.modes);

@@ -3,6 +3,7 @@
 //!
 //! The run loop writes, a scrape reads; neither waits for the other.
 
+mod flows;
 mod process;
 mod register;
 pub(crate) mod slis;
@@ -28,13 +29,12 @@ use shunt_node::health::Endpoint;
 use shunt_watch::{Answered, Kind};
 
 use crate::connections::Count;
+use flows::ServiceFlows;
 use process::{CountedPackets, Process};
 use register::register_features;
 
 /// From clients, and to them.
 const DIRECTIONS: [&str; 2] = ["request", "response"];
-/// What becomes of a new flow.
-const RESULTS: [&str; 3] = ["forwarded", "rejected", "dropped"];
 
 /// One label with a value that is always there.
 macro_rules! label {
@@ -173,8 +173,7 @@ pub(crate) struct Metrics {
     connected: Family<OfKind, Gauge>,
     problems: Counter,
     not_programmed: Family<OfFamily, Gauge>,
-    service_flows: Family<OfService, Counter>,
-    service_flow_bytes: Family<OfService, Counter>,
+    service_flows: ServiceFlows,
     endpoint_flows: Family<OfEndpoint, Counter>,
     service_connections: Family<OfService, Gauge>,
     service_bytes: Family<OfService, Gauge>,
@@ -221,8 +220,7 @@ impl Metrics {
             connected: Family::default(),
             problems: Counter::default(),
             not_programmed: Family::default(),
-            service_flows: Family::default(),
-            service_flow_bytes: Family::default(),
+            service_flows: ServiceFlows::default(),
             endpoint_flows: Family::default(),
             service_connections: Family::default(),
             service_bytes: Family::default(),
@@ -407,30 +405,21 @@ impl Metrics {
         self.not_programmed.get_or_create(&of(family)).set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    /// New flows to a Service port since they were counted last.
-    pub(crate) fn service_flows(&self, family: IpFamily, port: &ServicePortName, counts: [u64; 3]) {
-        for (result, count) in RESULTS.into_iter().zip(counts) {
-            let labels = OfService(family, port.clone(), Some(("result", result)));
-            self.service_flows.get_or_create(&labels).inc_by(count);
-        }
+    /// New flows to a Service port, forwarded, rejected and dropped, and bytes to it and from there since they were
+    /// counted last.
+    pub(crate) fn service_flows(
+        &self,
+        family: IpFamily,
+        port: &ServicePortName,
+        flows: [u64; 3],
+        bytes: [u64; 2],
+    ) {
+        self.service_flows.add(family, port, flows, bytes);
     }
 
     /// A Service port is no more.
     pub(crate) fn no_service_flows(&self, family: IpFamily, port: &ServicePortName) {
-        for result in RESULTS {
-            self.service_flows.remove(&OfService(family, port.clone(), Some(("result", result))));
-        }
-        for direction in DIRECTIONS {
-            self.service_flow_bytes.remove(&OfService(family, port.clone(), Some(("direction", direction))));
-        }
-    }
-
-    /// Bytes to a Service port and from there since they were counted last.
-    pub(crate) fn service_flow_bytes(&self, family: IpFamily, port: &ServicePortName, bytes: [u64; 2]) {
-        for (direction, bytes) in DIRECTIONS.into_iter().zip(bytes) {
-            let labels = OfService(family, port.clone(), Some(("direction", direction)));
-            self.service_flow_bytes.get_or_create(&labels).inc_by(bytes);
-        }
+        self.service_flows.remove(family, port);
     }
 
     /// New flows to an endpoint since they were counted last.

@@ -223,16 +223,7 @@ impl Metrics {
                 "Service ports and frontends for which the kernel's tables have no room, wholly or in part",
                 self.not_programmed.clone(),
             );
-            r.register(
-                "service_flows",
-                "New flows to a Service port, by what became of them: forwarded, rejected, dropped",
-                self.service_flows.clone(),
-            );
-            r.register(
-                "service_flow_bytes",
-                "Bytes of packets to and from a Service port that were translated at the node's devices",
-                self.service_flow_bytes.clone(),
-            );
+            r.register_collector(Box::new(self.service_flows.clone()));
             r.register(
                 "endpoint_flows",
                 "New flows to an endpoint of a Service port",
