@@ -11,7 +11,7 @@ MODES ?= nftables,iptables-legacy,iptables-nft,ebpf
 BENCH ?=
 TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: help demo test guest lint bench ebpf image deps build
+.PHONY: help demo test guest lint bench ebpf image deps
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
