@@ -114,8 +114,8 @@ impl FamilyFlags {
     }
 }
 
-/// What refers to a service id. There are as many as Services, and most refer to few: sorted vectors are a fifth
-/// of the sets' size.
+/// What refers to a service id. There are as many as Services, and to most few things refer: a sorted vector has
+/// less room to spare than a node of a set.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Users {
     /// Frontends, in ascending order.

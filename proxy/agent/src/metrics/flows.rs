@@ -1,6 +1,6 @@
 //! New flows and bytes by Service port, as the programs of ebpf mode count them. There are five numbers for each of
-//! them, used or not: a [`Family`](prometheus_client::metrics::family::Family) for each of two metrics would be
-//! eight times as large.
+//! them, used or not: a [`Family`](prometheus_client::metrics::family::Family) for each of two metrics would hold
+//! the labels of each number apart.
 
 use std::collections::BTreeMap;
 use std::fmt;
