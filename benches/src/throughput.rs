@@ -36,6 +36,9 @@ pub(crate) struct Row {
     pub services: usize,
     /// Processor time of a forwarded UDP packet, ns: least of the repetitions.
     pub udp_cpu_ns: f64,
+    /// The same for packets to the pods themselves, past all Services, ns.
+    #[serde(default)]
+    pub past_cpu_ns: f64,
     /// The same for packets to a node port, from outside, ns.
     pub node_port_cpu_ns: f64,
     /// UDP packets a second: most of the repetitions.
@@ -99,9 +102,9 @@ pub(crate) fn measure(plan: &Plan, failures: &mut Vec<String>) -> Result<Vec<Row
     for run in 0..plan.repetitions {
         for ((serves, both), row) in stages.iter().zip(&mut rows) {
             let targets = if *serves {
-                [udp.frontends(), udp.node_ports(), tcp.frontends()]
+                [udp.frontends(), udp.pods(), udp.node_ports(), tcp.frontends()]
             } else {
-                [udp.pods(), udp.pods(), tcp.pods()]
+                [udp.pods(), udp.pods(), udp.pods(), tcp.pods()]
             };
             if let Err(error) = both.repetition(plan, targets, *serves, run, row) {
                 failures.push(format!("throughput, {}, repetition {run}: {error:#}", row.subject));
@@ -128,18 +131,20 @@ impl Both {
     fn repetition(
         &self,
         plan: &Plan,
-        targets: [Vec<SocketAddrV4>; 3],
+        targets: [Vec<SocketAddrV4>; 4],
         serves: bool,
         run: u32,
         row: &mut Row,
     ) -> Result<()> {
-        let [udp, node_ports, tcp] = targets;
+        let [udp, pods, node_ports, tcp] = targets;
         for stage in [&self.udp, &self.tcp] {
             stage.bed.flush_conntrack()?;
         }
         let packets = flood(&self.udp.bed, From::Pod, &udp, run, plan)?;
         best(&mut row.udp_cpu_ns, packets.cpu_ns, f64::min);
         best(&mut row.udp_per_second, packets.per_second, f64::max);
+        let packets = flood(&self.udp.bed, From::Pod, &pods, run, plan)?;
+        best(&mut row.past_cpu_ns, packets.cpu_ns, f64::min);
         let packets = flood(&self.udp.bed, From::Outside, &node_ports, run, plan)?;
         best(&mut row.node_port_cpu_ns, packets.cpu_ns, f64::min);
         let exchange = ExchangeSpec {

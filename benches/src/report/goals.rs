@@ -108,6 +108,10 @@ pub(super) const ROWS: &[Row] = &[
         view.cpu(view.reference())
     }),
     row("B", "CPU of a packet: ours / direct", [1.2, ANY, ANY, 1.01, ANY], |view| view.cpu("direct")),
+    row("B", "CPU of a packet: to a Service / to its pod, on one node", only_ebpf(1.01), |view| {
+        let row = view.bulk(&view.subject).filter(|row| row.past_cpu_ns > 0.0)?;
+        Some(row.udp_cpu_ns / row.past_cpu_ns)
+    }),
     row("B", "CPU of a packet to a node port: ours / nftables mode", only_ebpf(0.95), |view| {
         view.node_port_cpu("shunt nftables")
     }),

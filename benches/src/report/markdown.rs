@@ -109,6 +109,7 @@ fn throughput(report: &Report, out: &mut String) {
     let head = [
         "",
         "CPU of a UDP packet, ns",
+        "past Services, ns",
         "to a node port, ns",
         "UDP packets/s",
         "1 TCP stream, Gbit/s",
@@ -125,6 +126,7 @@ fn throughput(report: &Report, out: &mut String) {
             vec![
                 row.subject.clone(),
                 format!("{:.0}", row.udp_cpu_ns),
+                format!("{:.0}", row.past_cpu_ns),
                 format!("{:.0}", row.node_port_cpu_ns),
                 format!("{:.0}", row.udp_per_second),
                 format!("{:.1}", row.stream_gbps),

@@ -363,11 +363,12 @@ impl<'a> Planner<'a> {
             .filter(|(frontend, _)| is_key(frontend))
             .map(|(frontend, dispatch)| (frontend, dispatch.as_ref().and_then(leaf_of)))
             .collect();
-        let same = |(frontend, leaf): &(&Frontend, Option<Rule>)| {
-            find_leaf(observed, table, root, frontend) == *leaf
+        // What is there may have comments, or none, from when there were fewer frontends, or more.
+        let same_leaf = |(frontend, leaf): &(&Frontend, Option<Rule>)| {
+            same(find_leaf(observed, table, root, frontend).as_slice(), leaf.as_slice())
         };
         let is_there = observed.chains.contains_key(&(table, root.into()));
-        if !desired.everything && is_there && edits.iter().all(same) {
+        if !desired.everything && is_there && edits.iter().all(same_leaf) {
             return None;
         }
         let mut leaves = Leaves::new();

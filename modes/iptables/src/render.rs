@@ -19,6 +19,11 @@ use crate::fixed::{self, ByRange, Chains, Hooks};
 use crate::names::{self, Name};
 use crate::rule::{Key, Match, Pool, Rule, Rules, Side, Target, comment};
 
+/// With more frontends than this, rules do not say which Service they are for: a comment is 288 bytes, in caches and in
+/// each change of the legacy flavour. kube-proxy leaves comments out beyond 1,000 endpoints
+/// (`largeClusterEndpointsThreshold`).
+pub const COMMENTED_MAX: usize = 1000;
+
 /// What happens to packets of a frontend that are not translated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refusal {
@@ -144,13 +149,18 @@ impl<'a> Ports<'a> {
             } else {
                 entry_chain(self.table, port, entry, &hash)
             };
-            Some(Rule::new(vec![comment(&format!("{label}{what}"))], Target::Goto(chain.into())))
+            Some(Rule::new(self.told(&format!("{label}{what}")), Target::Goto(chain.into())))
         } else {
             // Its packets must not be taken for those of a node port. Those of node ports end here anyway.
-            let why = comment(&format!("{label} has no endpoints"));
-            entry.frontend.address.map(|_| Rule::new(vec![why], Target::Accept))
+            let why = self.told(&format!("{label} has no endpoints"));
+            entry.frontend.address.map(|_| Rule::new(why, Target::Accept))
         };
         Dispatch { leaf, refusal, guard }
+    }
+
+    /// A comment, unless there are so many frontends that what comments cost is felt.
+    fn told(&self, text: &str) -> Vec<Match> {
+        if self.table.frontend_count() > COMMENTED_MAX { Vec::new() } else { vec![comment(text)] }
     }
 }
 

@@ -230,9 +230,12 @@ impl Rule {
         matched.chain(written)
     }
 
-    /// Whether it is the same but for what it counts.
+    /// Whether it is the same but for what it counts and tells people.
     pub fn does_the_same(&self, other: &Self) -> bool {
-        self == other || self.target == other.target && self.uncounted().eq(other.uncounted())
+        fn conditions(rule: &Rule) -> impl Iterator<Item = &Match> {
+            rule.uncounted().filter(|m| !matches!(m, Match::Comment(_)))
+        }
+        self == other || self.target == other.target && conditions(self).eq(conditions(other))
     }
 
     /// The conditions for a kernel that cannot count.

@@ -313,6 +313,11 @@ impl ForwardingTable {
         self.frontends.keys().filter_map(|f| self.frontend(f))
     }
 
+    /// Number of frontends.
+    pub fn frontend_count(&self) -> usize {
+        self.frontends.len()
+    }
+
     /// What one Service contributes.
     pub fn service(&self, name: &NamespacedName) -> Option<&Arc<ServiceEntry>> {
         self.services.get(name)

@@ -9,8 +9,9 @@ use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
 use shunt_core::compile::Context;
-use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::id::{IpFamily, NamespacedName, Protocol};
 use shunt_core::node::{Config, NodePortAddresses};
+use shunt_core::service::{Service, ServicePort};
 use shunt_core::table::Change;
 use shunt_core::walk::{Outcome, Packet, walk};
 use shunt_harness::cases::{self, Case};
@@ -20,8 +21,9 @@ use shunt_mode_iptables::cover::RANGES_MAX;
 use shunt_mode_iptables::kernel::Tools;
 use shunt_mode_iptables::names;
 use shunt_mode_iptables::op::About;
+use shunt_mode_iptables::render::COMMENTED_MAX;
 use shunt_mode_iptables::rule::{Match, Rule};
-use shunt_suites::driver::{CaseRun, Synced};
+use shunt_suites::driver::{CaseRun, Cluster, Synced};
 use shunt_suites::mode::{IptablesLegacy, IptablesNft, ModeUnderTest};
 use shunt_suites::random::Step;
 use xtables_tools::Table;
@@ -209,7 +211,7 @@ fn a_health_check_node_port_is_one_rule() {
             .contains("--dport 30000 -m comment --comment \"ns1/svc1 health check node port\" -j ACCEPT")
     );
     for port in [None, Some(31_000)] {
-        let changed = shunt_core::service::Service { health_check_node_port: port, ..service.clone() };
+        let changed = Service { health_check_node_port: port, ..service.clone() };
         run.cluster.step(&Step::Event(shunt_core::store::Event::Service(changed)));
         let change = run.cluster.take_change(IpFamily::V4);
         assert!(!change.is_empty() && !change.everything);
@@ -220,6 +222,49 @@ fn a_health_check_node_port_is_one_rule() {
     }
     let context = Context::new(cases::NODE, Config::default());
     assert!(!context.facts(IpFamily::V4).localhost_node_ports);
+}
+
+/// In a large cluster rules carry no comments of Services. What is there stays as it is when a cluster becomes one.
+#[test]
+fn comments_of_services_end_where_a_cluster_is_large() {
+    let mut cluster = Cluster::new(Context::new(cases::NODE, Config::default()));
+    let case = case("001-no-endpoints-reject");
+    let mut run = CaseRun::new(&case, IptablesLegacy::MODE);
+    run.next_step();
+    let service = run.cluster.store.services().next().unwrap().as_ref().clone();
+    let add = |cluster: &mut Cluster, n: usize| {
+        let [.., high, low] = (n as u32).to_be_bytes();
+        let service = Service {
+            name: NamespacedName::new("ns", format!("svc{n}")),
+            cluster_ips: vec![[172, 30, high, low].into()],
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            ports: vec![ServicePort { node_port: None, ..service.ports[0].clone() }],
+            ..service.clone()
+        };
+        cluster.step(&Step::Event(shunt_core::store::Event::Service(service)));
+    };
+    let commented =
+        |state: &shunt_mode_iptables::state::State| state.to_string().matches("has no endpoints").count();
+    for n in 1..=COMMENTED_MAX {
+        add(&mut cluster, n);
+    }
+    let mut kernel = Synced::adopt(IptablesLegacy::fake(IpFamily::V4)).unwrap();
+    kernel.sync(cluster.table(IpFamily::V4), &Change::everything()).unwrap();
+    assert_eq!(commented(&kernel.mirror), COMMENTED_MAX);
+
+    cluster.take_change(IpFamily::V4);
+    add(&mut cluster, COMMENTED_MAX + 1);
+    let change = cluster.take_change(IpFamily::V4);
+    let plan = kernel.sync(cluster.table(IpFamily::V4), &change).unwrap();
+    assert!(plan.len() < 10, "{plan}");
+    assert_eq!(commented(&kernel.mirror), COMMENTED_MAX, "the new one has none");
+    let again = kernel.sync(cluster.table(IpFamily::V4), &Change::everything()).unwrap();
+    assert!(again.is_empty(), "{again}");
+    assert_eq!(
+        commented(&rendered::<<IptablesLegacy as ModeUnderTest>::Fake>(cluster.table(IpFamily::V4))),
+        0
+    );
 }
 
 /// What ipvs mode makes of the chains that both have, in short, and one that only it has.
