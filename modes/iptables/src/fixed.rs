@@ -1,7 +1,8 @@
 //! Chains that are the same whatever Services there are, and where the kernel enters them.
 //!
 //! ```text
-//!   nat     PREROUTING, OUTPUT  -> KUBE-SERVICES        tree of frontends, then KUBE-NODEPORTS
+//!   nat     PREROUTING, OUTPUT  -> KUBE-SERVICES        marks what comes from outside to cluster IPs, tree of
+//!                                                       frontends, SHUNT-UNSERVED, KUBE-NODEPORTS
 //!           POSTROUTING         -> KUBE-POSTROUTING     masquerade what is marked, and hairpins
 //!   filter  INPUT, FORWARD, OUTPUT (new connections)
 //!                               -> KUBE-PROXY-FIREWALL  source ranges
@@ -21,6 +22,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use shunt_core::id::{IpFamily, Protocol};
+use shunt_core::node::LocalDetector;
 use shunt_core::table::{ForwardingTable, NodeFacts, NodePortMatch};
 use xtables_tools::{Builtin, Table};
 
@@ -53,6 +55,12 @@ pub fn chains(table: &ForwardingTable) -> Chains {
     let mut add =
         |table, name: &str, rules: Vec<Rule>| drop(chains.insert((table, name.into()), rules.into()));
     add(Table::Nat, names::MARK_MASQ, vec![Rule::always(Target::SetMark(mark, mark))]);
+    // KUBE-FORWARD would accept them.
+    add(
+        Table::Nat,
+        names::UNSERVED,
+        vec![Rule::always(Target::SetMark(0, mark)), Rule::always(Target::Accept)],
+    );
     let count_loopback = node.localhost_node_ports.then(|| {
         Rule::new(
             vec![
@@ -125,10 +133,34 @@ pub struct ByRange {
     pub frontends: BTreeMap<Name, Rule>,
     /// For packets from and to endpoints of this node, in the chain of the nat table that masquerades.
     pub endpoints: Rule,
+    /// For packets from outside of the cluster to cluster IPs, before and after the tree of the nat table: to one that
+    /// is served they are masqueraded. `None` where none are, or where no one condition tells them.
+    pub cluster_ips: Option<[Rule; 2]>,
 }
 
-/// What stands before what [`chains`] says.
-pub fn by_range(family: IpFamily) -> ByRange {
+/// Conditions of which one at least is met by packets of local pods (or, inverted, by all others, if there
+/// is only one).
+pub fn pods(node: &NodeFacts, inverted: bool) -> Vec<Match> {
+    match &node.local_detector {
+        LocalDetector::None => Vec::new(),
+        LocalDetector::Cidr(ranges) => ranges.iter().map(|r| Match::Source(inverted, r.trunc())).collect(),
+        LocalDetector::BridgeInterface(name) => vec![Match::Interface(inverted, name.clone())],
+        LocalDetector::InterfaceNamePrefix(name) => {
+            vec![Match::Interface(inverted, format!("{name}+").into())]
+        }
+    }
+}
+
+/// The condition for packets from outside of the cluster; `None` where there is none, or more than one.
+pub fn off_cluster(node: &NodeFacts) -> Option<Vec<Match>> {
+    if node.masquerade_all {
+        return Some(Vec::new());
+    }
+    <[Match; 1]>::try_from(pods(node, true)).ok().map(Vec::from)
+}
+
+/// What stands before what [`chains`] says, and around the tree.
+pub fn by_range(family: IpFamily, node: &NodeFacts) -> ByRange {
     let of_set = |inverted, name, key| Match::Set(inverted, names::set(family, name), key);
     let guard = vec![
         Match::State(true, States::DNAT),
@@ -142,6 +174,11 @@ pub fn by_range(family: IpFamily) -> ByRange {
             (names::SERVICES.into(), refuse()),
         ]),
         endpoints: Rule::new(hairpin, Target::Jump(names::MARK_MASQ.into())),
+        cluster_ips: off_cluster(node).map(|mut condition| {
+            condition.push(of_set(false, names::CLUSTER_IPS, Key::Destination));
+            [Target::Jump(names::MARK_MASQ.into()), Target::Goto(names::UNSERVED.into())]
+                .map(|target| Rule::new(condition.clone(), target))
+        }),
     }
 }
 

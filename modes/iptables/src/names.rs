@@ -30,6 +30,8 @@ pub const CANARY: &str = "KUBE-PROXY-CANARY";
 pub const FIREWALL: &str = "KUBE-FIREWALL";
 /// Refuses packets to addresses of Services that were not translated (filter).
 pub const REFUSE: &str = "SHUNT-REFUSE";
+/// Packets to cluster IPs that are not translated: takes back the mark that they may have got before (nat).
+pub const UNSERVED: &str = "SHUNT-UNSERVED";
 /// What the names of chains of dispatch trees begin with.
 pub const TREE: &str = "SHUNT-";
 
@@ -63,7 +65,7 @@ pub fn is_ours(table: Table, chain: &str) -> bool {
 
 /// Whether a chain belongs to a dispatch tree, its root excepted.
 pub fn is_tree(chain: &str) -> bool {
-    chain.starts_with(TREE) && chain != REFUSE
+    chain.starts_with(TREE) && chain != REFUSE && chain != UNSERVED
 }
 
 /// The hash in the name of a chain of a Service port.

@@ -101,9 +101,11 @@ impl<'a> Planner<'a> {
         let (needed, gone) = self.service_chains();
         self.endpoint_sets(&needed, &gone);
         let of_address = |f: &Frontend| f.address.is_some();
-        let leaves = self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, &self.desired.node_ports);
-        self.tree(Table::Nat, names::NODE_PORTS, &|f| !of_address(f), &leaf, &[]);
-        self.tree(Table::Filter, names::EXTERNAL_SERVICES, &|f| !of_address(f), &refusal, &[]);
+        let [before, mut after] = self.off_cluster();
+        after.extend_from_slice(&self.desired.node_ports);
+        let leaves = self.tree(Table::Nat, names::SERVICES, &of_address, &leaf, [&before, &after]);
+        self.tree(Table::Nat, names::NODE_PORTS, &|f| !of_address(f), &leaf, [&[]; 2]);
+        self.tree(Table::Filter, names::EXTERNAL_SERVICES, &|f| !of_address(f), &refusal, [&[]; 2]);
         self.fixed(leaves.as_ref());
         self.mark_first();
         self.hooks();
@@ -176,20 +178,39 @@ impl<'a> Planner<'a> {
 
     /// The ranges of frontends that rules name: each has one in this chain, which has no others.
     fn ranges_held(&self) -> Vec<IpNet> {
-        let rules = self.observed.rules(Table::Filter, names::PROXY_FIREWALL).iter();
-        let range = |m: &Match| match m {
-            Match::Destination(false, range) => Some(*range),
-            _ => None,
+        self.observed.rules(Table::Filter, names::PROXY_FIREWALL).iter().filter_map(Rule::destination).collect()
+    }
+
+    /// The rules before and after the tree that look after packets from outside of the cluster, each once for each range
+    /// of cluster IPs.
+    fn off_cluster(&self) -> [Vec<Rule>; 2] {
+        let desired = self.desired;
+        let Some(rules) = &desired.by_range.cluster_ips else { return Default::default() };
+        let ranges = if desired.everything || !desired.cluster_ips.is_empty() {
+            let held = self.left_in(names::CLUSTER_IPS).filter_map(|element| match element {
+                Element::Address(address) => Some(address),
+                _ => None,
+            });
+            let kept = held.filter(|ip| desired.cluster_ips.get(ip) != Some(&false));
+            let come = desired.cluster_ips.iter().filter_map(|(ip, wanted)| wanted.then_some(ip));
+            cover(kept.chain(come).copied().collect::<BTreeSet<IpAddr>>())
+        } else {
+            let held = self.observed.rules(Table::Nat, names::SERVICES).iter();
+            held.filter(|held| held.target == rules[0].target).filter_map(Rule::destination).collect()
         };
-        rules.filter_map(|rule| rule.matches.iter().find_map(range)).collect()
+        rules.each_ref().map(|rule| ranges.iter().map(|range| rule.within(*range)).collect())
+    }
+
+    /// The elements of a set that a change may leave there.
+    fn left_in(&self, set: &str) -> impl Iterator<Item = &'a Element> + use<'a> {
+        let set = self.observed.sets.get(&names::set(self.desired.family, set));
+        set.filter(|_| !self.desired.everything).into_iter().flat_map(|set| &set.elements)
     }
 
     /// The addresses of local endpoints that may meet themselves, as desired.
     fn hairpins(&self) -> BTreeSet<IpAddr> {
-        let (observed, desired) = (self.observed, self.desired);
-        let held =
-            observed.sets.get(&names::set(desired.family, names::HAIRPIN)).filter(|_| !desired.everything);
-        let held = held.into_iter().flat_map(|set| &set.elements).filter_map(|element| match element {
+        let desired = self.desired;
+        let held = self.left_in(names::HAIRPIN).filter_map(|element| match element {
             Element::Hairpin(endpoint) => Some(endpoint),
             _ => None,
         });
@@ -347,14 +368,15 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A dispatch tree, with the rules that follow it in its root. Answers all its leaves, unless they stay the same.
+    /// A dispatch tree, with the rules that stand before and after it in its root. Answers all its leaves, unless all
+    /// stays the same.
     fn tree(
         &mut self,
         table: Table,
         root: &str,
         is_key: &dyn Fn(&Frontend) -> bool,
         leaf_of: &dyn Fn(&Dispatch) -> Option<Rule>,
-        rest: &[Rule],
+        [before, after]: [&[Rule]; 2],
     ) -> Option<Leaves> {
         let (observed, desired) = (self.observed, self.desired);
         let edits: Vec<(&Frontend, Option<Rule>)> = desired
@@ -367,7 +389,9 @@ impl<'a> Planner<'a> {
         let same_leaf = |(frontend, leaf): &(&Frontend, Option<Rule>)| {
             same(find_leaf(observed, table, root, frontend).as_slice(), leaf.as_slice())
         };
-        let is_there = observed.chains.contains_key(&(table, root.into()));
+        let marks = |rule: &&Rule| rule.leads_to().is_some_and(|chain| &**chain == names::MARK_MASQ);
+        let held = observed.chains.get(&(table, root.into()));
+        let is_there = held.is_some_and(|held| held.iter().filter(marks).eq(before));
         if !desired.everything && is_there && edits.iter().all(same_leaf) {
             return None;
         }
@@ -381,12 +405,12 @@ impl<'a> Planner<'a> {
                 None => drop(leaves.remove(frontend)),
             }
         }
-        let (mut rules, nodes) = tree::build(&leaves);
-        rules.extend_from_slice(rest);
+        let (branches, nodes) = tree::build(&leaves);
+        let rules: Rules = before.iter().chain(&branches).chain(after).cloned().collect();
         for (name, rules) in &nodes {
             self.chain(table, name, rules);
         }
-        self.chain(table, &root.into(), &rules.into());
+        self.chain(table, &root.into(), &rules);
         if !desired.everything {
             let of_tree = |name: &Name| {
                 names::is_tree(name) && tree::is_of_addresses(name) == (root == names::SERVICES)

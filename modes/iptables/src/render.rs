@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use shunt_core::id::IpFamily;
-use shunt_core::node::LocalDetector;
 use shunt_core::service::TrafficPolicy;
 use shunt_core::table::{
     Change, ForwardingTable, Frontend, FrontendEntry, FrontendKind, LocalEndpoint, PortEntry, SourceClass,
@@ -99,7 +98,7 @@ pub fn render(table: &ForwardingTable, change: &Change) -> Desired {
         everything: change.everything,
         active: !table.is_empty() || !table.service_cidrs().is_empty(),
         fixed: fixed::chains(table),
-        by_range: fixed::by_range(table.family()),
+        by_range: fixed::by_range(table.family(), table.node()),
         node_ports: fixed::node_ports(table.family(), table.node(), names::NODE_PORTS),
         hooks: fixed::hooks(),
         loopback: table.node().localhost_node_ports,
@@ -153,7 +152,11 @@ impl<'a> Ports<'a> {
         } else {
             // Its packets must not be taken for those of a node port. Those of node ports end here anyway.
             let why = self.told(&format!("{label} has no endpoints"));
-            entry.frontend.address.map(|_| Rule::new(why, Target::Accept))
+            let target = match entry.kind {
+                FrontendKind::ClusterIp => Target::Goto(names::UNSERVED.into()),
+                _ => Target::Accept,
+            };
+            entry.frontend.address.map(|_| Rule::new(why, target))
         };
         Dispatch { leaf, refusal, guard }
     }
@@ -169,8 +172,8 @@ fn entry_chain(table: &ForwardingTable, port: &PortEntry, entry: &FrontendEntry,
     if entry.kind != FrontendKind::ClusterIp {
         return format!("{}{hash}", names::EXTERNAL);
     }
-    match masquerade_condition(table, entry.verdicts, port) {
-        Some((policy, _)) => format!("{}{hash}", policy_prefix(policy)),
+    match one_policy(table, entry.verdicts, port) {
+        Some(policy) => format!("{}{hash}", policy_prefix(policy)),
         None => format!("{}{hash}", names::INTERNAL),
     }
 }
@@ -182,47 +185,18 @@ const fn policy_prefix(policy: TrafficPolicy) -> &'static str {
     }
 }
 
-/// Where all classes of source go to the same endpoints and one condition says which are masqueraded: the
-/// policy and, if any are, that condition.
-fn masquerade_condition(
-    table: &ForwardingTable,
-    verdicts: [Verdict; 3],
-    port: &PortEntry,
-) -> Option<(TrafficPolicy, Option<Vec<Match>>)> {
+/// The policy by which all classes of source choose an endpoint, where those that are masqueraded are marked before
+/// they come to the tree ([`fixed::off_cluster`]).
+fn one_policy(table: &ForwardingTable, verdicts: [Verdict; 3], port: &PortEntry) -> Option<TrafficPolicy> {
     let Verdict::Forward { policy, .. } = verdicts[0] else { return None };
     if port.group(policy).is_empty() {
         return None;
     }
-    let mut masquerades = [false; 3];
-    for (to, verdict) in masquerades.iter_mut().zip(verdicts) {
-        match verdict {
-            Verdict::Forward { policy: of, masquerade } if of == policy => *to = masquerade,
-            _ => return None,
-        }
-    }
-    let condition = match masquerades {
-        [false, false, false] => None,
-        [true, true, true] => Some(Vec::new()),
-        [false, true, true] => match &*pods(table, true) {
-            [only] => Some(vec![only.clone()]),
-            _ => return None,
-        },
-        _ => return None,
-    };
-    Some((policy, condition))
-}
-
-/// Conditions of which one at least is met by packets of local pods (or, inverted, by all others, if there
-/// is only one).
-fn pods(table: &ForwardingTable, inverted: bool) -> Vec<Match> {
-    match &table.node().local_detector {
-        LocalDetector::None => Vec::new(),
-        LocalDetector::Cidr(ranges) => ranges.iter().map(|r| Match::Source(inverted, r.trunc())).collect(),
-        LocalDetector::BridgeInterface(name) => vec![Match::Interface(inverted, name.clone())],
-        LocalDetector::InterfaceNamePrefix(name) => {
-            vec![Match::Interface(inverted, format!("{name}+").into())]
-        }
-    }
+    let node = table.node();
+    let outside = fixed::off_cluster(node).is_some();
+    let as_marked = [node.masquerade_all, outside, outside];
+    let same = |(verdict, masquerade)| verdict == Verdict::Forward { policy, masquerade };
+    verdicts.into_iter().zip(as_marked).all(same).then_some(policy)
 }
 
 /// The chains of one Service port.
@@ -274,7 +248,7 @@ impl<'a> PortChains<'a> {
         self.guards(chains);
     }
 
-    /// The chain of a policy: marks what is to be masqueraded, and chooses an endpoint.
+    /// The chain of a policy, which chooses an endpoint.
     fn endpoints(
         &self,
         policy: TrafficPolicy,
@@ -284,17 +258,6 @@ impl<'a> PortChains<'a> {
     ) {
         let name = self.name(policy_prefix(policy));
         let mut rules = Vec::new();
-        let mut seen = BTreeSet::new();
-        for (port, entry) in self.entries().filter(|(_, e)| e.kind == FrontendKind::ClusterIp) {
-            if let Some((of, Some(mut condition))) = masquerade_condition(self.table, entry.verdicts, port)
-                && of == policy
-                && let Some(address) = entry.frontend.address
-                && seen.insert(address)
-            {
-                condition.push(Match::Destination(false, IpNet::from(address)));
-                rules.push(Rule::new(condition, Target::Jump(names::MARK_MASQ.into())));
-            }
-        }
         let sockets: Vec<SocketAddr> = endpoints.iter().map(|e| SocketAddr::new(e.address, e.port)).collect();
         let protocol = Match::Protocol(self.port.name.protocol);
         if let Some(timeout) = self.port.affinity {
@@ -325,7 +288,7 @@ impl<'a> PortChains<'a> {
         for class in SourceClass::ALL {
             let conditions: Vec<Vec<Match>> = match class {
                 _ if uniform => vec![Vec::new()],
-                SourceClass::Pod => pods(self.table, false).into_iter().map(|m| vec![m]).collect(),
+                SourceClass::Pod => fixed::pods(self.table.node(), false).into_iter().map(|m| vec![m]).collect(),
                 SourceClass::Node => vec![vec![Match::Local(false, Side::Source)]],
                 SourceClass::Other => vec![Vec::new()],
             };

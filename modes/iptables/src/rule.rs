@@ -217,6 +217,14 @@ impl Rule {
         }
     }
 
+    /// The range of addresses that it is for.
+    pub fn destination(&self) -> Option<IpNet> {
+        self.matches.iter().find_map(|m| match m {
+            Match::Destination(false, range) => Some(*range),
+            _ => None,
+        })
+    }
+
     /// The sets that it looks at or writes.
     pub fn sets(&self) -> impl Iterator<Item = &Name> {
         let matched = self.matches.iter().filter_map(|m| match m {
