@@ -178,7 +178,11 @@ impl<'a> Planner<'a> {
 
     /// The ranges of frontends that rules name: each has one in this chain, which has no others.
     fn ranges_held(&self) -> Vec<IpNet> {
-        self.observed.rules(Table::Filter, names::PROXY_FIREWALL).iter().filter_map(Rule::destination).collect()
+        self.observed
+            .rules(Table::Filter, names::PROXY_FIREWALL)
+            .iter()
+            .filter_map(Rule::destination)
+            .collect()
     }
 
     /// The rules before and after the tree that look after packets from outside of the cluster, each once for each range

@@ -288,7 +288,9 @@ impl<'a> PortChains<'a> {
         for class in SourceClass::ALL {
             let conditions: Vec<Vec<Match>> = match class {
                 _ if uniform => vec![Vec::new()],
-                SourceClass::Pod => fixed::pods(self.table.node(), false).into_iter().map(|m| vec![m]).collect(),
+                SourceClass::Pod => {
+                    fixed::pods(self.table.node(), false).into_iter().map(|m| vec![m]).collect()
+                }
                 SourceClass::Node => vec![vec![Match::Local(false, Side::Source)]],
                 SourceClass::Other => vec![Vec::new()],
             };
