@@ -42,7 +42,7 @@
 //! | `sockets` | LRU hash, 131,072 | [`SocketKey`] → [`SocketRecord`] | programs (socket hooks) |
 //! | `peers` | array, 131,072 | [`Peer::place`] → [`Peer`] | programs (socket hooks) |
 //! | `flows` | LRU hash, 262,144 | [`FlowKey`] → [`Flow`] | programs (tc; for sockets that are bound, socket hooks) |
-//! | `flow_pairs` | array, 16 | [`FlowFilter::place`] → [`FlowFilter`] | programs; agent, when it replaces programs |
+//! | `pairs_of_flows` | array, 256 | [`FlowFilter::place`] → [`FlowFilter`] | programs; agent, when it replaces programs |
 //! | `address_filter` | array to be mapped, 16,384 | [`AddressFilter::place`] → bits (`u64`) | agent |
 //! | `fragments` | LRU hash, 8,192 | [`FragmentKey`] → [`Fragment`] | programs (tc) |
 //! | `service_stats` | per-CPU array, 1,024 | service id / [`SERVICE_BLOCK`] → [`ServiceBlock`] | programs |

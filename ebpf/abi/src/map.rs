@@ -27,7 +27,7 @@ pub const PEERS: &str = "peers";
 /// The connection table of tc.
 pub const FLOWS: &str = "flows";
 /// See [`crate::FlowFilter`].
-pub const FLOW_FILTER: &str = "flow_pairs";
+pub const FLOW_FILTER: &str = "pairs_of_flows";
 /// See [`crate::AddressFilter`].
 pub const ADDRESS_FILTER: &str = "address_filter";
 /// Ports of packets whose fragments are on the way.

@@ -51,7 +51,7 @@ pub(crate) static PEERS: Array<Peer, { size::PEERS as usize }> = Array::new();
 #[btf_map(name = "flows")]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, { size::FLOWS as usize }> = LruHashMap::new();
 
-#[btf_map(name = "flow_pairs")]
+#[btf_map(name = "pairs_of_flows")]
 pub(crate) static FLOW_FILTER: Array<FlowFilter, { FlowFilter::BLOCKS as usize }> = Array::new();
 
 #[btf_map(name = "address_filter")]

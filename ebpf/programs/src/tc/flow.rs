@@ -29,7 +29,9 @@ pub(crate) const UNUSABLE: u32 = 2;
 /// Looks the packet's flow up; `work.to` is what its entry makes of it.
 #[inline(never)]
 pub(crate) fn look_up(work: &mut Work) -> u32 {
-    let Some(flow) = FLOWS.get_ptr_mut(&work.key) else { return UNKNOWN };
+    let found = FLOWS.get_ptr_mut(&work.key);
+    work.held = u32::from(found.is_some());
+    let Some(flow) = found else { return UNKNOWN };
     // SAFETY: the verifier knows the element; other CPUs write its time and state only, and of two that
     // give the same flow a source the later wins.
     let flow = unsafe { &mut *flow };
@@ -91,8 +93,10 @@ pub(crate) fn give_way(work: &mut Work) {
         return;
     }
     let Some(kernel) = Kernel::open() else { return };
-    // Had it an entry that counts, then it would be one of ours.
-    let _ = FLOWS.remove(&work.key);
+    if work.held != 0 {
+        // If it counted, then it would be one of ours.
+        let _ = FLOWS.remove(&work.key);
+    }
     work.flow_key = FlowKey { tuple: work.key.tuple.reversed(), hook: 1 - work.key.hook, ..work.key };
     if let Some(other) = FLOWS.get_ptr(&work.flow_key) {
         // SAFETY: the verifier knows the element, and it is only read.

@@ -41,6 +41,8 @@ pub(crate) struct Work {
     pub(crate) ends: u32,
     /// Its tuple, protocol and hook.
     pub(crate) key: FlowKey,
+    /// There is an entry for it, even if it does not count any more.
+    pub(crate) held: u32,
     /// The tuple that it becomes.
     pub(crate) to: Tuple,
     pub(crate) fragment: FragmentKey,
