@@ -323,7 +323,7 @@ fn measure(args: &RunArgs) -> Result<Report> {
         let measured = throughput::measure(
             &throughput::Plan {
                 services: defaults.throughput,
-                repetitions: many.min(5),
+                repetitions: many,
                 duration: bulk,
                 arriving: defaults.arriving,
                 subjects,
