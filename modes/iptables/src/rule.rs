@@ -238,12 +238,14 @@ impl Rule {
         matched.chain(written)
     }
 
-    /// Whether it is the same but for what it counts and tells people.
+    /// Whether it is the same but for what it counts. A comment may be missing in one of them, but not say something else:
+    /// it would name the wrong Service.
     pub fn does_the_same(&self, other: &Self) -> bool {
         fn conditions(rule: &Rule) -> impl Iterator<Item = &Match> {
             rule.uncounted().filter(|m| !matches!(m, Match::Comment(_)))
         }
-        self == other || self.target == other.target && conditions(self).eq(conditions(other))
+        let told = self.comment().zip(other.comment()).is_none_or(|(one, another)| one == another);
+        self == other || told && self.target == other.target && conditions(self).eq(conditions(other))
     }
 
     /// The conditions for a kernel that cannot count.
@@ -376,6 +378,15 @@ mod tests {
         assert_eq!(one_in(1, 2), 1 << 30);
         assert_eq!(one_in(3, 3), 1 << 31);
         assert_eq!(one_in(1, 3), 715_827_883);
+    }
+
+    #[test]
+    fn a_comment_may_be_missing_but_not_say_something_else() {
+        let rule = |told: &[&str]| Rule::new(told.iter().map(|text| comment(text)).collect(), Target::Accept);
+        assert!(rule(&["ns/a"]).does_the_same(&rule(&[])) && rule(&[]).does_the_same(&rule(&["ns/a"])));
+        assert!(rule(&["ns/a"]).does_the_same(&rule(&["ns/a"])));
+        assert!(!rule(&["ns/a"]).does_the_same(&rule(&["ns/b"])));
+        assert!(!rule(&["ns/a"]).does_the_same(&Rule::always(Target::Drop)));
     }
 
     #[test]

@@ -253,7 +253,25 @@ fn comments_of_services_end_where_a_cluster_is_large() {
     kernel.sync(cluster.table(IpFamily::V4), &Change::everything()).unwrap();
     assert_eq!(commented(&kernel.mirror), COMMENTED_MAX);
 
+    // Another Service takes over the address of one: rules name who has it.
     cluster.take_change(IpFamily::V4);
+    let heir = Service {
+        name: NamespacedName::new("ns", "heir"),
+        cluster_ips: vec![[172, 30, 0, 7].into()],
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        ports: vec![ServicePort { node_port: None, ..service.ports[0].clone() }],
+        ..service.clone()
+    };
+    cluster.steps(&[
+        Step::Event(shunt_core::store::Event::ServiceGone(NamespacedName::new("ns", "svc7"))),
+        Step::Event(shunt_core::store::Event::Service(heir)),
+    ]);
+    let change = cluster.take_change(IpFamily::V4);
+    kernel.sync(cluster.table(IpFamily::V4), &change).unwrap();
+    let text = kernel.mirror.to_string();
+    assert!(text.contains("\"ns/heir") && !text.contains("\"ns/svc7 ") && !text.contains("\"ns/svc7:"));
+
     add(&mut cluster, COMMENTED_MAX + 1);
     let change = cluster.take_change(IpFamily::V4);
     let plan = kernel.sync(cluster.table(IpFamily::V4), &change).unwrap();
