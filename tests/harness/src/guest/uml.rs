@@ -14,6 +14,8 @@ use nix::unistd::Pid;
 use super::find_program;
 
 const MODULES: &str = "/usr/lib/uml/modules";
+/// Made of xstate.rs by build.rs.
+const XSTATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xstate.so"));
 
 /// A kernel for User-Mode Linux and its modules.
 #[derive(Clone, Debug)]
@@ -58,7 +60,8 @@ impl Kernel {
         Path::new(self.modules)
     }
 
-    /// The kernel's command line: console on its own output, serial lines on descriptors 3 and 4.
+    /// The kernel's command line: console on its own output, serial lines on descriptors 3 and 4. What it is to be loaded
+    /// with is in the control folder.
     pub(super) fn command(&self, control: &Path, memory_mib: u32) -> Result<Command> {
         let control = control.to_str().context("the control folder's name is plain")?;
         let mut command = Command::new(&self.program);
@@ -69,6 +72,11 @@ impl Kernel {
             .args(["con=null", "con0=null,fd:1", "ssl=null", "ssl0=null,fd:3", "ssl1=null,fd:4"])
             .args(["quiet", "loglevel=5", "panic=-1"])
             .env("TMPDIR", memory_folder(memory_mib));
+        if !XSTATE.is_empty() {
+            let library = format!("{control}/xstate.so");
+            fs::write(&library, XSTATE).with_context(|| library.clone())?;
+            command.env("LD_PRELOAD", library);
+        }
         Ok(command)
     }
 
