@@ -33,7 +33,7 @@ fn headerless(skb: Skb, v4: bool, may_begin: bool, now: &mut u64) -> u32 {
 fn judge(skb: Skb, l3: u32, v4: bool, may_begin: bool, now: &mut u64) -> Option<bool> {
     if v4 {
         let Ip4AndPorts { ip, ports } = skb.peek(l3, 0)?;
-        if ip.version_length != 0x45 || ip.fragment & 0x3fff_u16.to_be() != 0 {
+        if !ip.is_plain() {
             return None;
         }
         if !has_ports(ip.protocol) {
@@ -43,7 +43,7 @@ fn judge(skb: Skb, l3: u32, v4: bool, may_begin: bool, now: &mut u64) -> Option<
         Some(concerns_nobody(skb, l3, 20, ip.protocol, &source, &destination, ports, may_begin, now))
     } else {
         let Ip6AndPorts { ip, ports } = skb.peek(l3, 0)?;
-        if !has_ports(ip.next) || u32::from_be(ip.version_flow) >> 28 != 6 {
+        if !has_ports(ip.next) || !ip.is_sound() {
             return None;
         }
         let (source, destination) = (Address(ip.source), Address(ip.destination));

@@ -3,8 +3,6 @@
 use aya_ebpf::bindings::{__sk_buff, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
 
-use super::ETHERNET_HEADER;
-
 /// Bytes of a packet, and its checksums. Offsets count from its first byte.
 pub(crate) trait Frame: Copy {
     /// Reads a value that any bytes make.
@@ -12,15 +10,6 @@ pub(crate) trait Frame: Copy {
     /// Reads a value, `further` bytes after an offset that is a constant, straight from the packet. `None` where the
     /// packet does not lie in one piece up to there.
     fn peek<T: Copy>(&self, offset: u32, further: u32) -> Option<T>;
-    /// [`Frame::peek`] with the header before the IP header as offset, or where that does not help, [`Frame::read`].
-    #[inline(always)]
-    fn read_early<T: Copy>(&self, l2: u32, further: u32) -> Option<T> {
-        let found = if l2 == 0 { self.peek(0, further) } else { self.peek(ETHERNET_HEADER, further) };
-        match found {
-            None => self.read(l2 + further),
-            found => found,
-        }
-    }
     /// Reads bytes into memory.
     fn load<T: Copy>(&self, offset: u32, to: &mut T, size: u32) -> Option<()>;
     /// Writes a value whose change a checksum inside the packet makes up for.

@@ -30,7 +30,7 @@ pub(crate) fn translate<F: Frame>(frame: F, work: &mut Work) -> u32 {
 #[inline(always)]
 fn find<F: Frame>(frame: F, work: &mut Work) -> Option<()> {
     let (l3, v4) = (work.layout.l4 + 8, work.layout.v4);
-    dissect::<F, false>(frame, l3, v4, &mut work.inner, &mut work.sent, &mut work.inner_part)?;
+    dissect(frame, l3, v4, &mut work.inner, &mut work.sent, &mut work.inner_part)?;
     if work.inner.later || !has_ports(work.inner.protocol) {
         return None;
     }

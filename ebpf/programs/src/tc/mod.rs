@@ -3,9 +3,9 @@
 //! between ingress and egress.
 //!
 //! ```text
-//!   early::passes ─ no ─► packet::parse ─► flow::look_up ─ known ─────────────────────► rewrite
-//!        └─ yes ─► next program                 └── unknown ─► decide ─► flow::open ───────┘
-//!                                                                 └─► reject
+//!   early::passes ─ no ─► packet::plain ─────► flow::look_up ─ known ─────────────────────► rewrite
+//!        └─ yes ─► next program  └─► ::parse ─┘      └── unknown ─► decide ─► flow::open ───────┘
+//!                                                                      └─► reject
 //! ```
 
 mod crc;
@@ -68,13 +68,15 @@ fn begin<const ETHERNET: bool>(context: &TcContext, hook: u8) -> Begun {
         work.ifindex = (*context.skb.skb).ifindex;
         work.now = if now == 0 { bpf_ktime_get_coarse_ns() } else { now };
     }
-    match packet::parse(skb, work, v4) {
-        packet::PORTS => {}
-        packet::ERROR => {
-            let failed = icmp::translate(skb, work) != 0;
-            return Begun::Done(if failed { TC_ACT_SHOT } else { NEXT });
+    if !(ETHERNET && packet::plain(skb, work, ETHERNET_HEADER, v4).is_some()) {
+        match packet::parse(skb, work, v4) {
+            packet::PORTS => {}
+            packet::ERROR => {
+                let failed = icmp::translate(skb, work) != 0;
+                return Begun::Done(if failed { TC_ACT_SHOT } else { NEXT });
+            }
+            _ => return Begun::Done(NEXT),
         }
-        _ => return Begun::Done(NEXT),
     }
     match flow::look_up(work) {
         flow::KNOWN => Begun::Known(work),

@@ -36,6 +36,28 @@ pub(crate) struct Ip4 {
     pub(crate) destination: u32,
 }
 
+impl Ip6 {
+    /// Whether it is what the frame says that it is.
+    #[inline(always)]
+    pub(crate) const fn is_sound(&self) -> bool {
+        u32::from_be(self.version_flow) >> 28 == 6
+    }
+}
+
+impl Ip4 {
+    /// Whether ports follow right after it: it has no options, and the packet is no fragment.
+    #[inline(always)]
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.version_length == 0x45 && self.fragment & 0x3fff_u16.to_be() == 0
+    }
+
+    /// The two bytes before the checksum.
+    #[inline(always)]
+    const fn before(&self) -> u16 {
+        u16::from_ne_bytes([self.ttl, self.protocol])
+    }
+}
+
 /// With what follows it, where it has no options: read at once, for speed.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -66,7 +88,7 @@ pub(crate) struct Ip6AndPorts {
 /// Where the parts of the packet with an IP header at `l3` are, its tuple (ports of whatever kind: see
 /// [`has_ports`]), and for fragments the identification. `None` when it is not sound.
 #[inline(always)]
-pub(crate) fn dissect<F: Frame, const EARLY: bool>(
+pub(crate) fn dissect<F: Frame>(
     frame: F,
     l3: u32,
     v4: bool,
@@ -77,9 +99,9 @@ pub(crate) fn dissect<F: Frame, const EARLY: bool>(
     layout.l3 = l3;
     layout.v4 = v4;
     if v4 {
-        dissect4(header::<F, Ip4AndPorts, EARLY>(frame, l3)?, layout, tuple, part)?
+        dissect4(frame.read(l3)?, layout, tuple, part)?
     } else {
-        dissect6(frame, header::<F, Ip6AndPorts, EARLY>(frame, l3)?, layout, tuple, part)?
+        dissect6(frame, frame.read(l3)?, layout, tuple, part)?
     }
     part.source = tuple.source;
     part.destination = tuple.destination;
@@ -89,11 +111,6 @@ pub(crate) fn dissect<F: Frame, const EARLY: bool>(
         set_ports(tuple, frame.read(layout.l4)?);
     }
     Some(())
-}
-
-#[inline(always)]
-fn header<F: Frame, T: Copy, const EARLY: bool>(frame: F, l3: u32) -> Option<T> {
-    if EARLY { frame.read_early(l3, 0) } else { frame.read(l3) }
 }
 
 #[inline(always)]
@@ -127,7 +144,7 @@ fn dissect4(
     tuple.destination = Address::v4(ip.destination);
     set_ports(tuple, ports);
     layout.checksum = ip.checksum;
-    layout.before = u16::from_ne_bytes([ip.ttl, ip.protocol]);
+    layout.before = ip.before();
     Some(())
 }
 
@@ -140,7 +157,7 @@ fn dissect6<F: Frame>(
     part: &mut FragmentKey,
 ) -> Option<()> {
     let Ip6AndPorts { ip, ports } = header;
-    if u32::from_be(ip.version_flow) >> 28 != 6 {
+    if !ip.is_sound() {
         return None;
     }
     tuple.source = Address(ip.source);
@@ -189,13 +206,60 @@ fn set_kind(key: &mut FlowKey, protocol: u8) {
     unsafe { (&raw mut key.protocol).cast::<u32>().write_volatile(word) };
 }
 
-/// Learns what the packet is. A first fragment leaves a note of its ports for the later ones; without it
+/// Learns what a packet is whose ports lie right behind its IP header, as those of most packets do, and whether it is one
+/// of these.
+#[inline(always)]
+pub(crate) fn plain<F: Frame>(frame: F, work: &mut Work, l3: u32, v4: bool) -> Option<()> {
+    let (layout, tuple) = (&mut work.layout, &mut work.key.tuple);
+    let (header, protocol);
+    if v4 {
+        let Ip4AndPorts { ip, ports } = frame.peek(l3, 0)?;
+        if !ip.is_plain() {
+            return None;
+        }
+        (header, protocol) = (20, ip.protocol);
+        tuple.source = Address::v4(ip.source);
+        tuple.destination = Address::v4(ip.destination);
+        set_ports(tuple, ports);
+        layout.length = u32::from(u16::from_be(ip.total)).wrapping_sub(header);
+        layout.checksum = ip.checksum;
+        layout.before = ip.before();
+    } else {
+        let Ip6AndPorts { ip, ports } = frame.peek(l3, 0)?;
+        if !ip.is_sound() {
+            return None;
+        }
+        (header, protocol) = (40, ip.next);
+        tuple.source = Address(ip.source);
+        tuple.destination = Address(ip.destination);
+        set_ports(tuple, ports);
+        layout.length = u32::from(u16::from_be(ip.length));
+    }
+    if !has_ports(protocol) {
+        return None;
+    }
+    layout.l3 = l3;
+    layout.l4 = l3 + header;
+    layout.v4 = v4;
+    layout.later = false;
+    layout.part = false;
+    layout.protocol = protocol;
+    set_kind(&mut work.key, protocol);
+    match kind_at(protocol) {
+        // Two bytes: the verifier does not follow a comparison for one.
+        Some(at) => note(work, protocol, frame.peek(l3, header + at)?),
+        None => (work.begins, work.ends) = (1, 0),
+    }
+    Some(())
+}
+
+/// Learns what any packet is. A first fragment leaves a note of its ports for the later ones; without it
 /// those are [`OTHER`], and go on as they are.
 #[inline(never)]
 pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
     let (layout, tuple) = (&mut work.layout, &mut work.key.tuple);
     work.fragment.hook = work.key.hook;
-    if dissect::<F, true>(frame, work.l2, v4, layout, tuple, &mut work.fragment).is_none() {
+    if dissect(frame, work.l2, v4, layout, tuple, &mut work.fragment).is_none() {
         return OTHER;
     }
     set_kind(&mut work.key, work.layout.protocol);
@@ -218,21 +282,20 @@ pub(crate) fn parse<F: Frame>(frame: F, work: &mut Work, v4: bool) -> u32 {
         work.begins = 1;
         return PORTS;
     };
-    let plain = if v4 { 20 } else { 40 };
-    // Two bytes: the verifier does not follow a comparison for one.
-    let kind: Option<[u8; 2]> = if layout.l4 - layout.l3 == plain {
-        frame.read_early(work.l2, plain + at)
-    } else {
-        frame.read(layout.l4 + at)
-    };
-    let Some([kind, _]) = kind else { return OTHER };
-    work.begins = u32::from(begins(layout.protocol, kind));
-    work.ends = u32::from(if layout.protocol == TCP {
+    let Some(kind) = frame.read(layout.l4 + at) else { return OTHER };
+    note(work, layout.protocol, kind);
+    PORTS
+}
+
+/// Notes what a packet does to its flow.
+#[inline(always)]
+fn note(work: &mut Work, protocol: u8, [kind, _]: [u8; 2]) {
+    work.begins = u32::from(begins(protocol, kind));
+    work.ends = u32::from(if protocol == TCP {
         kind & (FIN | RST) != 0
     } else {
         kind == SCTP_ABORT || kind == SCTP_SHUTDOWN_COMPLETE
     });
-    PORTS
 }
 
 /// Where in its header a protocol says what a packet does to its flow: flags of TCP, the type of SCTP's first chunk.
