@@ -210,40 +210,25 @@ fn set_kind(key: &mut FlowKey, protocol: u8) {
 /// of these.
 #[inline(always)]
 pub(crate) fn plain<F: Frame>(frame: F, work: &mut Work, l3: u32, v4: bool) -> Option<()> {
-    let (layout, tuple) = (&mut work.layout, &mut work.key.tuple);
+    let (layout, tuple, part) = (&mut work.layout, &mut work.key.tuple, &mut work.fragment);
+    layout.l3 = l3;
+    layout.v4 = v4;
     let (header, protocol);
     if v4 {
-        let Ip4AndPorts { ip, ports } = frame.peek(l3, 0)?;
-        if !ip.is_plain() {
+        let plain: Ip4AndPorts = frame.peek(l3, 0)?;
+        if !plain.ip.is_plain() || !has_ports(plain.ip.protocol) {
             return None;
         }
-        (header, protocol) = (20, ip.protocol);
-        tuple.source = Address::v4(ip.source);
-        tuple.destination = Address::v4(ip.destination);
-        set_ports(tuple, ports);
-        layout.length = u32::from(u16::from_be(ip.total)).wrapping_sub(header);
-        layout.checksum = ip.checksum;
-        layout.before = ip.before();
+        (header, protocol) = (20, plain.ip.protocol);
+        dissect4(plain, layout, tuple, part)?;
     } else {
-        let Ip6AndPorts { ip, ports } = frame.peek(l3, 0)?;
-        if !ip.is_sound() {
+        let plain: Ip6AndPorts = frame.peek(l3, 0)?;
+        if !has_ports(plain.ip.next) {
             return None;
         }
-        (header, protocol) = (40, ip.next);
-        tuple.source = Address(ip.source);
-        tuple.destination = Address(ip.destination);
-        set_ports(tuple, ports);
-        layout.length = u32::from(u16::from_be(ip.length));
+        (header, protocol) = (40, plain.ip.next);
+        dissect6(frame, plain, layout, tuple, part)?;
     }
-    if !has_ports(protocol) {
-        return None;
-    }
-    layout.l3 = l3;
-    layout.l4 = l3 + header;
-    layout.v4 = v4;
-    layout.later = false;
-    layout.part = false;
-    layout.protocol = protocol;
     set_kind(&mut work.key, protocol);
     match kind_at(protocol) {
         // Two bytes: the verifier does not follow a comparison for one.

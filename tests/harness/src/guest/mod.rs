@@ -149,11 +149,12 @@ impl Guest {
         }
     }
 
-    /// Writes what init.sh reads.
+    /// Writes what the kernel is loaded with, and what init.sh reads.
     fn write_control(&self, control: &Path, command: &Command) -> Result<()> {
         let init = control.join("init");
         fs::write(&init, INIT)?;
         fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+        fs::write(control.join("xstate.so"), uml::XSTATE)?;
         let modules = quoted(self.kernel.modules().as_os_str())?;
         fs::write(control.join("conf"), format!("modules={modules}\n"))?;
 

@@ -14,8 +14,8 @@ use nix::unistd::Pid;
 use super::find_program;
 
 const MODULES: &str = "/usr/lib/uml/modules";
-/// Made of xstate.rs by build.rs.
-const XSTATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xstate.so"));
+/// What the kernel is loaded with, made of xstate.rs by build.rs; nothing where there is no such kernel.
+pub(super) const XSTATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xstate.so"));
 
 /// A kernel for User-Mode Linux and its modules.
 #[derive(Clone, Debug)]
@@ -60,8 +60,7 @@ impl Kernel {
         Path::new(self.modules)
     }
 
-    /// The kernel's command line: console on its own output, serial lines on descriptors 3 and 4. What it is to be loaded
-    /// with is in the control folder.
+    /// The kernel's command line: console on its own output, serial lines on descriptors 3 and 4.
     pub(super) fn command(&self, control: &Path, memory_mib: u32) -> Result<Command> {
         let control = control.to_str().context("the control folder's name is plain")?;
         let mut command = Command::new(&self.program);
@@ -73,9 +72,7 @@ impl Kernel {
             .args(["quiet", "loglevel=5", "panic=-1"])
             .env("TMPDIR", memory_folder(memory_mib));
         if !XSTATE.is_empty() {
-            let library = format!("{control}/xstate.so");
-            fs::write(&library, XSTATE).with_context(|| library.clone())?;
-            command.env("LD_PRELOAD", library);
+            command.env("LD_PRELOAD", format!("{control}/xstate.so"));
         }
         Ok(command)
     }
