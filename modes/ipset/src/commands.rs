@@ -1,7 +1,8 @@
 //! Changes, gathered into one batch.
 
-use netlink_requests::{Batch, NLM_F_EXCL, Writer};
+use netlink_requests::{Batch, NLM_F_EXCL, Refusal, Writer};
 
+use crate::IN_USE;
 use crate::element::Element;
 use crate::set::{DATA, NAME, Set, TYPE};
 
@@ -37,6 +38,8 @@ pub(crate) fn start(w: &mut Writer) {
 #[derive(Clone, Debug, Default)]
 pub struct Commands {
     pub(crate) batch: Batch,
+    /// Sets that commands delete, by the commands' places among all.
+    pub(crate) destroyed: Vec<(usize, String)>,
 }
 
 impl Commands {
@@ -62,6 +65,13 @@ impl Commands {
         self.batch.bytes()
     }
 
+    /// The set that a refused command would have deleted, and the command's place, if it was refused because the
+    /// set is in use.
+    pub(crate) fn in_use(&self, refusal: &Refusal) -> Option<(usize, &str)> {
+        let deleted = self.destroyed.iter().find(|(index, _)| *index == refusal.index)?;
+        (refusal.errno == IN_USE).then_some((deleted.0, &deleted.1))
+    }
+
     /// Makes a set; refused (`EEXIST`) if there is one of its name.
     pub fn create(&mut self, set: &Set) {
         self.push(CREATE, NLM_F_EXCL, |w| set.write(w));
@@ -69,6 +79,7 @@ impl Commands {
 
     /// Deletes a set; refused if rules refer to it.
     pub fn destroy(&mut self, name: &str) {
+        self.destroyed.push((self.len(), name.to_owned()));
         self.push(DESTROY, 0, |w| w.string(NAME, name));
     }
 

@@ -24,9 +24,8 @@ pub use netlink_requests::{Error as NetlinkError, Refusal};
 pub use set::{Family, Kind, Set};
 pub use socket::{Error, Ipset, Listed};
 
-/// The error number of a set that cannot be deleted because rules refer to it. It may still be one for a
-/// moment after the last such rule is gone.
-pub const IN_USE: i32 = 4100;
+/// The error number of a set that cannot be deleted because rules refer to it or somebody lists it.
+const IN_USE: i32 = 4100;
 
 /// Why the kernel refused a command, in words.
 pub fn explain(refusal: &Refusal) -> String {

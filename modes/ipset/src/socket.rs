@@ -1,5 +1,7 @@
 //! The conversation with the kernel.
 
+use std::time::Duration;
+
 use netlink_requests::protocols::NETLINK_NETFILTER;
 use netlink_requests::{Attributes, Error as NetlinkError, Refusal, Socket, text};
 
@@ -14,6 +16,9 @@ const WITHOUT_ELEMENTS: u32 = 1 << 2;
 const ELEMENTS: u16 = 8;
 const ENOENT: i32 = 2;
 const EINVAL: i32 = 22;
+/// How often it is tried to delete a set that is in use, and the time between two tries.
+const DESTROY_TRIES: u32 = 100;
+const DESTROY_PAUSE: Duration = Duration::from_millis(10);
 /// How often an interrupted dump is started again.
 const DUMP_ATTEMPTS: u32 = 8;
 
@@ -72,8 +77,33 @@ impl Ipset {
     }
 
     /// Carries out commands one after the other and answers which the kernel refused. Those after a
-    /// refused one are carried out all the same.
+    /// refused one are carried out all the same. Sets that cannot be deleted because they are in use are
+    /// tried again for up to a second: they may be so for a moment after the last rule that refers to them
+    /// is gone, and while anybody lists them.
     pub fn execute(&mut self, commands: &mut Commands) -> Result<Vec<Refusal>, Error> {
+        let mut refusals = self.send(commands)?;
+        for _ in 1..DESTROY_TRIES {
+            let in_use: Vec<(usize, &str)> =
+                refusals.iter().filter_map(|refusal| commands.in_use(refusal)).collect();
+            if in_use.is_empty() {
+                break;
+            }
+            std::thread::sleep(DESTROY_PAUSE);
+            let mut again = Commands::default();
+            for (_, name) in &in_use {
+                again.destroy(name);
+            }
+            let still = self.send(&mut again)?;
+            refusals.retain(|refusal| commands.in_use(refusal).is_none());
+            refusals.extend(still.into_iter().filter_map(|refusal| {
+                in_use.get(refusal.index).map(|(index, _)| Refusal { index: *index, ..refusal })
+            }));
+        }
+        refusals.sort_by_key(|refusal| refusal.index);
+        Ok(refusals)
+    }
+
+    fn send(&mut self, commands: &mut Commands) -> Result<Vec<Refusal>, Error> {
         self.socket
             .execute(&mut commands.batch)
             .map_err(|source| Error::Netlink { what: "change sets", source })

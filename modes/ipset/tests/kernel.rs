@@ -6,8 +6,13 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ipset_netlink::{Commands, Element, Entry, Family, Ipset, Kind, Mark, Set};
+use netlink_requests::Socket;
+use netlink_requests::protocols::NETLINK_NETFILTER;
 use nix::sched::{CloneFlags, unshare};
 
 /// What the kernel has in a namespace of the test's thread.
@@ -181,6 +186,61 @@ fn large_sets_are_listed_whole() {
     assert_eq!(listed.elements.into_iter().collect::<BTreeSet<_>>(), (0..ELEMENTS).map(element).collect());
 }
 
+/// Has another thread list a set, which uses it, for as long as what is handed out is kept.
+fn in_use_by_a_list() -> (mpsc::Sender<()>, JoinHandle<()>) {
+    const LIST: u16 = 6 << 8 | 7;
+    let ((release, released), (begin, begun)) = (mpsc::channel::<()>(), mpsc::channel());
+    let lists = std::thread::spawn(move || {
+        let start = |w: &mut netlink_requests::Writer| {
+            w.header(&[2, 0, 0, 0]);
+            w.attribute(1, &[6]);
+        };
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        let listed = socket.dump(LIST, start, |_| {
+            let _ = begin.send(());
+            let _ = released.recv();
+            Ok(())
+        });
+        listed.unwrap();
+    });
+    begun.recv().unwrap();
+    (release, lists)
+}
+
+fn a_set_that_is_in_use_for_a_moment_is_deleted_after_that() {
+    let mut ipset = open();
+    let mut commands = Commands::default();
+    commands.create(&set("large", Kind::HashIp, Family::Inet));
+    // More than a list hands out at once.
+    for n in 0..50_000 {
+        commands.add("large", &Entry::Ip(Ipv4Addr::from(0x0a60_0000 + n).into()).into());
+    }
+    assert_eq!(ipset.execute(&mut commands).unwrap(), []);
+    let mut commands = Commands::default();
+    commands.create(&set("other", Kind::HashIp, Family::Inet));
+    commands.destroy("large");
+    commands.create(&set("other", Kind::HashIp, Family::Inet));
+    commands.destroy("other");
+
+    let (release, lists) = in_use_by_a_list();
+    let refused = ipset.execute(&mut commands).unwrap();
+    assert_eq!(refused.iter().map(|r| r.index).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(ipset_netlink::explain(&refused[0]), "the set is in use");
+    drop(release);
+    lists.join().unwrap();
+
+    let (release, lists) = in_use_by_a_list();
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(release);
+    });
+    let refused = ipset.execute(&mut commands).unwrap();
+    assert_eq!(refused.iter().map(|r| r.index).collect::<Vec<_>>(), [2]);
+    later.join().unwrap();
+    lists.join().unwrap();
+    assert_eq!(ipset.list(None).unwrap(), []);
+}
+
 /// Each in a guest of its own.
 macro_rules! in_guest {
     ($($test:ident),* $(,)?) => {
@@ -198,4 +258,5 @@ in_guest!(
     elements_are_forgotten_where_the_set_says_so,
     sets_change_places_and_refusals_are_named,
     large_sets_are_listed_whole,
+    a_set_that_is_in_use_for_a_moment_is_deleted_after_that,
 );

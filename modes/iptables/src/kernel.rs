@@ -7,7 +7,7 @@ use std::error::Error;
 use std::io;
 use std::time::Duration;
 
-use ipset_netlink::{Commands, IN_USE, Ipset};
+use ipset_netlink::{Commands, Ipset};
 use shunt_core::id::IpFamily;
 use shunt_mode::{KernelError, Mode, Remedy, Transaction, Unsupported};
 use xtables_tools::{Flavour, Held, Namespace, Programs, Table};
@@ -40,9 +40,6 @@ const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";
 /// The legacy tool reads a whole table to show one chain of it, and only the nat table is large: it is looked
 /// at every so many times.
 const NAT_LOOKS: u32 = 10;
-/// A set may be in use for a moment after the rules that looked at it are gone.
-const DESTROY_TRIES: u32 = 100;
-const DESTROY_PAUSE: Duration = Duration::from_millis(10);
 /// Bytes that are handed to ipset at once.
 const BATCH_BYTES: usize = 1 << 20;
 
@@ -200,23 +197,6 @@ impl Tools {
     }
 
     fn change_sets(&mut self, ops: &[Op]) -> Result<(), KernelError> {
-        let mut in_use = self.try_sets(&ops.iter().collect::<Vec<_>>())?;
-        for _ in 1..DESTROY_TRIES {
-            if in_use.is_empty() {
-                return Ok(());
-            }
-            std::thread::sleep(DESTROY_PAUSE);
-            in_use = self.try_sets(&in_use)?;
-        }
-        match in_use.first() {
-            Some(op) => Err(failed(op.to_string(), "the set is in use")),
-            None => Ok(()),
-        }
-    }
-
-    /// Carries out operations on sets. Answers those that would have destroyed a set that is in use.
-    fn try_sets<'a>(&mut self, ops: &[&'a Op]) -> Result<Vec<&'a Op>, KernelError> {
-        let mut in_use = Vec::new();
         let mut rest = ops;
         while !rest.is_empty() {
             let mut commands = Commands::default();
@@ -229,15 +209,12 @@ impl Tools {
             let sent = rest;
             rest = left.as_slice();
             let sets = self.sets().map_err(|error| failed("change sets", error))?;
-            for refusal in sets.execute(&mut commands).map_err(|error| failed("change sets", error))? {
-                let Some(op) = sent.get(refusal.index) else { continue };
-                if !matches!(op, Op::DestroySet(_)) || refusal.errno != IN_USE {
-                    return Err(failed(op.to_string(), ipset_netlink::explain(&refusal)));
-                }
-                in_use.push(*op);
+            let refusals = sets.execute(&mut commands).map_err(|error| failed("change sets", error))?;
+            if let Some((refusal, op)) = refusals.iter().find_map(|r| Some((r, sent.get(r.index)?))) {
+                return Err(failed(op.to_string(), ipset_netlink::explain(refusal)));
             }
         }
-        Ok(in_use)
+        Ok(())
     }
 
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), KernelError> {

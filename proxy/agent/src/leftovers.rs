@@ -37,6 +37,10 @@ const TELL_AGAIN: Duration = Duration::from_mins(2);
 /// Time between two messages that say how many connections are left.
 const SAY_EVERY: Duration = Duration::from_mins(5);
 
+/// Leftovers that cannot be removed are tried again after so long each: others may be using them.
+const REMOVAL_PAUSES: [Duration; 4] =
+    [Duration::from_secs(1), Duration::from_secs(10), Duration::from_mins(1), Duration::from_mins(10)];
+
 /// Held while something of other modes is changed.
 static AT_WORK: Mutex<()> = Mutex::new(());
 
@@ -66,9 +70,19 @@ pub(crate) fn remove(in_use: Mode, family: IpFamily, options: Options) {
         } else {
             said(enter(in_use, family, &options));
         }
-        let _held = at_work();
-        for error in shunt_modes::remove_leftovers(Some(in_use), family, &options) {
-            tracing::warn!(%family, "leftovers of another mode may remain: {error}");
+        for pause in REMOVAL_PAUSES.map(Some).into_iter().chain([None]) {
+            let held = at_work();
+            let errors = shunt_modes::remove_leftovers(Some(in_use), family, &options);
+            drop(held);
+            if errors.is_empty() {
+                return;
+            }
+            let again = pause
+                .map_or_else(|| "not tried again".to_owned(), |pause| format!("tried again in {pause:?}"));
+            for error in errors {
+                tracing::warn!(%family, "leftovers of another mode may remain: {error}; {again}");
+            }
+            std::thread::sleep(pause.unwrap_or_default());
         }
     };
     if let Err(error) = std::thread::Builder::new().name("leftovers".to_owned()).spawn(work) {
