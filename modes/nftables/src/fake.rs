@@ -157,6 +157,7 @@ impl Kernel for FakeKernel {
         // Not the kernel's doing: a mirror that is wrong would be refused later, or never be noticed.
         assert_eq!(next.frontends, maps.frontends(next.family), "the mirror is not what the maps hold");
         check_all(&next).map_err(|why| refused(why, Remedy::Resync))?;
+        check_passing(&self.state, &next).map_err(|why| refused(why, Remedy::Resync))?;
         self.state = next;
         self.maps = maps;
         self.commits += 1;
@@ -255,6 +256,55 @@ fn check_replace<T: PartialEq>(held: Option<&T>, from: Option<&T>, to: Option<&T
         (Some(held), None, Some(to)) if held != to => Err("File exists".to_owned()),
         _ => Ok(()),
     }
+}
+
+/// Not the kernel's doing: what packets meet that are on their way through the rules during a commit, which keep to
+/// the rules as they were and look up elements as they are afterwards. Chains that are new are empty to them.
+fn check_passing(before: &State, after: &State) -> Result<(), String> {
+    if !before.leads_packets() || !after.exists {
+        return Ok(());
+    }
+    for class in after.frontends.values().filter_map(|held| held.class) {
+        if let Verdict::Goto(chain) = after.leads_to(class)
+            && !before.chains.contains_key(&chain)
+        {
+            return Err(format!("class {class} is in use and leads to {chain}, which is new"));
+        }
+    }
+    for (frontend, held) in &before.frontends {
+        let Some(class) = held.class else { continue };
+        if !after.classes.contains(&class) {
+            return Err(format!("class {class} was in use, and is gone"));
+        }
+        let Some(now) = after.frontends.get(frontend) else { continue };
+        let goes_on = matches!(now.class, Some(Class::Affinity { .. }))
+            || List::ALL.iter().any(|list| !now.list(*list).is_empty());
+        let emptied = List::ALL.iter().any(|list| now.list(*list).is_empty() && !held.list(*list).is_empty());
+        if goes_on && emptied && now.class != held.class {
+            return Err(format!("{frontend:?} changes class {class}, whose endpoints are gone"));
+        }
+    }
+    let in_use = before.frontends.values().filter_map(|held| held.class);
+    let mut passed: Vec<String> =
+        in_use.filter_map(|class| Some(before.chain_name(&class.chain()?))).collect();
+    passed
+        .extend(before.chains.iter().filter(|(_, chain)| chain.base.is_some()).map(|(name, _)| name.clone()));
+    let mut seen = BTreeSet::new();
+    while let Some(name) = passed.pop() {
+        let Some(chain) = before.chains.get(&name).filter(|_| seen.insert(name.clone())) else { continue };
+        for expr in chain.rules.iter().flat_map(|rule| &rule.exprs) {
+            match expr {
+                Expr::ImmediateVerdict(Verdict::Goto(to) | Verdict::Jump(to)) => passed.push(to.clone()),
+                Expr::Lookup { set, .. } | Expr::VerdictMap { set, .. } | Expr::Dynset { set, .. }
+                    if !SetKey::from_name(set).is_some_and(|set| after.sets.contains(&set)) =>
+                {
+                    return Err(format!("{name} looked at set {set}, which is gone"));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What must hold after every transaction: rules and maps refer to what exists.

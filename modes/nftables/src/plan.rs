@@ -93,12 +93,16 @@ struct Planner<'a> {
     desired: &'a Desired,
     limits: &'a Limits,
     skeleton: Skeleton,
+    /// What must be there, and nothing leads to yet. See [`Planner::transactions`].
+    early: Vec<Op>,
     /// What must be there before the frontends change.
     before: Vec<Op>,
     /// Changes of frontends, each to stay within one transaction.
     frontends: Vec<Vec<Op>>,
     /// What leads packets to our rules, and everything else that comes after the frontends.
     after: Vec<Op>,
+    /// Lists of endpoints that are given up. See [`Planner::transactions`].
+    late: Vec<Op>,
     /// Chains that exist or will.
     chains: BTreeSet<ChainKey>,
     /// Classes that are needed, or kept.
@@ -145,9 +149,11 @@ impl<'a> Planner<'a> {
             desired,
             limits,
             skeleton: skeleton(observed, desired, limits),
+            early: Vec::new(),
             before: Vec::new(),
             frontends: Vec::new(),
             after: Vec::new(),
+            late: Vec::new(),
             chains: BTreeSet::new(),
             classes: BTreeSet::new(),
             rewritten: false,
@@ -178,26 +184,29 @@ impl<'a> Planner<'a> {
         }
         self.addresses();
         self.hooks();
-        let mut garbage = if self.desired.everything { self.garbage() } else { Vec::new() };
+        let mut garbage = std::mem::take(&mut self.late);
+        if self.desired.everything {
+            garbage.extend(self.garbage());
+        }
         garbage.extend(self.affinity_garbage());
-        if self.replaced.some() {
-            // Chains that nothing uses hold on to the old maps.
-            self.after.append(&mut garbage);
-        }
-        // Rules and chains that look at the sets for affinity are garbage themselves.
         let wanted = self.wanted_sets();
-        for set in self.observed.sets.iter().filter(|set| !wanted.contains(set)) {
-            let ops = if SetKey::AFFINITY.contains(set) { &mut garbage } else { &mut self.after };
-            ops.push(Op::DeleteSet(*set));
-        }
+        let unwanted = self.observed.sets.iter().filter(|set| !wanted.contains(set));
+        garbage.extend(unwanted.map(|set| Op::DeleteSet(*set)));
         self.transactions(garbage)
     }
 
-    /// Everything in one transaction if it fits, else bounded ones in order. Garbage goes apart: a packet
-    /// that was told its class before the first commit must not find the class gone.
+    /// Everything in one transaction if it fits, else bounded ones in order, but for two things, as a packet
+    /// may be on its way through the rules when a transaction is committed. It keeps to the rules as they were
+    /// before, and looks up elements as they are after.
+    ///
+    /// New chains come first: to such a packet they are empty until the next commit, so that nothing may lead
+    /// there before (`nf_tables_commit_chain` in the kernel's `net/netfilter/nf_tables_api.c`). Garbage goes
+    /// last: a packet that was told its class must not find the class gone, nor the map or the list empty in which
+    /// its rules look.
     fn transactions(self, garbage: Vec<Op>) -> Plan<Op> {
         let whole = self.must_stay_whole();
         let mut plan = Plan::default();
+        push_bounded(&mut plan, self.early, self.limits.transaction);
         let mut ops = self.before;
         for frontend in self.frontends {
             if !whole && !ops.is_empty() && ops.len() + frontend.len() > self.limits.transaction {
@@ -213,10 +222,7 @@ impl<'a> Planner<'a> {
             ops.push(op);
         }
         plan.push(ops);
-        let mut garbage = garbage.into_iter().peekable();
-        while garbage.peek().is_some() {
-            plan.push(garbage.by_ref().take(self.limits.transaction).collect());
-        }
+        push_bounded(&mut plan, garbage, self.limits.transaction);
         plan
     }
 
@@ -249,9 +255,6 @@ impl<'a> Planner<'a> {
             // They may sit where elements of ours belong.
             self.before.extend(self.observed.strays.iter().cloned().map(Op::DeleteStray));
         }
-        let missing: Vec<SetKey> =
-            self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)).collect();
-        self.before.extend(missing.into_iter().map(Op::AddSet));
         let replaced = |held: Option<u32>, wanted| held.filter(|held| *held != wanted);
         self.replaced = Replaced {
             services: replaced(self.observed.services_capacity(), self.skeleton.services)
@@ -259,6 +262,17 @@ impl<'a> Planner<'a> {
             endpoints: replaced(self.observed.endpoints_capacity(), self.skeleton.endpoints)
                 .map(SetKey::Endpoints),
         };
+        for set in self.wanted_sets().into_iter().filter(|set| !self.observed.sets.contains(set)) {
+            // New chains may look at any other.
+            let replaces = match set {
+                SetKey::Services(_) => self.replaced.services.is_some(),
+                SetKey::Endpoints(_) => self.replaced.endpoints.is_some(),
+                _ => false,
+            };
+            let ops =
+                if self.observed.leads_packets() && !replaces { &mut self.early } else { &mut self.before };
+            ops.push(Op::AddSet(set));
+        }
     }
 
     /// Creates `chain` and what it leads to, unless it is there with the right rules.
@@ -270,13 +284,35 @@ impl<'a> Planner<'a> {
             self.chain(next);
         }
         let (name, rules) = (chain.to_string(), rules::of_chain(&self.skeleton, &chain));
-        self.rewritten |= self.observed.chains.get(&name).is_some_and(|held| held.rules != rules);
-        self.rules(&name, None, rules, false);
+        let held = self.observed.chains.get(&name);
+        self.rewritten |= held.is_some_and(|held| held.rules != rules);
+        if held.is_none() && self.observed.leads_packets() && self.replaced.some() {
+            // Until the new maps are put to use, the old ones are there to be looked at.
+            let of_old_maps = rules::of_chain(&self.with_old_maps(), &chain);
+            if of_old_maps != rules {
+                self.before.push(Op::SetRules(name.clone(), rules));
+            }
+            self.rules(&name, None, of_old_maps, false);
+        } else {
+            self.rules(&name, None, rules, false);
+        }
+    }
+
+    /// The skeleton, with the maps that are replaced.
+    fn with_old_maps(&self) -> Skeleton {
+        let mut skeleton = self.skeleton.clone();
+        if let Some(SetKey::Services(capacity)) = self.replaced.services {
+            skeleton.services = capacity;
+        }
+        if let Some(SetKey::Endpoints(capacity)) = self.replaced.endpoints {
+            skeleton.endpoints = capacity;
+        }
+        skeleton
     }
 
     fn rules(&mut self, name: &str, base: Option<BaseChain>, rules: Vec<Rule>, after: bool) {
         let ops = if after { &mut self.after } else { &mut self.before };
-        set_rules(self.observed, ops, name, base, rules);
+        set_rules(self.observed, &mut self.early, ops, name, base, rules);
     }
 
     fn base(&mut self) {
@@ -321,15 +357,19 @@ impl<'a> Planner<'a> {
         let nothing = Held::default();
         let held = self.observed.frontends.get(frontend).unwrap_or(&nothing);
         let (services, endpoints) = self.maps_of(frontend);
+        let to = dispatch.map(|d| d.class);
         // A new map is empty, and what is not wanted any more is taken out of the old one.
         let replaced = self.replaced.of(frontend);
         // Exactly as many as a new frontend needs: at the start there are as many of these as Services.
         let endpoints_wanted: usize =
             dispatch.map_or(0, |d| List::ALL.map(|list| d.list(list).len()).iter().sum());
+        let goes_on = endpoints_wanted > 0 || matches!(to, Some(Class::Affinity { .. }));
         let mut ops = Vec::with_capacity(endpoints_wanted + 1);
         let mut removals = Vec::new();
         for list in List::ALL {
             let wanted = dispatch.map(|d| endpoints_of(d, list)).unwrap_or_default();
+            let removals =
+                if wanted.is_empty() && goes_on && held.class != to { &mut self.late } else { &mut removals };
             let slots = edit_slots(held.list(list), &wanted, replaced.endpoints.is_some());
             for (index, from, to) in slots {
                 let slot = |set, from| Op::SetSlot { set, frontend: *frontend, list, index, from, to };
@@ -340,7 +380,6 @@ impl<'a> Planner<'a> {
                 }
             }
         }
-        let to = dispatch.map(|d| d.class);
         let class = |set, from| Op::SetClass { set, frontend: *frontend, from, to };
         match (to, replaced.services) {
             (Some(_), Some(_)) => ops.push(class(services, None)),
@@ -498,14 +537,32 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Creates a chain or changes its rules, unless it is there with the right ones.
-fn set_rules(observed: &State, ops: &mut Vec<Op>, name: &str, base: Option<BaseChain>, rules: Vec<Rule>) {
-    match observed.chains.get(name) {
-        Some(chain) if chain.rules == rules => return,
-        Some(_) => {}
-        None => ops.push(Op::AddChain(name.to_owned(), base)),
+/// Creates a chain or changes its rules, unless it is there with the right ones. What is created goes in
+/// `early` if packets are about, unless it is a base chain, to which nothing leads.
+fn set_rules(
+    observed: &State,
+    early: &mut Vec<Op>,
+    ops: &mut Vec<Op>,
+    name: &str,
+    base: Option<BaseChain>,
+    rules: Vec<Rule>,
+) {
+    let held = observed.chains.get(name);
+    if held.is_some_and(|chain| chain.rules == rules) {
+        return;
+    }
+    let ops = if held.is_none() && base.is_none() && observed.leads_packets() { early } else { ops };
+    if held.is_none() {
+        ops.push(Op::AddChain(name.to_owned(), base));
     }
     ops.push(Op::SetRules(name.to_owned(), rules));
+}
+
+fn push_bounded(plan: &mut Plan<Op>, ops: Vec<Op>, most: usize) {
+    let mut ops = ops.into_iter().peekable();
+    while ops.peek().is_some() {
+        plan.push(ops.by_ref().take(most).collect());
+    }
 }
 
 /// Which slots to change so that they hold exactly the wanted endpoints, without holes: endpoints

@@ -13,7 +13,7 @@ use shunt_mode::Usage;
 
 use crate::affinity::{self, Affinity};
 use crate::layout::{
-    self, ChainKey, Class, Endpoint, KeyReader, LIST_MAX, List, SECOND_LIST_BASE, SetKey, TABLE,
+    self, ChainKey, Class, Endpoint, KeyReader, LIST_MAX, List, POSTROUTING, SECOND_LIST_BASE, SetKey, TABLE,
 };
 use crate::ranges::range_between;
 use crate::rules::{self, Rule};
@@ -132,6 +132,11 @@ impl State {
     /// Capacity of the map of endpoints that is in use; `None` when there is none.
     pub fn endpoints_capacity(&self) -> Option<u32> {
         self.sets.iter().filter_map(|s| if let SetKey::Endpoints(n) = s { Some(*n) } else { None }).max()
+    }
+
+    /// Whether packets are led to frontends: then some may be on their way through the rules at any time.
+    pub(crate) fn leads_packets(&self) -> bool {
+        self.chains.iter().any(|(name, chain)| chain.base.is_some() && name != POSTROUTING)
     }
 
     /// How full the sized maps are.

@@ -22,7 +22,7 @@ use shunt_core::table::Change;
 use shunt_harness::cases::{self, Case, SourceKind};
 use shunt_harness::guest::inside;
 use shunt_harness::lab::{Lab, Namespace, Probe, StormSpec};
-use shunt_mode::{Backend, Mode, rendered};
+use shunt_mode::{Backend, rendered};
 use shunt_suites::driver::{CaseRun, Cluster, Synced, adopt};
 use shunt_suites::every_mode;
 use shunt_suites::mode::ModeUnderTest;
@@ -263,11 +263,7 @@ fn connections_while_endpoints_change<M: ModeUnderTest>(affinity: bool) {
 
     // A packet that is lost is sent again after a second. A guest's only CPU is slow and shared by all: there, packets
     // are late without being lost, and fewer connections leave time for changes.
-    // What rules of nf_tables look up one after the other fits together for one commit, and not for a packet that is held
-    // up between lookups for longer, which virtual machines do. So changes come at a third of the pace of the agent's
-    // `--min-sync-period`.
-    let least = if M::MODE == Mode::Nftables { 3 } else { 0 };
-    let (rate, patience, pause, duration) = if inside() { (25, 30_000, 20, 8) } else { (300, 900, least, 3) };
+    let (rate, patience, pause, duration) = if inside() { (25, 30_000, 20, 8) } else { (300, 900, 0, 3) };
     let storms: Vec<_> = ["172.30.0.1:80", "192.168.0.2:3001", "1.2.3.4:80"]
         .into_iter()
         .map(|to| {

@@ -46,7 +46,7 @@ impl Planner<'_> {
                     lists[list as usize].iter().filter_map(|e| numbers.get(e)).copied().collect();
                 let chain = affinity::chain_name(*id, list, name);
                 let rules = rules::affinity(&self.skeleton, of, list, list_numbers.len() as u32);
-                set_rules(self.observed, &mut port.ops, &chain, None, rules);
+                set_rules(self.observed, &mut self.early, &mut port.ops, &chain, None, rules);
                 self.affinity_chains.insert(chain);
                 let tokens =
                     lists[list as usize].iter().filter_map(|e| Some((*numbers.get(e)?, *e))).collect();
@@ -66,7 +66,7 @@ impl Planner<'_> {
                         let rules = rules::affinity_class(&self.skeleton, *id, name, *legs);
                         let known = self.observed.chains.get(&chain);
                         self.rewritten |= known.is_some_and(|held| held.rules != rules);
-                        set_rules(self.observed, &mut port.ops, &chain, None, rules);
+                        set_rules(self.observed, &mut self.early, &mut port.ops, &chain, None, rules);
                         self.affinity_chains.insert(chain.clone());
                         chain
                     }
