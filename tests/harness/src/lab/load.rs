@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,16 @@ impl Transfer {
     }
 }
 
+/// A port below those that the kernel of a lab gives to connections.
+///
+/// By different VIPs, one client may reach the same endpoint from the same port twice. Where nothing translates the
+/// source, as for `externalTrafficPolicy: Local` by IPVS, the endpoint takes the second connection for the first, and
+/// both break. In storms of short connections that happens to a long one now and then.
+fn own_port() -> u16 {
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    9000 + TAKEN.fetch_add(1, Ordering::Relaxed) % 1000
+}
+
 /// A TCP connection to an echo server, kept open.
 #[derive(Debug)]
 pub struct Conversation {
@@ -88,9 +98,14 @@ impl Conversation {
 
 impl Namespace {
     /// Opens a TCP connection from this namespace as the probe says; reads and writes wait as long as its timeout.
+    /// Without a source port in the probe it has one that no other connection gets.
     pub fn connect(&self, probe: &Probe) -> Result<TcpStream> {
+        let probe = match probe.src_port {
+            0 => probe.clone().from_port(own_port()),
+            _ => probe.clone(),
+        };
         self.run(|| {
-            let socket = bind(probe)?;
+            let socket = bind(&probe)?;
             socket.connect_timeout(&probe.dst.into(), probe.timeout).with_context(|| probe.to_string())?;
             socket.set_read_timeout(Some(probe.timeout))?;
             socket.set_write_timeout(Some(probe.timeout))?;
