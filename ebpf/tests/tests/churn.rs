@@ -151,7 +151,7 @@ fn nobody_is_sent_astray_while_services_change() -> Result<()> {
     }
 
     let stop = AtomicBool::new(false);
-    let (changes, dropped) = thread::scope(|scope| -> Result<(u32, u32)> {
+    let (changes, [dropped, missed]) = thread::scope(|scope| -> Result<(u32, [u32; 2])> {
         let writing = scope.spawn(|| -> Result<u32> {
             let mut changes = 0;
             while !stop.load(Ordering::Relaxed) {
@@ -168,9 +168,13 @@ fn nobody_is_sent_astray_while_services_change() -> Result<()> {
         Ok((changes, asked?))
     })?;
     assert_eq!(loaded.events(Event::NoEndpoint)?, u64::from(dropped));
+    println!("{changes} changes, {dropped} dropped, {missed} missed");
     assert!(changes > 1000, "{changes} changes are no test");
     // A program that is held up long enough sees the second reading overtaken too; the client sends again.
     assert!(dropped * 1000 < PACKETS, "{dropped} of {PACKETS} dropped");
+    // One that is held up while it compares a frontend's key may find that the kernel has given the memory to another
+    // frontend, and finds none, although one was there all the time.
+    assert!(missed * 5000 < PACKETS, "{missed} of {PACKETS} took a Service's address for nobody's");
     Ok(())
 }
 
@@ -213,8 +217,9 @@ fn a_frontend_that_says_it_is_another_ones_leads_nowhere() -> Result<()> {
 }
 
 /// New flows to both Services; how many were dropped.
-fn ask(loaded: &mut Loaded, vips: [SocketAddr; 2]) -> Result<u32> {
-    let mut dropped = 0;
+/// Packets that were dropped, and that passed as if there were no Service.
+fn ask(loaded: &mut Loaded, vips: [SocketAddr; 2]) -> Result<[u32; 2]> {
+    let [mut dropped, mut missed] = [0; 2];
     let mut reached = BTreeSet::new();
     for n in 0..PACKETS {
         for (vip, mark) in vips.into_iter().zip(1_u8..) {
@@ -226,10 +231,14 @@ fn ask(loaded: &mut Loaded, vips: [SocketAddr; 2]) -> Result<u32> {
                 continue;
             }
             let IpAddr::V4(to) = read(&out)?.destination.ip() else { continue };
+            if IpAddr::V4(to) == vip.ip() {
+                missed += 1;
+                continue;
+            }
             ensure!(to.octets()[..2] == [10, mark], "{vip} led to {to}");
             reached.insert(to);
         }
     }
     ensure!(reached.len() > 100, "only {} endpoints were reached", reached.len());
-    Ok(dropped)
+    Ok([dropped, missed])
 }
