@@ -216,8 +216,7 @@ fn a_frontend_that_says_it_is_another_ones_leads_nowhere() -> Result<()> {
     Ok(())
 }
 
-/// New flows to both Services; how many were dropped.
-/// Packets that were dropped, and that passed as if there were no Service.
+/// New flows to both Services; how many were dropped, and how many passed as if there were no Service.
 fn ask(loaded: &mut Loaded, vips: [SocketAddr; 2]) -> Result<[u32; 2]> {
     let [mut dropped, mut missed] = [0; 2];
     let mut reached = BTreeSet::new();

@@ -68,8 +68,8 @@ impl Commands {
     /// The set that a refused command would have deleted, and the command's place, if it was refused because the
     /// set is in use.
     pub(crate) fn in_use(&self, refusal: &Refusal) -> Option<(usize, &str)> {
-        let deleted = self.destroyed.iter().find(|(index, _)| *index == refusal.index)?;
-        (refusal.errno == IN_USE).then_some((deleted.0, &deleted.1))
+        let at = self.destroyed.binary_search_by_key(&refusal.index, |(index, _)| *index).ok()?;
+        (refusal.errno == IN_USE).then(|| (refusal.index, &*self.destroyed[at].1))
     }
 
     /// Makes a set; refused (`EEXIST`) if there is one of its name.
