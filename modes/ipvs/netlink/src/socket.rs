@@ -25,7 +25,7 @@ const INFO_VERSION: u16 = 1;
 const INFO_TABLE_SIZE: u16 = 2;
 
 const ENOENT: i32 = 2;
-/// How often an interrupted dump is started again.
+/// How often a dump is started that others disturb.
 const DUMP_ATTEMPTS: u32 = 8;
 
 /// What can go wrong.
@@ -110,13 +110,27 @@ impl Ipvs {
         self.socket.execute(&mut commands.batch).map_err(failed("change services"))
     }
 
-    /// All services, of both families.
+    /// All services, of both families, each once, in order of their keys.
+    ///
+    /// From one message of a dump to the next the kernel remembers a position, in tables that all network
+    /// namespaces may share (`ip_vs_genl_dump_services`). What is changed meanwhile, there too, has it name services
+    /// twice or leave some out, and nothing says so. Hence two listings in a row have to name the same.
     pub fn services(&mut self) -> Result<Vec<ServiceEntry>, Error> {
-        let mut services = Vec::new();
-        self.dump("list services", GET_SERVICE, None, SERVICE, &mut services, |attributes| {
-            service::decode(attributes)
-        })?;
-        Ok(services)
+        let mut before = None;
+        for _ in 0..DUMP_ATTEMPTS {
+            let mut services: Vec<ServiceEntry> = Vec::new();
+            self.dump("list services", GET_SERVICE, None, SERVICE, &mut services, |attributes| {
+                service::decode(attributes)
+            })?;
+            services.sort_unstable_by_key(|entry| entry.service.key);
+            services.dedup_by_key(|entry| entry.service.key);
+            let keys: Vec<ServiceKey> = services.iter().map(|entry| entry.service.key).collect();
+            if before.as_ref() == Some(&keys) {
+                return Ok(services);
+            }
+            before = Some(keys);
+        }
+        Err(failed("list services")(NetlinkError::Interrupted))
     }
 
     /// The destinations of a service; none if there is no such service.

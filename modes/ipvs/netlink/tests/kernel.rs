@@ -6,10 +6,13 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ipvs_netlink::{
-    Config, Destination, Flags, Forwarding, Ipvs, Persistence, Protocol, Service, ServiceKey,
+    Config, Destination, Error, Flags, Forwarding, Ipvs, NetlinkError, Persistence, Protocol, Service,
+    ServiceKey,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -289,6 +292,57 @@ fn thousands_of_services_are_made_and_listed_at_once() {
     assert_eq!(listed.len(), usize::from(SERVICES));
 }
 
+/// The guest's kernel has one table of services for all namespaces: a single dump is often wrong here.
+fn services_are_listed_as_they_are_while_another_namespace_changes() {
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            let mut ipvs = open();
+            let mut changes = 0_u32;
+            while !is_over.load(Ordering::Relaxed) {
+                let (mut add, mut flush) = (ipvs.commands(), ipvs.commands());
+                for port in 1..=100 {
+                    add.add_service(&Service::new(key("10.96.1.10", Protocol::Tcp, port), "rr"));
+                }
+                flush.flush();
+                assert_eq!(ipvs.execute(&mut add).unwrap(), []);
+                assert_eq!(ipvs.execute(&mut flush).unwrap(), []);
+                changes += 1;
+            }
+            changes
+        });
+        // One message of a dump, and many.
+        for count in [20, 2000] {
+            let mut ipvs = open();
+            let wanted: Vec<_> = (1..=count).map(|port| key("10.96.0.10", Protocol::Tcp, port)).collect();
+            let mut commands = ipvs.commands();
+            for key in &wanted {
+                commands.add_service(&Service::new(*key, "rr"));
+            }
+            assert_eq!(ipvs.execute(&mut commands).unwrap(), []);
+            let (mut right, mut given_up) = (0, 0);
+            let end = Instant::now() + Duration::from_secs(4);
+            while Instant::now() < end {
+                match ipvs.services() {
+                    Ok(listed) => {
+                        assert!(
+                            listed.iter().map(|e| e.service.key).eq(wanted.iter().copied()),
+                            "{listed:?}"
+                        );
+                        right += 1;
+                    }
+                    Err(Error::Netlink { source: NetlinkError::Interrupted, .. }) => given_up += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            println!("{count} services: {right} listings, {given_up} given up");
+            assert!(right > 0);
+        }
+        is_over.store(true, Ordering::Relaxed);
+        assert!(other.join().unwrap() > 0);
+    });
+}
+
 /// Each in a guest of its own.
 macro_rules! in_guest {
     ($($test:ident),* $(,)?) => {
@@ -308,4 +362,5 @@ in_guest!(
     a_service_is_changed_in_place,
     timeouts_are_set_and_zero_leaves_them_alone,
     thousands_of_services_are_made_and_listed_at_once,
+    services_are_listed_as_they_are_while_another_namespace_changes,
 );

@@ -62,7 +62,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest with 1 GiB of memory (taken as it is used) and five minutes for a command. The error names what this
+    /// A guest with 1 GiB of memory (taken as it is used) and twelve minutes for a command. The error names what this
     /// machine lacks, and how to install it.
     pub fn new() -> Result<Self> {
         ensure!(geteuid().is_root(), "no guest kernel: that needs root");
