@@ -64,14 +64,16 @@ impl Transfer {
     }
 }
 
-/// A port below those that the kernel of a lab gives to connections.
+/// A port that neither the kernel of a lab gives to connections (10000 and above) nor a proxy to those that it
+/// masquerades (1024 and above).
 ///
 /// By different VIPs, one client may reach the same endpoint from the same port twice. Where nothing translates the
 /// source, as for `externalTrafficPolicy: Local` by IPVS, the endpoint takes the second connection for the first, and
-/// both break. In storms of short connections that happens to a long one now and then.
+/// both break. So do they where ebpf mode masquerades one with the port that a process of the node has bound. In storms
+/// of short connections that happens to a long one now and then.
 fn own_port() -> u16 {
     static TAKEN: AtomicU16 = AtomicU16::new(0);
-    9000 + TAKEN.fetch_add(1, Ordering::Relaxed) % 1000
+    512 + TAKEN.fetch_add(1, Ordering::Relaxed) % 500
 }
 
 /// A TCP connection to an echo server, kept open.
