@@ -159,7 +159,7 @@ fn no_connection_breaks_when_the_agent_starts_anew_or_is_replaced() {
         target(lab.pod("10.180.0.1").unwrap(), "172.16.0.1:80"),
     ];
     let began = Instant::now();
-    let reports = under_load(&targets, |open| {
+    let reports = under_load(100, &targets, |open| {
         for _ in 0..50 {
             let again = start(&lab, &options);
             assert!(again.mirror.installed);

@@ -16,7 +16,7 @@ use shunt_core::id::{IpFamily, Protocol};
 use shunt_core::node::Config;
 use shunt_core::table::Change;
 use shunt_harness::guest::test_in_guest;
-use shunt_harness::lab::{Lab, Probe, require_kernel};
+use shunt_harness::lab::{Lab, Namespace, Probe, require_kernel};
 use shunt_mode::Backend as _;
 use shunt_mode_ebpf::Ebpf;
 use shunt_mode_ebpf::kernel::{Bpf, Options};
@@ -138,6 +138,13 @@ fn programs_are_loaded_ahead_of_the_first_sync() {
     assert!(kernel.plan(table, &Change::everything()).is_empty());
 }
 
+/// Has connections to the targets come from the same ports again soon, while the flows before are still remembered.
+fn few_ports(targets: &[(&Namespace, SocketAddr)]) {
+    for (from, _) in targets {
+        from.set_sysctl("net/ipv4/ip_local_port_range", "20000 20999").unwrap();
+    }
+}
+
 /// Larger and smaller maps, of every kind, one after the other, while connections are opened and others are open: none
 /// breaks or moves.
 #[test]
@@ -173,7 +180,8 @@ fn maps_grow_and_shrink_under_load() {
     };
     let first = homes();
     assert!(first.contains(&"pod=10.180.0.1".to_owned()) || first.contains(&"pod=10.180.0.2".to_owned()));
-    under_load(&targets, |_| {
+    few_ports(&targets);
+    under_load(200, &targets, |_| {
         for limits_then in [
             Limits { flows: 2 * FLOWS, ..SMALL },
             Limits { frontends: 512, endpoints: 1000, flows: 2 * FLOWS, clients: 64, maglev: 4 },
@@ -281,9 +289,11 @@ fn a_crash_in_between_breaks_no_connection() {
     let folder = options.bpf_root.join("shunt");
     let cgroup = options.cgroup_root.as_ref().unwrap();
     let (mut killed, mut half_done) = (0, 0);
-    under_load(&targets, |_| {
+    few_ports(&targets);
+    under_load(400, &targets, |_| {
         for n in 0..27_u32 {
-            let flows = if n % 2 == 0 { 2 * FLOWS } else { FLOWS };
+            // Three processes are to make the same change; when the second one begins, at most the first has made it.
+            let flows = if n / 3 % 2 == 0 { 2 * FLOWS } else { FLOWS };
             let mut process = lab.node().command(std::env::current_exe().unwrap());
             process.args(["--exact", "a_process_that_changes_maps", "--nocapture"]);
             process.env(CHANGES, format!("{} {} {flows}", options.bpf_root.display(), cgroup.display()));
@@ -346,7 +356,7 @@ fn maps_of_another_layout_are_replaced() {
     for other_version in [true, false] {
         let mut kernels = run(&lab, &small, &cluster);
         served();
-        under_load(&targets, |_| {
+        under_load(100, &targets, |_| {
             let why = if other_version {
                 kernels[0].backend.kernel().pretend("version 77 object 0123456789abcdef").unwrap();
                 "the maps have layout version 77"

@@ -275,7 +275,7 @@ fn filters_serve_where_there_are_no_links() {
     let mut kernel = start(&lab, &filters);
     kernel.sync(&table, &Change::everything()).unwrap();
     assert_eq!(ours(), 1);
-    under_load(&targets(&lab), |_| {
+    under_load(100, &targets(&lab), |_| {
         for _ in 0..10 {
             let again = start(&lab, &filters);
             assert!(again.mirror.installed);

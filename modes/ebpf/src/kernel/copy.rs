@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aya::Pod;
 use aya::maps::{Map, MapData, PerCpuArray};
@@ -15,7 +15,7 @@ use super::held::all_maps;
 use super::maglev;
 use super::maps::{MapError, OBJECT, at, now, open};
 use super::sys::{self, Table};
-use crate::idle::{last_seen, supersedes};
+use crate::idle::{has_ended, kept_from, last_seen, supersedes};
 use crate::sizes::{moved_frontend, moved_slot};
 
 /// Elements that are gathered before they are written.
@@ -34,6 +34,19 @@ pub(super) struct Copied {
     pub(super) before: usize,
     /// Entries in the map that takes its place.
     pub(super) now: usize,
+}
+
+/// What becomes of flows that have ended.
+///
+/// The same client may begin another one from the same port. The programs that go would write that down in the maps that
+/// go, and those that come, once they are before them, would find the copy of the one that has ended and translate what
+/// follows as that says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ended {
+    /// They stay where they are for as long as flows begin there. The programs that go find them.
+    Stay,
+    /// They come along, for half of a connection may go on for long.
+    Come,
 }
 
 /// Copies between two folders of maps.
@@ -154,10 +167,12 @@ impl Copier {
     }
 
     /// Copies what the programs have written, as far as it counts: what was used last, if there is not room for all.
-    /// Says of each map what became of it.
+    /// Flows that have ended stay ([`Ended`]). Says of each map what became of it.
     pub(super) fn flows(&self) -> Result<Vec<(&'static str, Copied)>, MapError> {
         let (config, now) = (self.config, self.since);
-        let flow = |key: &FlowKey, flow: &Flow| last_seen(&config, key.protocol, flow, now);
+        let flow = |key: &FlowKey, flow: &Flow| {
+            last_seen(&config, key.protocol, flow, now).filter(|_| !has_ended(flow))
+        };
         let copied = [
             self.latest(map::FLOWS, flow)?,
             self.latest(map::SOCKETS, |_: &SocketKey, _: &SocketRecord| Some(0))?,
@@ -193,19 +208,62 @@ impl Copier {
     }
 
     /// Copies what the programs have written since [`Copier::flows`], unless what is there is newer.
-    pub(super) fn catch_up(&self) -> Result<(), MapError> {
+    pub(super) fn catch_up(&self, ended: Ended) -> Result<(), MapError> {
         let (config, since) = (self.config, self.since.saturating_sub(CLOCK_SLACK));
         let now = now().map_err(at(map::FLOWS))?;
-        let counts = |key: &FlowKey, flow: &Flow| {
-            last_seen(&config, key.protocol, flow, now).is_some_and(|seen| seen >= since)
-        };
-        self.newer(map::FLOWS, counts, supersedes)?;
+        let seen = |key: &FlowKey, flow: &Flow| last_seen(&config, key.protocol, flow, now);
+        let counts = |key: &FlowKey, flow: &Flow| seen(key, flow).is_some_and(|seen| seen >= since);
+        self.newer(map::FLOWS, |key, flow| !has_ended(flow) && counts(key, flow), supersedes)?;
+        if self.fresh.contains(map::FLOWS) {
+            let seen = |key: &FlowKey, flow: &Flow| seen(key, flow).filter(|_| has_ended(flow));
+            match ended {
+                Ended::Stay => self.take_back(|key, flow| has_ended(flow) && counts(key, flow)),
+                Ended::Come => self.ended(seen),
+            }
+            .map_err(at(map::FLOWS))?;
+        }
         self.newer(map::SOCKETS, |_: &SocketKey, _: &SocketRecord| true, |_, _| false)?;
         self.newer(
             map::AFFINITY,
             |_: &AffinityKey, client: &Affinity| client.last_used >= since,
             |client, copy| client.last_used > copy.last_used,
         )
+    }
+
+    /// Deletes copies of flows.
+    fn take_back(&self, which: impl Fn(&FlowKey, &Flow) -> bool) -> io::Result<()> {
+        let (from, to) = (open_flows(&self.from)?, open_flows(&self.to)?);
+        let mut result = Ok(());
+        from.read(|key, flow: Flow| {
+            if result.is_ok() && which(&key, &flow) {
+                result = to.get(&key).and_then(|held| match held {
+                    Some(held) if held.last_seen <= flow.last_seen => to.remove(&key),
+                    // Another one, which programs that come have begun.
+                    _ => Ok(()),
+                });
+            }
+        })?;
+        result
+    }
+
+    /// Copies flows that have ended, those last that were seen last, as far as there is room. `seen` says when.
+    fn ended(&self, seen: impl Fn(&FlowKey, &Flow) -> Option<u64>) -> io::Result<()> {
+        let (from, to) = (open_flows(&self.from)?, open_flows(&self.to)?);
+        let mut first = 0;
+        if to.size()? < from.size()? {
+            let mut room = to.size()? as usize;
+            to.read(|_, _| room = room.saturating_sub(1))?;
+            let mut times = Vec::new();
+            from.read(|key, flow| times.extend(seen(&key, &flow)))?;
+            first = kept_from(&mut times, room);
+        }
+        let mut result = Ok(());
+        from.read(|key, flow| {
+            if result.is_ok() && seen(&key, &flow).is_some_and(|seen| seen >= first) {
+                result = put(&to, &key, &flow, &supersedes);
+            }
+        })?;
+        result
     }
 
     fn newer<K: Pod + Default, V: Pod + Default>(
@@ -224,15 +282,30 @@ impl Copier {
             if result.is_err() || !counts(&key, &value) {
                 return;
             }
-            result = to.get(&key).and_then(|held| {
-                if held.is_some_and(|held| !supersedes(&value, &held)) {
-                    return Ok(());
-                }
-                to.set(&key, &value)
-            });
+            result = put(&to, &key, &value, &supersedes);
         })
         .map_err(&at)?;
         result.map_err(&at)
+    }
+}
+
+fn open_flows(folder: &Path) -> io::Result<Table<FlowKey, Flow>> {
+    open(folder, map::FLOWS).map_err(io::Error::other)
+}
+
+/// Writes an element unless there is one that it does not supersede. One that a program writes meanwhile stays.
+fn put<K: Pod + Default, V: Pod + Default>(
+    to: &Table<K, V>,
+    key: &K,
+    value: &V,
+    supersedes: &impl Fn(&V, &V) -> bool,
+) -> io::Result<()> {
+    if to.insert_new(*key, *value)? {
+        return Ok(());
+    }
+    match to.get(key)? {
+        Some(held) if supersedes(value, &held) => to.set(key, value),
+        _ => Ok(()),
     }
 }
 

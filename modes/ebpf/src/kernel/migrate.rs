@@ -8,7 +8,7 @@ use shunt_ebpf_abi::{Config, map};
 use shunt_mode::KernelError;
 
 use super::attach::{self, AttachError, Way};
-use super::copy::Copier;
+use super::copy::{Copier, Ended};
 use super::held::{Held, all_maps};
 use super::maps::now;
 use super::pins::Pins;
@@ -167,18 +167,18 @@ impl Bpf {
             }
             let places = Places { cgroup: &cgroup, devices: &self.devices.by_index, way };
             let copy = |error| AttachError::Io("copy".to_owned(), io::Error::other(error));
-            let catch_up = || copier.map_or(Ok(()), |copier| copier.catch_up().map_err(copy));
+            let catch_up = |ended| copier.map_or(Ok(()), |copier| copier.catch_up(ended).map_err(copy));
             self.inside(|| {
                 let swapped = if beside {
-                    attach::put_before(&pins, coming, &places, catch_up)
+                    attach::put_before(&pins, coming, &places, || catch_up(Ended::Stay))
                 } else {
-                    catch_up().and_then(|()| attach::attach(coming, &places, true))
+                    catch_up(Ended::Come).and_then(|()| attach::attach(coming, &places, true))
                 };
                 swapped.map_err(io::Error::other)
             })?;
         }
         if let Some(copier) = copier {
-            copier.catch_up().map_err(of_map)?;
+            copier.catch_up(Ended::Come).map_err(of_map)?;
         }
         self.inside(|| pins.finish())?;
         self.maps = None;

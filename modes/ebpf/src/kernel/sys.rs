@@ -231,8 +231,8 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
         Ok(())
     }
 
-    /// Writes an element unless there is one with that key.
-    pub(super) fn insert_new(&self, key: K, value: V) -> io::Result<()> {
+    /// Writes an element unless there is one with that key; whether there was none.
+    pub(super) fn insert_new(&self, key: K, value: V) -> io::Result<bool> {
         #[repr(C)]
         struct Attr {
             map: i32,
@@ -250,8 +250,8 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
             flags: BPF_NOEXIST,
         };
         match bpf(BPF_MAP_UPDATE_ELEM, &mut attr) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            result => result.map(drop),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            result => result.map(|_| true),
         }
     }
 

@@ -154,9 +154,10 @@ pub fn targets(lab: &Lab) -> Vec<(&Namespace, SocketAddr)> {
     ]
 }
 
-/// TCP connections to `targets` begin and go on while `work` is done, which is given those that go on, and none breaks.
+/// TCP connections to `targets`, `rate` a second to each, begin and go on while `work` is done, which is given those that go on, and none breaks.
 /// Returns what became of those that began.
 pub fn under_load(
+    rate: u32,
     targets: &[(&Namespace, SocketAddr)],
     work: impl FnOnce(&mut [Conversation]),
 ) -> Vec<StormReport> {
@@ -164,7 +165,7 @@ pub fn under_load(
     let storms: Vec<_> = targets
         .iter()
         .map(|(from, to)| {
-            let spec = StormSpec { probe: probe(to), rate: 100, duration: Duration::from_mins(2) };
+            let spec = StormSpec { probe: probe(to), rate, duration: Duration::from_mins(2) };
             from.storm(spec).unwrap()
         })
         .collect();
