@@ -218,7 +218,7 @@ impl Copier {
             let seen = |key: &FlowKey, flow: &Flow| seen(key, flow).filter(|_| has_ended(flow));
             match ended {
                 Ended::Stay => self.take_back(|key, flow| has_ended(flow) && counts(key, flow)),
-                Ended::Come => self.ended(seen),
+                Ended::Come => self.bring(seen),
             }
             .map_err(at(map::FLOWS))?;
         }
@@ -247,7 +247,7 @@ impl Copier {
     }
 
     /// Copies flows that have ended, those last that were seen last, as far as there is room. `seen` says when.
-    fn ended(&self, seen: impl Fn(&FlowKey, &Flow) -> Option<u64>) -> io::Result<()> {
+    fn bring(&self, seen: impl Fn(&FlowKey, &Flow) -> Option<u64>) -> io::Result<()> {
         let (from, to) = (open_flows(&self.from)?, open_flows(&self.to)?);
         let mut first = 0;
         if to.size()? < from.size()? {
