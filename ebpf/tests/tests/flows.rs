@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::time::{ClockId, clock_gettime};
 use shunt_ebpf_abi::{Config, Flow, FlowFilter, FlowKey, ServiceBytes, address_flags, config_flags, map};
 use shunt_ebpf_tests::packet::{ACK, ETHERNET, FIN, Packet, SYN, read};
@@ -184,6 +184,43 @@ fn masqueraded_flows_find_the_ports_that_are_left() -> Result<()> {
     Ok(())
 }
 
+fn ports_are_given_back_when_both_sides_have_ended() -> Result<()> {
+    const PORTS: std::ops::Range<u16> = 20_000..20_003;
+    for family in families()? {
+        let (mut loaded, _) = loaded(&family, TCP)?;
+        let (masquerade_port_min, masquerade_port_max) = (PORTS.start, PORTS.end - 1);
+        loaded.set_config(Config { masquerade_port_min, masquerade_port_max, ..config(&family) })?;
+        // The source of a client's packet when it leaves, unless it is dropped.
+        let send = |loaded: &mut Loaded, port: u16, flags: u8| -> Result<Option<SocketAddr>> {
+            let client = SocketAddr::new(family.client.ip(), port);
+            let sent = Packet::new(client, family.masqueraded, TCP).flags(flags).bytes();
+            let inside = pass(loaded, "ingress", &sent)?;
+            let (action, outside) = loaded.run("egress", &inside)?;
+            if action == NEXT { Ok(Some(read(&outside)?.source)) } else { Ok(None) }
+        };
+        for client in 1..=3 {
+            ensure!(send(&mut loaded, client, SYN)?.is_some(), "there are three ports");
+        }
+        let Some(first) = send(&mut loaded, 1, ACK)? else { bail!("the first flow goes on") };
+        for (ended, flags) in [("nothing", ACK), ("the client's side", FIN)] {
+            send(&mut loaded, 1, flags)?;
+            assert_eq!(send(&mut loaded, 4, SYN)?, None, "{ended} has ended");
+        }
+        let answer = |flags| Packet::new(family.endpoint, first, TCP).flags(flags).bytes();
+        assert_ne!(pass(&mut loaded, "ingress", &answer(FIN))?, answer(FIN));
+        assert_eq!(send(&mut loaded, 4, SYN)?, Some(first));
+        // Answers are the new client's.
+        let answered = read(&pass(&mut loaded, "ingress", &answer(ACK))?)?;
+        assert_eq!(answered.destination, SocketAddr::new(family.client.ip(), 4));
+        // It goes on, and so do the others.
+        assert_eq!(send(&mut loaded, 5, SYN)?, None);
+        for client in 2..=4 {
+            assert!(send(&mut loaded, client, ACK)?.is_some());
+        }
+    }
+    Ok(())
+}
+
 /// Other connections with the ends of a masqueraded flow: by which hooks their first packet, others, and answers pass.
 fn others(places: &[(&'static str, Packet); 4]) -> [Vec<(&'static str, Packet)>; 2] {
     let connection = |hooks: [&'static str; 2], first: Packet| {
@@ -254,6 +291,7 @@ in_both_kernels!(
     what_is_left_of_a_flow_touches_no_other,
     only_families_in_use_are_served,
     masqueraded_flows_find_the_ports_that_are_left,
+    ports_are_given_back_when_both_sides_have_ended,
     what_the_filter_does_not_know_is_left_alone,
     a_flow_that_goes_on_is_kept_in_the_filter,
     bytes_are_counted_once_a_packet,

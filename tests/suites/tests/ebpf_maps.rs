@@ -435,6 +435,37 @@ fn short_connections_do_not_push_out_a_quiet_one() {
     kernels[0].backend.cleanup().unwrap();
 }
 
+/// More connections from outside than there are ports for masqueraded ones, one after the other: those that are over give
+/// theirs back long before they are forgotten.
+#[test]
+fn ports_of_connections_that_are_over_are_taken_again() {
+    if !require_kernel() {
+        return;
+    }
+    let lab = lab(1);
+    // Leaves 2,076 ports.
+    lab.node().set_sysctl("net/ipv4/ip_local_port_range", "3100 65535").unwrap();
+    let options = lab.node().run(place::options).unwrap();
+    let mut cluster = cluster(Config::default());
+    let endpoints = ready([pod(1)]);
+    cluster.steps(&[
+        service_of(IpFamily::V4, 1, Protocol::Tcp, None),
+        slice_of(IpFamily::V4, 1, Protocol::Tcp, &endpoints),
+    ]);
+    let mut kernels = run(&lab, &options, &cluster);
+    let to = Probe::tcp(SocketAddr::new(NODE, 3001)).timeout(Duration::from_secs(2));
+    let mut quiet = lab.client().converse(&to).unwrap();
+    let peer = quiet.ask().unwrap().peer;
+    assert!((1024..3100).contains(&peer.port()), "{peer}");
+    for round in 0..50 {
+        let connections = lab.client().probe_all(vec![to.clone(); 100]).unwrap();
+        let failed = connections.iter().find(|seen| seen.pod().is_none());
+        assert!(failed.is_none(), "round {round}: {failed:?}");
+    }
+    assert_eq!(quiet.ask().unwrap().peer, peer);
+    kernels[0].backend.cleanup().unwrap();
+}
+
 /// What it takes to look through the table at rest, and through a full one.
 #[test]
 fn sweeping_costs_little() {

@@ -18,6 +18,10 @@ const PORT_TRIES: u32 = 8;
 /// (`ip_local_port_range` leaves 9,000 of them on some nodes), and of half that are taken eight in a row are
 /// hit once in 256 connections.
 const MASQUERADE_TRIES: u32 = 48;
+/// How many of these leave a port alone that a flow had until a moment ago: its endpoint, if it ended the connection, may
+/// keep the client waiting for a second (`TCP_TIMEWAIT_LEN`, 60 s).
+const CAUTIOUS_TRIES: u32 = 16;
+const TIME_WAIT: u64 = 60 * SECOND;
 
 /// The packet's flow has an entry.
 pub(crate) const KNOWN: u32 = 0;
@@ -223,12 +227,16 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
     work.flow.masquerade_port = 0;
     work.flow_key.tuple.destination = source;
     mark(kernel, &work.flow_key.tuple, work.now);
-    for _ in 0..MASQUERADE_TRIES {
+    for attempt in 0..MASQUERADE_TRIES {
         // SAFETY: the helper only makes a number.
         let random = unsafe { bpf_get_prandom_u32() };
         let port = (min.wrapping_add(scale(random, range) as u16)).to_be();
         work.flow_key.tuple.destination_port = port;
-        if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_ok() {
+        let rest = if attempt < CAUTIOUS_TRIES { TIME_WAIT } else { 0 };
+        if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_ok()
+            || is_given_back(kernel, work, rest)
+                && FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok()
+        {
             flow.tuple.source = source;
             flow.tuple.source_port = port;
             flow.masquerade_port = port;
@@ -237,6 +245,23 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
     }
     event(Event::NoPort);
     1
+}
+
+/// Whether the flow that has the port of `work.flow_key` has ended in both directions, and was not seen for so long.
+#[inline(always)]
+fn is_given_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
+    let Some(answers) = FLOWS.get_ptr(&work.flow_key) else { return false };
+    // SAFETY: the verifier knows the element, and it is only read.
+    let answers = unsafe { &*answers };
+    if !is_over(kernel, work, answers) || work.now.saturating_sub(answers.last_seen) < rest {
+        return false;
+    }
+    work.rival_key = FlowKey { tuple: answers.tuple.reversed(), hook: FlowKey::EGRESS, ..work.key };
+    let Some(onward) = FLOWS.get_ptr(&work.rival_key) else { return true };
+    // SAFETY: as above.
+    let onward = unsafe { &*onward };
+    // The client may have begun another one with another port.
+    onward.masquerade_port != work.flow_key.tuple.destination_port || is_over(kernel, work, onward)
 }
 
 /// The address that packets leaving by a device are masqueraded as.

@@ -55,6 +55,8 @@ pub(crate) struct Work {
     pub(crate) affinity_key: AffinityKey,
     pub(crate) flow_key: FlowKey,
     pub(crate) flow: Flow,
+    /// Of another flow, whose port this one may take.
+    pub(crate) rival_key: FlowKey,
     // For errors.
     pub(crate) inner: Layout,
     pub(crate) inner_part: FragmentKey,
