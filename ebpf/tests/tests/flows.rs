@@ -212,7 +212,10 @@ fn ports_are_given_back_when_both_sides_have_ended() -> Result<()> {
         // Answers are the new client's.
         let answered = read(&pass(&mut loaded, "ingress", &answer(ACK))?)?;
         assert_eq!(answered.destination, SocketAddr::new(family.client.ip(), 4));
-        // It goes on, and so do the others.
+        // What the first client may still send is not taken for the new one's.
+        let client = SocketAddr::new(family.client.ip(), 1);
+        assert_eq!(send(&mut loaded, 1, ACK)?, Some(client));
+        // The new one goes on, and so do the others.
         assert_eq!(send(&mut loaded, 5, SYN)?, None);
         for client in 2..=4 {
             assert!(send(&mut loaded, client, ACK)?.is_some());

@@ -247,7 +247,8 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
     1
 }
 
-/// Whether the flow that has the port of `work.flow_key` has ended in both directions, and was not seen for so long.
+/// Whether the flow that has the port of `work.flow_key` has ended in both directions, and was not seen for so long. What
+/// its client sent with that port is forgotten then.
 #[inline(always)]
 fn is_given_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
     let Some(answers) = FLOWS.get_ptr(&work.flow_key) else { return false };
@@ -260,8 +261,15 @@ fn is_given_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
     let Some(onward) = FLOWS.get_ptr(&work.rival_key) else { return true };
     // SAFETY: as above.
     let onward = unsafe { &*onward };
-    // The client may have begun another one with another port.
-    onward.masquerade_port != work.flow_key.tuple.destination_port || is_over(kernel, work, onward)
+    if onward.masquerade_port == work.flow_key.tuple.destination_port {
+        if !is_over(kernel, work, onward) {
+            return false;
+        }
+        // Whoever sweeps the table would take it for a part of the flow that has the port next.
+        let _ = FLOWS.remove(&work.rival_key);
+    }
+    // Otherwise the client has begun another one with another port.
+    true
 }
 
 /// The address that packets leaving by a device are masqueraded as.
