@@ -114,7 +114,8 @@ impl Ipvs {
     ///
     /// From one message of a dump to the next the kernel remembers a position, in tables that all network
     /// namespaces may share (`ip_vs_genl_dump_services`). What is changed meanwhile, there too, has it name services
-    /// twice or leave some out, and nothing says so. Hence two listings in a row have to name the same.
+    /// twice or leave some out, and nothing says so. Hence two listings in a row have to name the same; that both leave out
+    /// the same is improbable, not impossible.
     pub fn services(&mut self) -> Result<Vec<ServiceEntry>, Error> {
         let mut before = None;
         for _ in 0..DUMP_ATTEMPTS {
