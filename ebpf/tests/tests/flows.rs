@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 
 use anyhow::{Result, bail, ensure};
 use nix::time::{ClockId, clock_gettime};
@@ -164,12 +165,18 @@ fn bytes_are_counted_once_a_packet() -> Result<()> {
     Ok(())
 }
 
+/// What is loaded where only these ports are for masqueraded flows.
+fn loaded_with_ports(family: &Family, ports: Range<u16>) -> Result<Loaded> {
+    let (mut loaded, _) = loaded(family, TCP)?;
+    let (masquerade_port_min, masquerade_port_max) = (ports.start, ports.end - 1);
+    loaded.set_config(Config { masquerade_port_min, masquerade_port_max, ..config(family) })?;
+    Ok(loaded)
+}
+
 fn masqueraded_flows_find_the_ports_that_are_left() -> Result<()> {
-    const PORTS: std::ops::Range<u16> = 20_000..21_000;
+    const PORTS: Range<u16> = 20_000..21_000;
     for family in families()? {
-        let (mut loaded, _) = loaded(&family, TCP)?;
-        let (masquerade_port_min, masquerade_port_max) = (PORTS.start, PORTS.end - 1);
-        loaded.set_config(Config { masquerade_port_min, masquerade_port_max, ..config(&family) })?;
+        let mut loaded = loaded_with_ports(&family, PORTS)?;
         let mut taken = BTreeSet::new();
         // Four fifths of them, all to one endpoint.
         for port in 0..800 {
@@ -185,11 +192,8 @@ fn masqueraded_flows_find_the_ports_that_are_left() -> Result<()> {
 }
 
 fn ports_are_given_back_when_both_sides_have_ended() -> Result<()> {
-    const PORTS: std::ops::Range<u16> = 20_000..20_003;
     for family in families()? {
-        let (mut loaded, _) = loaded(&family, TCP)?;
-        let (masquerade_port_min, masquerade_port_max) = (PORTS.start, PORTS.end - 1);
-        loaded.set_config(Config { masquerade_port_min, masquerade_port_max, ..config(&family) })?;
+        let mut loaded = loaded_with_ports(&family, 20_000..20_003)?;
         // The source of a client's packet when it leaves, unless it is dropped.
         let send = |loaded: &mut Loaded, port: u16, flags: u8| -> Result<Option<SocketAddr>> {
             let client = SocketAddr::new(family.client.ip(), port);

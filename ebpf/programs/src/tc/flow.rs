@@ -234,7 +234,7 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
         work.flow_key.tuple.destination_port = port;
         let rest = if attempt < CAUTIOUS_TRIES { TIME_WAIT } else { 0 };
         if FLOWS.insert(&work.flow_key, &work.flow, BPF_NOEXIST.into()).is_ok()
-            || is_given_back(kernel, work, rest)
+            || give_back(kernel, work, rest)
                 && FLOWS.insert(&work.flow_key, &work.flow, BPF_ANY.into()).is_ok()
         {
             flow.tuple.source = source;
@@ -247,10 +247,10 @@ fn masquerade(kernel: &Kernel, work: &mut Work, flow: &mut Flow) -> u32 {
     1
 }
 
-/// Whether the flow that has the port of `work.flow_key` has ended in both directions, and was not seen for so long. What
-/// its client sent with that port is forgotten then.
+/// Takes the port of `work.flow_key` from the flow that has it, if that has ended in both directions and was not seen for
+/// `rest`. Whether it may be written down for another one.
 #[inline(always)]
-fn is_given_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
+fn give_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
     let Some(answers) = FLOWS.get_ptr(&work.flow_key) else { return false };
     // SAFETY: the verifier knows the element, and it is only read.
     let answers = unsafe { &*answers };
@@ -261,6 +261,7 @@ fn is_given_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
     let Some(onward) = FLOWS.get_ptr(&work.rival_key) else { return true };
     // SAFETY: as above.
     let onward = unsafe { &*onward };
+    // Unless the client has begun another one with another port.
     if onward.masquerade_port == work.flow_key.tuple.destination_port {
         if !is_over(kernel, work, onward) {
             return false;
@@ -268,7 +269,6 @@ fn is_given_back(kernel: &Kernel, work: &mut Work, rest: u64) -> bool {
         // Whoever sweeps the table would take it for a part of the flow that has the port next.
         let _ = FLOWS.remove(&work.rival_key);
     }
-    // Otherwise the client has begun another one with another port.
     true
 }
 

@@ -154,8 +154,8 @@ pub fn targets(lab: &Lab) -> Vec<(&Namespace, SocketAddr)> {
     ]
 }
 
-/// TCP connections to `targets`, `rate` a second to each, begin and go on while `work` is done, which is given those that go on, and none breaks.
-/// Returns what became of those that began.
+/// TCP connections to `targets`, `rate` a second to each, begin and go on while `work` is done, which is given those that
+/// go on, and none breaks. Returns what became of those that began.
 pub fn under_load(
     rate: u32,
     targets: &[(&Namespace, SocketAddr)],
